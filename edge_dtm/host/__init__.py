@@ -1,0 +1,1 @@
+"""The host side: measures, searches and exports. Needs torch and transformers."""

@@ -1,0 +1,167 @@
+"""FDT and SDT, and how sure one can be of them. Integer arrays in, numbers out.
+
+Source of both metrics: Divergent Token Metrics, arXiv 2311.01544.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.integer[Any]]
+BoolArray = npt.NDArray[np.bool_]
+
+BOOTSTRAP_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the bounds of its 95 % bootstrap interval, in the estimate's own unit."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far one model's argmaxes are from another's over a set of sequences.
+
+    sdt is a share (0 to 1), fdt a position in tokens (mean over sequences), identical the share
+    of sequences without any divergence, tokens the number of positions compared.
+    near_tie_share is the share of all positions that diverge although the original's own margin
+    there is no larger than near_tie_margin (in logits).
+    """
+
+    sdt: Interval
+    fdt: Interval
+    identical_share: float
+    sequences: int
+    tokens: int
+    divergent_tokens: int
+    near_tie_share: float
+    near_tie_margin: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def divergent_mask(reference: IntArray, candidate: IntArray, lengths: IntArray) -> BoolArray:
+    """Positions that differ, as a boolean array of shape (sequences, tokens).
+
+    reference, candidate: token ids, shape (sequences, tokens); lengths: tokens that count in each
+    row. Positions at or beyond a row's length are False. ValueError when shapes do not fit.
+    """
+    reference, candidate, lengths = map(np.asarray, (reference, candidate, lengths))
+    if reference.ndim != 2 or reference.shape != candidate.shape:
+        raise ValueError(f"shapes differ: reference {reference.shape}, candidate {candidate.shape}")
+    if lengths.shape != reference.shape[:1]:
+        raise ValueError(f"lengths {lengths.shape} do not fit {reference.shape[0]} sequences")
+    if lengths.size and (lengths.min() < 0 or lengths.max() > reference.shape[1]):
+        raise ValueError(f"lengths must lie in 0..{reference.shape[1]}")
+    counted = np.arange(reference.shape[1])[None, :] < lengths[:, None]
+    return (reference != candidate) & counted
+
+
+def first_divergent_tokens(mask: BoolArray, lengths: IntArray) -> npt.NDArray[np.int64]:
+    """FDT of each sequence: index of its first divergent position, its length if there is none."""
+    first = np.where(mask.any(axis=1), mask.argmax(axis=1), np.asarray(lengths))
+    return first.astype(np.int64)
+
+
+def share_of_divergent_tokens(mask: BoolArray, lengths: IntArray) -> float:
+    """SDT: divergent positions over all positions, 0.0 when there is no position."""
+    total = int(np.asarray(lengths).sum())
+    return float(mask.sum() / total) if total else 0.0
+
+
+def bootstrap(
+    statistic: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]],
+    sequences: int,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """95 % percentile interval by resampling whole sequences (positions within one are dependent).
+
+    statistic takes an index array (resamples, sequences) and returns one value a resample.
+    """
+    if sequences == 0:
+        return 0.0, 0.0
+    index = np.random.default_rng(seed).integers(0, sequences, (BOOTSTRAP_RESAMPLES, sequences))
+    low, high = np.percentile(statistic(index), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def sdt_interval(mask: BoolArray, lengths: IntArray, seed: int = 0) -> Interval:
+    """SDT with its interval; a resample weighs each sequence by its length, as SDT itself does."""
+    divergent, tokens = mask.sum(axis=1), np.asarray(lengths)
+    low, high = bootstrap(
+        lambda index: divergent[index].sum(axis=1) / np.maximum(tokens[index].sum(axis=1), 1),
+        len(tokens),
+        seed,
+    )
+    return Interval(share_of_divergent_tokens(mask, lengths), low, high)
+
+
+def fdt_interval(mask: BoolArray, lengths: IntArray, seed: int = 0) -> Interval:
+    """Mean FDT in tokens with its interval."""
+    first = first_divergent_tokens(mask, lengths)
+    low, high = bootstrap(lambda index: first[index].mean(axis=1), len(first), seed)
+    return Interval(float(first.mean()) if len(first) else 0.0, low, high)
+
+
+def paired_ratio_interval(
+    mask: BoolArray, other: BoolArray, lengths: IntArray, seed: int = 0
+) -> Interval:
+    """SDT(mask) / SDT(other) on the same sequences; resampled together, so that what is hard for
+    both models cancels. The ratio is infinite where `other` never diverges."""
+    ours, theirs = mask.sum(axis=1), other.sum(axis=1)
+
+    def ratio(index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(ours[index].sum(axis=1) / theirs[index].sum(axis=1))
+
+    low, high = bootstrap(ratio, len(np.asarray(lengths)), seed)
+    total = theirs.sum()
+    return Interval(float(ours.sum() / total) if total else float("inf"), low, high)
+
+
+def compare(
+    reference: IntArray,
+    candidate: IntArray,
+    lengths: IntArray,
+    margins: npt.NDArray[np.floating[Any]] | None = None,
+    near_tie_margin: float = 0.0,
+    seed: int = 0,
+) -> Divergence:
+    """Everything that is said about one candidate against one reference.
+
+    margins: the original's top-1 minus top-2 logit, shape of reference; without it no divergence
+    counts as a near-tie.
+    """
+    mask = divergent_mask(reference, candidate, lengths)
+    tokens = int(np.asarray(lengths).sum())
+    first = first_divergent_tokens(mask, lengths)
+    ties = 0 if margins is None else int((mask & (np.asarray(margins) <= near_tie_margin)).sum())
+    return Divergence(
+        sdt=sdt_interval(mask, lengths, seed),
+        fdt=fdt_interval(mask, lengths, seed),
+        identical_share=float((first == lengths).mean()) if len(first) else 0.0,
+        sequences=len(first),
+        tokens=tokens,
+        divergent_tokens=int(mask.sum()),
+        near_tie_share=ties / tokens if tokens else 0.0,
+        near_tie_margin=float(near_tie_margin),
+    )
+
+
+def perplexity(log_probabilities: npt.NDArray[np.floating[Any]], lengths: IntArray) -> float:
+    """exp of the mean negative log-probability (nats) over the counted positions."""
+    counted = np.arange(log_probabilities.shape[1])[None, :] < np.asarray(lengths)[:, None]
+    return float(np.exp(-np.asarray(log_probabilities, dtype=np.float64)[counted].mean()))

@@ -1,0 +1,333 @@
+"""Cost table and budget in, plan out; and what the plan's divergence will be. Pure functions.
+
+The model (design of the project, after the additive error model of Divergent Token Metrics):
+the mean-square change of the top-1/top-2 margin that treatments cause adds up over components,
+sigma^2 = sum of costs, and a token flips where a normal change of that size exceeds its margin.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import erfc, sqrt
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_dtm.errors import EdgeDtmError
+from edge_dtm.plan import Component, Plan, Treatment
+
+FloatArray = npt.NDArray[np.floating[Any]]
+
+_erfc = np.vectorize(erfc, otypes=[np.float64])
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """For every component its candidate treatments and their costs (mean-square margin change,
+    in logits squared), `fixed_bytes` being what the file holds besides the components."""
+
+    components: tuple[Component, ...]
+    treatments: tuple[tuple[Treatment, ...], ...]
+    costs: tuple[tuple[float, ...], ...]
+    fixed_bytes: int
+
+    def cost(self, plan: Plan) -> float:
+        """sigma^2 of a plan. Zero shares between two measured levels are interpolated linearly."""
+        by_name = plan.by_name()
+        return sum(self._cost(i, by_name[c.name]) for i, c in enumerate(self.components))
+
+    def _cost(self, index: int, treatment: Treatment) -> float:
+        pairs = zip(self.treatments[index], self.costs[index], strict=True)
+        points = sorted((t.zero_share, cost) for t, cost in pairs if t.type == treatment.type)
+        if not points or not points[0][0] <= treatment.zero_share <= points[-1][0]:
+            raise KeyError(f"{self.components[index].name} has no measured {treatment}")
+        return float(np.interp(treatment.zero_share, *zip(*points, strict=True)))
+
+    def restricted(self, types: Sequence[str], sparse: bool) -> CostTable:
+        """The same table with only these types and, unless `sparse`, without zeros."""
+        keep = [
+            [j for j, t in enumerate(ts) if t.type in types and (sparse or not t.zero_share)]
+            for ts in self.treatments
+        ]
+        empty = [c.name for c, k in zip(self.components, keep, strict=True) if not k]
+        if empty:
+            raise EdgeDtmError(
+                f"none of the types {', '.join(types)} fits {len(empty)} components "
+                f"({', '.join(empty[:4])}, ...): allow a type with blocks of 32, for example Q8_0"
+            )
+        return CostTable(
+            self.components,
+            tuple(tuple(ts[j] for j in k) for ts, k in zip(self.treatments, keep, strict=True)),
+            tuple(tuple(cs[j] for j in k) for cs, k in zip(self.costs, keep, strict=True)),
+            self.fixed_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """sigma in logits, sdt a share, fdt in tokens."""
+
+    sigma: float
+    sdt: float
+    fdt: float
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    size_bytes: int
+    sigma: float
+    sdt: float
+    fdt: float
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class Predictor:
+    """SDT and mean FDT from sigma, given the original's margins.
+
+    margins: logits, shape (sequences, tokens); lengths: tokens that count in each row.
+    """
+
+    def __init__(self, margins: FloatArray, lengths: npt.NDArray[np.integer[Any]]) -> None:
+        self.margins = np.asarray(margins, dtype=np.float64)
+        self.lengths = np.asarray(lengths)
+        self._counted = np.arange(self.margins.shape[1])[None, :] < self.lengths[:, None]
+        if not self._counted.any():
+            raise ValueError("no position to predict on")
+
+    def predict(self, sigma_squared: float) -> Prediction:
+        """P(flip at t) = Phi(-m_t / sigma); SDT is its mean, FDT the mean length of survival."""
+        sigma = sqrt(max(sigma_squared, 0.0))
+        if sigma == 0.0:
+            return Prediction(0.0, 0.0, float(self.lengths.mean()))
+        flip = np.where(self._counted, _erfc(self.margins / (sigma * sqrt(2))) / 2, 0.0)
+        survival = np.cumprod(1 - flip, axis=1)
+        fdt = float((survival * self._counted).sum(axis=1).mean())
+        return Prediction(sigma, float(flip[self._counted].mean()), fdt)
+
+
+def convex_hull(sizes: Sequence[int], costs: Sequence[float]) -> list[int]:
+    """Indices of the lower convex hull of (bytes, cost), cheapest bytes first, cost falling.
+
+    Treatments with a cost that is not finite (an overflow in F16, say) never are on it.
+    """
+    order = sorted(
+        (i for i in range(len(sizes)) if np.isfinite(costs[i])), key=lambda i: (sizes[i], costs[i], i)
+    )
+    hull: list[int] = []
+    for i in order:
+        if hull and costs[i] >= costs[hull[-1]]:
+            continue
+        while len(hull) >= 2:
+            a, b = hull[-2], hull[-1]
+            # b stays only if it lies strictly below the line from a to i.
+            if (costs[a] - costs[b]) * (sizes[i] - sizes[a]) > (costs[a] - costs[i]) * (
+                sizes[b] - sizes[a]
+            ):
+                break
+            hull.pop()
+        hull.append(i)
+    return hull
+
+
+@dataclass(frozen=True)
+class _Step:
+    component: int
+    treatment: int
+    extra_bytes: int
+    gain: float
+
+
+def _hulls(table: CostTable, reward: float = 0.0) -> list[list[int]]:
+    """One hull a component; `reward` (cost per zero) makes zeros attractive."""
+    hulls = []
+    for component, treatments, costs in zip(
+        table.components, table.treatments, table.costs, strict=True
+    ):
+        sizes = [component.size_bytes(t) for t in treatments]
+        net = [
+            c - reward * component.zeros(t) for c, t in zip(costs, treatments, strict=True)
+        ]
+        hull = convex_hull(sizes, net)
+        if not hull:
+            raise EdgeDtmError(f"{component.name} has no usable treatment: allow more --types")
+        hulls.append(hull)
+    return hulls
+
+
+def _steps(table: CostTable, hulls: list[list[int]], reward: float = 0.0) -> list[_Step]:
+    """All hull steps in the order of falling gain per byte, each component's own in its order."""
+
+    def net(c: int, j: int) -> float:
+        return table.costs[c][j] - reward * table.components[c].zeros(table.treatments[c][j])
+
+    heap: list[tuple[float, int, int]] = []
+
+    def push(c: int, position: int) -> None:
+        a, b = hulls[c][position], hulls[c][position + 1]
+        component = table.components[c]
+        extra = component.size_bytes(table.treatments[c][b]) - component.size_bytes(
+            table.treatments[c][a]
+        )
+        heapq.heappush(heap, (-(net(c, a) - net(c, b)) / extra, c, position))
+
+    for c, hull in enumerate(hulls):
+        if len(hull) > 1:
+            push(c, 0)
+    steps = []
+    while heap:
+        _, c, position = heapq.heappop(heap)
+        a, b = hulls[c][position], hulls[c][position + 1]
+        component = table.components[c]
+        steps.append(
+            _Step(
+                c,
+                b,
+                component.size_bytes(table.treatments[c][b])
+                - component.size_bytes(table.treatments[c][a]),
+                net(c, a) - net(c, b),
+            )
+        )
+        if position + 2 < len(hulls[c]):
+            push(c, position + 1)
+    return steps
+
+
+def _plan(table: CostTable, choice: Sequence[int]) -> Plan:
+    return Plan(
+        table.components,
+        tuple(ts[j] for ts, j in zip(table.treatments, choice, strict=True)),
+        table.fixed_bytes,
+    )
+
+
+def _within(table: CostTable, max_bytes: int, reward: float) -> Plan:
+    hulls = _hulls(table, reward)
+    choice = [hull[0] for hull in hulls]
+    size = _plan(table, choice).size_bytes
+    if size > max_bytes:
+        raise EdgeDtmError(
+            f"the smallest plan takes {size:,} bytes, the budget is {max_bytes:,}: raise "
+            f"--max-bytes by {size - max_bytes:,} or allow smaller --types"
+        )
+    blocked: set[int] = set()
+    for step in _steps(table, hulls, reward):
+        if step.component in blocked:
+            continue
+        if size + step.extra_bytes > max_bytes:
+            # Its later steps build on this one; cheaper steps of others may still fit.
+            blocked.add(step.component)
+            continue
+        choice[step.component] = step.treatment
+        size += step.extra_bytes
+    return _plan(table, choice)
+
+
+def search(table: CostTable, max_bytes: int, zero_share: float = 0.0) -> Plan:
+    """The plan of least summed cost within max_bytes, optimal up to one step.
+
+    zero_share: average share of zeros wanted over the block matrices; met exactly up to one
+    weight a row of one component. EdgeDtmError when no plan fits.
+    """
+    if zero_share <= 0:
+        return _within(table.restricted(_types(table), sparse=False), max_bytes, 0.0)
+    low, high = 0.0, 1e-12
+    plan = _within(table, max_bytes, high)
+    while plan.zero_share < zero_share:
+        low, high = high, high * 8
+        if high > 1e9:
+            raise EdgeDtmError(
+                f"an average of {zero_share:.0%} zeros does not fit: at most "
+                f"{plan.zero_share:.1%} within {max_bytes:,} bytes, since zeros are only put into "
+                "F16 and Q8_0 components; raise --max-bytes or lower --sparsity"
+            )
+        plan = _within(table, max_bytes, high)
+    for _ in range(60):
+        middle = (low * high) ** 0.5 if low else high / 8
+        trial = _within(table, max_bytes, middle)
+        if trial.zero_share >= zero_share:
+            high, plan = middle, trial
+        else:
+            low = middle
+        if low and high / low < 1 + 1e-9:
+            break
+    return _trim_zeros(table, plan, zero_share)
+
+
+def _types(table: CostTable) -> list[str]:
+    return sorted({t.type for ts in table.treatments for t in ts})
+
+
+def _trim_zeros(table: CostTable, plan: Plan, zero_share: float) -> Plan:
+    """Give back the zeros beyond the share asked for, where each given back saves most."""
+    total = sum(c.weights for c in plan.components if c.in_block)
+    excess = sum(
+        c.zeros(t) for c, t in zip(plan.components, plan.treatments, strict=True)
+    ) - round(zero_share * total)
+    treatments = list(plan.treatments)
+    while excess > 0:
+        best: tuple[float, int, float] | None = None
+        for i, (component, treatment) in enumerate(zip(plan.components, treatments, strict=True)):
+            if not treatment.zero_share or component.rows > excess:
+                continue
+            levels = [t.zero_share for t in table.treatments[i] if t.type == treatment.type]
+            below = max(s for s in levels if s < treatment.zero_share)
+            given_back = component.zeros(treatment) - component.zeros(Treatment(treatment.type, below))
+            saved = table._cost(i, treatment) - table._cost(i, Treatment(treatment.type, below))
+            rate = saved / max(given_back, 1)
+            if best is None or rate > best[0]:
+                best = (rate, i, below)
+        if best is None:
+            break
+        _, i, below = best
+        component, treatment = plan.components[i], treatments[i]
+        full = component.zeros(treatment) - component.zeros(Treatment(treatment.type, below))
+        rows_worth = min(full, excess) // component.rows
+        left = component.zeros(treatment) // component.rows - rows_worth
+        treatments[i] = Treatment(
+            treatment.type, below if rows_worth * component.rows == full else left / component.row_length
+        )
+        excess -= rows_worth * component.rows
+    return Plan(plan.components, tuple(treatments), plan.fixed_bytes)
+
+
+def frontier(table: CostTable, predictor: Predictor) -> list[FrontierPoint]:
+    """Every plan the greedy walk passes, from the smallest file to the largest."""
+    table = table.restricted(_types(table), sparse=False)
+    hulls = _hulls(table)
+    start = _plan(table, [hull[0] for hull in hulls])
+    size, cost = start.size_bytes, table.cost(start)
+    points = [_point(size, cost, predictor)]
+    for step in _steps(table, hulls):
+        size, cost = size + step.extra_bytes, cost - step.gain
+        points.append(_point(size, cost, predictor))
+    return points
+
+
+def _point(size: int, cost: float, predictor: Predictor) -> FrontierPoint:
+    p = predictor.predict(cost)
+    return FrontierPoint(size, p.sigma, p.sdt, p.fdt)
+
+
+def smallest_meeting(
+    points: Sequence[FrontierPoint], max_sdt: float | None, min_fdt: float | None
+) -> FrontierPoint:
+    """The smallest predicted file with SDT at most max_sdt and mean FDT at least min_fdt.
+
+    EdgeDtmError with the best that can be had when none does.
+    """
+    for point in points:
+        if (max_sdt is None or point.sdt <= max_sdt) and (min_fdt is None or point.fdt >= min_fdt):
+            return point
+    best = points[-1]
+    raise EdgeDtmError(
+        f"no plan meets the target: the best has a predicted SDT of {best.sdt:.2%} and mean FDT "
+        f"of {best.fdt:.1f} at {best.size_bytes:,} bytes; relax --max-sdt/--min-fdt or allow more --types"
+    )
