@@ -67,7 +67,7 @@ def divergent_mask(reference: IntArray, candidate: IntArray, lengths: IntArray) 
     if lengths.size and (lengths.min() < 0 or lengths.max() > reference.shape[1]):
         raise ValueError(f"lengths must lie in 0..{reference.shape[1]}")
     counted = np.arange(reference.shape[1])[None, :] < lengths[:, None]
-    return (reference != candidate) & counted
+    return np.asarray((reference != candidate) & counted, dtype=np.bool_)
 
 
 def first_divergent_tokens(mask: BoolArray, lengths: IntArray) -> npt.NDArray[np.int64]:

@@ -44,7 +44,8 @@ class CostTable:
         points = sorted((t.zero_share, cost) for t, cost in pairs if t.type == treatment.type)
         if not points or not points[0][0] <= treatment.zero_share <= points[-1][0]:
             raise KeyError(f"{self.components[index].name} has no measured {treatment}")
-        return float(np.interp(treatment.zero_share, *zip(*points, strict=True)))
+        shares, costs = [p[0] for p in points], [p[1] for p in points]
+        return float(np.interp(treatment.zero_share, shares, costs))
 
     def restricted(self, types: Sequence[str], sparse: bool) -> CostTable:
         """The same table with only these types and, unless `sparse`, without zeros."""

@@ -1,0 +1,638 @@
+"""Replays token sequences through llama.cpp and notes its argmaxes and top logits.
+
+llama_cpp and gguf are imported on first use, so that importing this module stays cheap.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_dtm.errors import EdgeDtmError
+from edge_dtm.reference import PADDING, TOP_K, Reference, load_npz, save_npz
+
+LOG_VARIABLE = "EDGE_DTM_LLAMA_LOG"
+Mode = Literal["teacher_forced", "generate"]
+Progress = Callable[[int], None]
+
+_ARRAYS = (
+    "ids",
+    "top_ids",
+    "top_logits",
+    "log_normalizers",
+    "reference_log_probabilities",
+    "lengths",
+)
+_LOG_LEVEL_ERROR, _LOG_LEVEL_CONTINUE = 4, 5  # enum ggml_log_level
+_last_errors: deque[str] = deque(maxlen=3)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How llama.cpp is run; everything here may change an argmax in a near-tie.
+
+    threads: CPU threads; batch_tokens: most tokens in one decode call; parallel_sequences:
+    sequences side by side in one call; kv_type: GGML type of the KV cache. Flash attention is off
+    by default: its kernels differ more between machines.
+    """
+
+    threads: int
+    batch_tokens: int = 256
+    parallel_sequences: int = 1
+    flash_attention: bool = False
+    kv_type: str = "F16"
+
+    def __post_init__(self) -> None:
+        if min(self.threads, self.batch_tokens, self.parallel_sequences) < 1:
+            raise EdgeDtmError(
+                f"threads {self.threads}, batch_tokens {self.batch_tokens} and parallel_sequences "
+                f"{self.parallel_sequences} must be 1 or more"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one model answered to S sequences of at most N generated tokens.
+
+    ids int32 (S, N): the model's argmax, the lowest id on a tie, PADDING beyond a row's length;
+    top_ids int32 (S, N, TOP_K); top_logits float32 (S, N, TOP_K) falling; log_normalizers float32
+    (S, N): log of the sum of exp of all logits; reference_log_probabilities float32 (S, N), nats:
+    of the reference's token, nan in mode "generate" and beyond a row's length; lengths int32 (S,).
+    Speeds in tokens per second, nan when not measured. settings: RunSettings.to_json().
+    meta: what `save` was given.
+    """
+
+    mode: Mode
+    ids: npt.NDArray[np.int32]
+    top_ids: npt.NDArray[np.int32]
+    top_logits: npt.NDArray[np.float32]
+    log_normalizers: npt.NDArray[np.float32]
+    reference_log_probabilities: npt.NDArray[np.float32]
+    lengths: npt.NDArray[np.int32]
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    settings: Mapping[str, Any]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 2:
+            raise ValueError(f"ids have shape {self.ids.shape}, not (sequences, tokens)")
+        s, n = self.ids.shape
+        expected = {
+            "top_ids": (s, n, TOP_K),
+            "top_logits": (s, n, TOP_K),
+            "log_normalizers": (s, n),
+            "reference_log_probabilities": (s, n),
+            "lengths": (s,),
+        }
+        wrong = [k for k, shape in expected.items() if getattr(self, k).shape != shape]
+        if wrong:
+            raise ValueError(f"shapes do not fit {s} sequences of {n} tokens: {', '.join(wrong)}")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def rows(self, index: npt.NDArray[Any]) -> Record:
+        """The record of some sequences only (an index or boolean array over sequences)."""
+        arrays = {name: getattr(self, name)[index] for name in _ARRAYS}
+        return Record(
+            mode=self.mode,
+            prefill_tokens_per_s=self.prefill_tokens_per_s,
+            decode_tokens_per_s=self.decode_tokens_per_s,
+            settings=self.settings,
+            meta=self.meta,
+            **arrays,
+        )
+
+    def save(self, path: Path, meta: Mapping[str, Any] | None = None) -> None:
+        """Write an npz file of kind "record"; meta: anything JSON can hold, e.g. provenance."""
+        head = {
+            "kind": "record",
+            "mode": self.mode,
+            "prefill_tokens_per_s": _number_or_none(self.prefill_tokens_per_s),
+            "decode_tokens_per_s": _number_or_none(self.decode_tokens_per_s),
+            "settings": dict(self.settings),
+            "meta": dict(self.meta if meta is None else meta),
+        }
+        save_npz(path, {name: getattr(self, name) for name in _ARRAYS}, head)
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """EdgeDtmError when the file is no whole record of this schema."""
+        arrays, head = load_npz(path, list(_ARRAYS), "record")
+        try:
+            mode = head["mode"]
+            if mode not in ("teacher_forced", "generate"):
+                raise ValueError(f"unknown mode {mode!r}")
+            return cls(
+                mode=mode,
+                prefill_tokens_per_s=_none_to_nan(head["prefill_tokens_per_s"]),
+                decode_tokens_per_s=_none_to_nan(head["decode_tokens_per_s"]),
+                settings=dict(head["settings"]),
+                meta=dict(head["meta"]),
+                **arrays,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise EdgeDtmError(
+                f"{path} is no readable record file ({error}): make it again"
+            ) from None
+
+
+class _Step(NamedTuple):
+    """One token of a decode call; target is its index in the generated tokens, -1 without one."""
+
+    token: int
+    position: int
+    slot: int
+    row: int
+    target: int
+
+
+class LlamaRunner:
+    """A GGUF model on the CPU, in a context of its own.
+
+    path: the GGUF file; context_tokens: the longest sequence that will be decoded. Use it as a
+    context manager or call close(). EdgeDtmError when llama.cpp cannot load the file.
+    """
+
+    def __init__(self, path: Path, settings: RunSettings, context_tokens: int) -> None:
+        self._model: Any = None
+        self._context: Any = None
+        self._batch: Any = None
+        self.path = Path(path)
+        self.settings = settings
+        self.context_tokens = context_tokens
+        lib = _library()
+        self._lib = lib
+        if context_tokens < 1:
+            raise EdgeDtmError(f"context_tokens is {context_tokens}, needs to be 1 or more")
+        kv_type = getattr(lib, f"GGML_TYPE_{settings.kv_type}", None)
+        if kv_type is None:
+            raise EdgeDtmError(f"{settings.kv_type!r} is no GGML type; take F16 as kv_type")
+        try:
+            self._model = _load_model(self.path, vocab_only=False)
+            params = lib.llama_context_default_params()
+            # llama.cpp divides n_ctx among the sequences when their caches are separate.
+            params.n_ctx = context_tokens * settings.parallel_sequences
+            params.n_batch = params.n_ubatch = settings.batch_tokens
+            params.n_seq_max = settings.parallel_sequences
+            params.n_threads = params.n_threads_batch = settings.threads
+            params.flash_attn_type = (
+                lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+                if settings.flash_attention
+                else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            )
+            params.type_k = params.type_v = kv_type
+            params.offload_kqv = params.op_offload = False
+            params.kv_unified = False
+            params.no_perf = True
+            _last_errors.clear()
+            self._context = lib.llama_init_from_model(self._model, params)
+            if not self._context:
+                raise EdgeDtmError(
+                    f"{self.path}: llama.cpp made no context of {params.n_ctx} tokens"
+                    f"{_error_text()}; lower the context or change kv_type"
+                )
+            self._batch = lib.llama_batch_init(settings.batch_tokens, 0, 1)
+            size = (settings.batch_tokens,)
+            self._tokens = np.ctypeslib.as_array(self._batch.token, shape=size)
+            self._positions = np.ctypeslib.as_array(self._batch.pos, shape=size)
+            self._wanted = np.ctypeslib.as_array(self._batch.logits, shape=size)
+            np.ctypeslib.as_array(self._batch.n_seq_id, shape=size)[:] = 1
+            self._memory = lib.llama_get_memory(self._context)
+            vocab = lib.llama_model_get_vocab(self._model)
+            self.n_vocab = int(lib.llama_vocab_n_tokens(vocab))
+            if self.n_vocab < TOP_K:
+                raise EdgeDtmError(f"{self.path}: vocabulary of {self.n_vocab} is below {TOP_K}")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> LlamaRunner:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free batch, context and model; a second call does nothing."""
+        if self._batch is not None:
+            # The arrays are views of memory that is about to be freed.
+            self._tokens = self._positions = self._wanted = np.empty(0)
+            self._lib.llama_batch_free(self._batch)
+            self._batch = None
+        if self._context:
+            self._lib.llama_free(self._context)
+            self._context = None
+        if self._model:
+            self._lib.llama_model_free(self._model)
+            self._model = None
+
+    def teacher_forced(self, reference: Reference, progress: Progress | None = None) -> Record:
+        """Feed the reference's own tokens and note the argmax at every generated position.
+
+        progress: called with the tokens done since its last call, replay_tokens() in all.
+        EdgeDtmError when a sequence does not fit the context or the vocabulary.
+        """
+        self._check(reference)
+        out = _Arrays(reference)
+        seconds, count = 0.0, 0
+        width = self.settings.parallel_sequences
+        for start in range(0, len(reference), width):
+            self._lib.llama_memory_clear(self._memory, False)
+            steps = [
+                step
+                for slot, row in enumerate(range(start, min(start + width, len(reference))))
+                for step in self._steps(reference, slot, row)
+            ]
+            for chunk in _chunks(steps, self.settings.batch_tokens):
+                seconds += self._decode(chunk)
+                count += len(chunk)
+                for i, step in enumerate(chunk):
+                    if step.target >= 0:
+                        token = int(reference.generated_ids[step.row, step.target])
+                        out.note(step.row, step.target, self._logits(i), token)
+                if progress:
+                    progress(len(chunk))
+        return out.record("teacher_forced", _rate(count, seconds), math.nan, self.settings)
+
+    def greedy(self, reference: Reference, progress: Progress | None = None) -> Record:
+        """Decode greedily behind each prompt, one token a call, as often as the reference did.
+
+        EOS does not stop it: the reference's length does, which already ends at its own EOS.
+        progress and errors as in teacher_forced.
+        """
+        self._check(reference)
+        out = _Arrays(reference)
+        seconds, count = [0.0, 0.0], [0, 0]  # prefill, decode
+        for row in range(len(reference)):
+            self._lib.llama_memory_clear(self._memory, False)
+            prompt = reference.prompt(row)
+            steps = [_Step(token, i, 0, row, -1) for i, token in enumerate(prompt)]
+            steps[-1] = steps[-1]._replace(target=0)
+            for chunk in _chunks(steps, self.settings.batch_tokens):
+                seconds[0] += self._decode(chunk)
+                count[0] += len(chunk)
+                last = len(chunk) - 1
+                if progress:
+                    progress(len(chunk))
+            token = out.note(row, 0, self._logits(last), None)
+            for target in range(1, int(reference.generated_lengths[row])):
+                step = _Step(token, len(prompt) + target - 1, 0, row, target)
+                seconds[1] += self._decode([step])
+                count[1] += 1
+                token = out.note(row, target, self._logits(0), None)
+                if progress:
+                    progress(1)
+        rates = _rate(count[0], seconds[0]), _rate(count[1], seconds[1])
+        return out.record("generate", *rates, self.settings)
+
+    def measure_speed(
+        self, prompt_tokens: int = 128, decode_tokens: int = 32
+    ) -> tuple[float, float]:
+        """Prefill and decode speed in tokens per second, after one unmeasured round.
+
+        The tokens are arbitrary ids; speed does not depend on them.
+        """
+        if prompt_tokens < 1 or prompt_tokens + decode_tokens > self.context_tokens:
+            raise EdgeDtmError(
+                f"{prompt_tokens} + {decode_tokens} tokens do not fit the context of "
+                f"{self.context_tokens}"
+            )
+        rates = (math.nan, math.nan)
+        for prompt, decode in ((min(prompt_tokens, 16), min(decode_tokens, 2)),) + (
+            (prompt_tokens, decode_tokens),
+        ):
+            self._lib.llama_memory_clear(self._memory, False)
+            ids = np.random.default_rng(0).integers(0, self.n_vocab, prompt + decode)
+            steps = [_Step(int(token), i, 0, 0, -1) for i, token in enumerate(ids)]
+            # As in use: logits only behind the last prompt token and behind each decoded one.
+            steps[prompt - 1 :] = [step._replace(target=0) for step in steps[prompt - 1 :]]
+            prefill = sum(
+                self._decode(c) for c in _chunks(steps[:prompt], self.settings.batch_tokens)
+            )
+            decoding = sum(self._decode([step]) for step in steps[prompt:])
+            rates = _rate(prompt, prefill), _rate(decode, decoding)
+        return rates
+
+    def _check(self, reference: Reference) -> None:
+        # The last generated token is never fed.
+        needed = reference.prompt_lengths.astype(int) + reference.generated_lengths - 1
+        long = np.flatnonzero(needed > self.context_tokens)
+        if long.size:
+            raise EdgeDtmError(
+                f"{long.size} sequences do not fit the context of {self.context_tokens} tokens "
+                f"(first: number {long[0] + 1} needs {needed[long[0]]}): raise the context"
+            )
+        for row in range(len(reference)):
+            ids = reference.prompt(row) + reference.generated(row)
+            if min(ids) < 0 or max(ids) >= self.n_vocab:
+                raise EdgeDtmError(
+                    f"{self.path}: sequence {row + 1} has token ids outside the vocabulary of "
+                    f"{self.n_vocab}: model and reference do not belong together"
+                )
+
+    def _steps(self, reference: Reference, slot: int, row: int) -> Iterator[_Step]:
+        prompt = reference.prompt(row)
+        first = len(prompt) - 1
+        for i, token in enumerate(prompt + reference.generated(row)[:-1]):
+            yield _Step(token, i, slot, row, i - first if i >= first else -1)
+
+    def _decode(self, steps: Sequence[_Step]) -> float:
+        """Run one call and return its seconds."""
+        n = len(steps)
+        batch = self._batch
+        self._tokens[:n] = [s.token for s in steps]
+        self._positions[:n] = [s.position for s in steps]
+        self._wanted[:n] = [s.target >= 0 for s in steps]
+        for i, step in enumerate(steps):
+            batch.seq_id[i][0] = step.slot
+        batch.n_tokens = n
+        _last_errors.clear()
+        start = time.perf_counter()
+        code = self._lib.llama_decode(self._context, batch)
+        # llama_decode may return before the work is done on some backends.
+        self._lib.llama_synchronize(self._context)
+        seconds = time.perf_counter() - start
+        if code:
+            raise EdgeDtmError(
+                f"{self.path}: llama.cpp failed to decode (code {code}){_error_text()}"
+            )
+        return seconds
+
+    def _logits(self, index: int) -> npt.NDArray[np.float32]:
+        """A view of the logits at one place of the last call, valid until the next call."""
+        pointer = self._lib.llama_get_logits_ith(self._context, index)
+        if not pointer:
+            raise EdgeDtmError(f"{self.path}: llama.cpp gave no logits{_error_text()}")
+        return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
+
+
+class _Arrays:
+    """A record in the making."""
+
+    def __init__(self, reference: Reference) -> None:
+        s, n = reference.generated_ids.shape
+        self.ids = np.full((s, n), PADDING, dtype=np.int32)
+        self.top_ids = np.full((s, n, TOP_K), PADDING, dtype=np.int32)
+        self.top_logits = np.zeros((s, n, TOP_K), dtype=np.float32)
+        self.log_normalizers = np.zeros((s, n), dtype=np.float32)
+        self.log_probabilities = np.full((s, n), np.nan, dtype=np.float32)
+        self.lengths = reference.generated_lengths.astype(np.int32)
+
+    def note(
+        self, row: int, target: int, logits: npt.NDArray[np.float32], token: int | None
+    ) -> int:
+        """Store one position; token: the reference's, if its probability is wanted."""
+        ids, values, normalizer = summarize(logits)
+        self.ids[row, target] = ids[0]
+        self.top_ids[row, target] = ids
+        self.top_logits[row, target] = values
+        self.log_normalizers[row, target] = normalizer
+        if token is not None:
+            self.log_probabilities[row, target] = float(logits[token]) - normalizer
+        return int(ids[0])
+
+    def record(
+        self, mode: Mode, prefill_rate: float, decode_rate: float, settings: RunSettings
+    ) -> Record:
+        return Record(
+            mode=mode,
+            ids=self.ids,
+            top_ids=self.top_ids,
+            top_logits=self.top_logits,
+            log_normalizers=self.log_normalizers,
+            reference_log_probabilities=self.log_probabilities,
+            lengths=self.lengths,
+            prefill_tokens_per_s=prefill_rate,
+            decode_tokens_per_s=decode_rate,
+            settings=settings.to_json(),
+        )
+
+
+def summarize(
+    logits: npt.NDArray[np.float32],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], float]:
+    """(top ids, top logits falling, log normalizer in nats) of logits (V,), V at least TOP_K.
+
+    On ties the lower id comes first, so the first id is np.argmax's. EdgeDtmError when a logit is
+    nan or infinite.
+    """
+    top = float(logits.max())
+    normalizer = top + math.log(float(np.exp(logits - np.float32(top)).sum(dtype=np.float64)))
+    if not math.isfinite(normalizer):
+        raise EdgeDtmError("the model computes logits that are not finite: its weights are broken")
+    # Everything that ties with the eighth is a candidate; argpartition would pick any of them.
+    eighth = np.partition(logits, logits.size - TOP_K)[logits.size - TOP_K]
+    candidates = np.flatnonzero(logits >= eighth)
+    order = np.lexsort((candidates, -logits[candidates]))[:TOP_K]
+    ids = candidates[order]
+    return ids, logits[ids], normalizer
+
+
+def replay_tokens(reference: Reference) -> int:
+    """Tokens that teacher_forced or greedy feeds, the total that progress adds up to."""
+    return int(
+        reference.prompt_lengths.sum(dtype=np.int64)
+        + reference.generated_lengths.sum(dtype=np.int64)
+        - len(reference)
+    )
+
+
+def context_needed(reference: Reference) -> int:
+    """Tokens of the longest sequence, prompt and generated ones together."""
+    lengths = reference.prompt_lengths.astype(np.int64) + reference.generated_lengths
+    return int(lengths.max()) if len(reference) else 1
+
+
+def tokenize(path: Path, texts: Sequence[str], add_special: bool = True) -> list[list[int]]:
+    """Token ids of each text by the GGUF's own vocabulary; no weights are loaded.
+
+    Special tokens spelled out in a text become one id each. add_special: also put what the model
+    itself asks for (BOS, EOS) around each text. EdgeDtmError when the file cannot be loaded.
+    """
+    lib = _library()
+    model = _load_model(Path(path), vocab_only=True)
+    try:
+        vocab = lib.llama_model_get_vocab(model)
+        result = []
+        for text in texts:
+            data = text.encode()
+            # A token covers at least a byte, but for those that are put around and in front.
+            size = len(data) + 16
+            buffer = (lib.llama_token * size)()
+            count = lib.llama_tokenize(vocab, data, len(data), buffer, size, add_special, True)
+            if count < 0:
+                buffer = (lib.llama_token * -count)()
+                count = lib.llama_tokenize(
+                    vocab, data, len(data), buffer, len(buffer), add_special, True
+                )
+            if count < 0:
+                raise EdgeDtmError(f"{path}: llama.cpp cannot tokenize a text of {len(data)} bytes")
+            result.append([int(token) for token in buffer[:count]])
+        return result
+    finally:
+        lib.llama_model_free(model)
+
+
+def check_gguf(path: Path) -> None:
+    """EdgeDtmError, in one line, unless path is a whole GGUF file of a Llama model.
+
+    llama.cpp may abort the process on a broken file, so this looks first: magic, version 3 in
+    little endian, every tensor's data inside the file, architecture llama.
+    """
+    import gguf
+
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+        size = path.stat().st_size
+    except OSError as error:
+        raise EdgeDtmError(f"cannot read {path}: {error.strerror or error}") from None
+    if head[:4] != b"GGUF":
+        raise EdgeDtmError(f"{path} is no GGUF file: it does not start with GGUF")
+    if head[4:] != (3).to_bytes(4, "little"):
+        raise EdgeDtmError(
+            f"{path} is not GGUF version 3 in little endian: convert the model again"
+        )
+    try:
+        with np.errstate(all="ignore"):
+            reader = gguf.GGUFReader(path)
+            ends = [int(t.data_offset) + int(t.n_bytes) for t in reader.tensors]
+        architecture = reader.get_field("general.architecture")
+        name = "" if architecture is None else str(architecture.contents())
+    # The reader trusts the file; what it raises on a broken one is any kind of error.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise EdgeDtmError(
+            f"{path} is truncated or no GGUF file ({reason}): copy or make it again"
+        ) from None
+    if not ends:
+        raise EdgeDtmError(f"{path} holds no tensors")
+    if max(ends) > size:
+        raise EdgeDtmError(
+            f"{path} is truncated: its tensors need {max(ends)} bytes, it has {size}; copy it again"
+        )
+    if name != "llama":
+        raise EdgeDtmError(f"{path} has the architecture {name!r}; edge-dtm reads llama only")
+
+
+def default_threads() -> int:
+    """CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(len(os.sched_getaffinity(0)), 1)
+    return os.cpu_count() or 1
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    try:
+        # On Linux ru_maxrss survives exec: a small child of a large parent would look large.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def runtime_info() -> dict[str, Any]:
+    """Versions and machine: what one needs to know to explain a different argmax."""
+    import llama_cpp
+
+    lib = _library()
+    return {
+        "llama_cpp_python": llama_cpp.__version__,
+        "system_info": lib.llama_print_system_info().decode(errors="replace").strip(),
+        "cpus": os.cpu_count() or 1,
+        "machine": platform.machine(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+@cache
+def _library() -> Any:
+    """llama_cpp's low-level module, its log redirected; the callback lives as long as the cache."""
+    try:
+        from llama_cpp import llama_cpp as lib
+    except ImportError as error:
+        raise EdgeDtmError(
+            f"llama-cpp-python cannot be imported ({error}): pip install llama-cpp-python"
+        ) from None
+    last_level = 0
+
+    def log(level: int, text: bytes, user_data: object) -> None:
+        nonlocal last_level
+        last_level = last_level if level == _LOG_LEVEL_CONTINUE else level
+        line = text.decode(errors="replace")
+        if last_level == _LOG_LEVEL_ERROR and line.strip():
+            _last_errors.append(" ".join(line.split()))
+        if os.environ.get(LOG_VARIABLE) == "1":
+            sys.stderr.write(line)
+
+    module: Any = lib
+    callback = module.llama_log_callback(log)
+    module.llama_log_set(callback, ctypes.c_void_p(0))
+    module.edge_dtm_log_callback = callback  # ctypes does not keep it alive
+    module.llama_backend_init()
+    return module
+
+
+def _load_model(path: Path, vocab_only: bool) -> Any:
+    lib = _library()
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = 0
+    params.vocab_only = vocab_only
+    _last_errors.clear()
+    model = lib.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        reason = _error_text() or " (set EDGE_DTM_LLAMA_LOG=1 to see its log)"
+        raise EdgeDtmError(f"{path}: llama.cpp cannot load the model{reason}")
+    return model
+
+
+def _error_text() -> str:
+    return f" ({'; '.join(_last_errors)})" if _last_errors else ""
+
+
+def _chunks(steps: Sequence[_Step], size: int) -> Iterator[Sequence[_Step]]:
+    for start in range(0, len(steps), size):
+        yield steps[start : start + size]
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if count and seconds > 0 else math.nan
+
+
+def _number_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no nan
+
+
+def _none_to_nan(value: float | None) -> float:
+    return math.nan if value is None else float(value)

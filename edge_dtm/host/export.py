@@ -1,0 +1,196 @@
+"""A plan and a checkpoint in, one GGUF out, tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from edge_dtm import __version__
+from edge_dtm.errors import EdgeDtmError
+from edge_dtm.host.checkpoint import Checkpoint, FloatArray
+from edge_dtm.host.treat import treat
+from edge_dtm.plan import TENSOR_ALIGNMENT_BYTES, Plan, Treatment, tensor_bytes, uniform
+
+Importance = Mapping[str, FloatArray | None]
+KEY_SDT, KEY_FDT, KEY_PLAN = "edge_dtm.heldout_sdt", "edge_dtm.heldout_fdt", "edge_dtm.plan_sha256"
+
+
+def _writer(checkpoint: Checkpoint, plan: Plan, path: Path) -> gguf.GGUFWriter:
+    """A writer with all metadata and tensor heads; its size does not depend on the plan."""
+    c = checkpoint.config
+    w = gguf.GGUFWriter(path, "llama")
+    w.add_name(c.name)
+    w.add_vocab_size(c.vocab)
+    w.add_context_length(c.context_length)
+    w.add_embedding_length(c.hidden)
+    w.add_block_count(c.layers)
+    w.add_feed_forward_length(c.ffn)
+    w.add_head_count(c.heads)
+    w.add_head_count_kv(c.kv_heads)
+    w.add_key_length(c.head_dim)
+    w.add_value_length(c.head_dim)
+    w.add_rope_dimension_count(c.head_dim)
+    w.add_rope_freq_base(c.rope_theta)
+    w.add_layer_norm_rms_eps(c.rms_epsilon)
+    if c.rope_linear:
+        w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        w.add_rope_scaling_factor(c.rope_linear)
+    w.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    checkpoint.tokenizer.add_metadata(w)
+    w.add_string("edge_dtm.version", __version__)
+    w.add_string("edge_dtm.gguf_py_version", _gguf_version())
+    w.add_string(KEY_PLAN, plan.hash)
+    # Both are measured on this very file in llama.cpp, hence written in place afterwards.
+    w.add_float32(KEY_SDT, math.nan)
+    w.add_float32(KEY_FDT, math.nan)
+    for name, length in checkpoint.vectors():
+        w.add_tensor_info(name, (length,), np.dtype(np.float32), 4 * length)
+    for component, treatment in zip(plan.components, plan.treatments, strict=True):
+        kind = gguf.GGMLQuantizationType[treatment.type]
+        w.add_tensor_info(
+            component.name + ".weight",
+            (component.rows, component.row_length),
+            np.dtype(np.float32),
+            _data_bytes(component.rows, component.row_length, kind),
+            raw_dtype=kind,
+        )
+    return w
+
+
+def _gguf_version() -> str:
+    from importlib.metadata import version
+
+    return version("gguf")
+
+
+def _data_bytes(rows: int, row_length: int, kind: gguf.GGMLQuantizationType) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    return int(rows * row_length // block * size)
+
+
+def _write_head(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
+def fixed_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the file besides the components: metadata, tensor heads, norms, biases."""
+    plan = uniform(checkpoint.components(), "F32", 0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "head.gguf"
+        writer = _writer(checkpoint, plan, path)
+        _write_head(writer)
+        writer.close()
+        head = path.stat().st_size
+    head += -head % TENSOR_ALIGNMENT_BYTES
+    return head + sum(tensor_bytes("F32", 1, length) for _, length in checkpoint.vectors())
+
+
+def export_gguf(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    path: Path,
+    importance: Importance,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write the GGUF to `path` through a temporary name, after it was read back and compared.
+
+    importance: component -> float32 (row_length,) or None. progress: called with weights written.
+    EdgeDtmError when the disk is full or what was written is not what the plan says.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        writer = _writer(checkpoint, plan, temporary)
+        try:
+            _write_head(writer)
+            for name, _ in checkpoint.vectors():
+                writer.write_tensor_data(checkpoint.tensor(name))
+            for component, treatment in zip(plan.components, plan.treatments, strict=True):
+                weights = checkpoint.tensor(component.name + ".weight")
+                writer.write_tensor_data(treat(weights, treatment, importance.get(component.name)))
+                if progress:
+                    progress(component.weights)
+            writer.flush()
+            assert writer.fout is not None
+            os.fsync(writer.fout[0].fileno())
+        finally:
+            writer.close()
+        compare_with_plan(temporary, plan)
+        temporary.replace(path)
+    except OSError as error:
+        raise EdgeDtmError(
+            f"{path} could not be written ({error.strerror or error}); it takes "
+            f"{plan.size_bytes:,} bytes: free some space or choose another folder"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def compare_with_plan(path: Path, plan: Plan) -> None:
+    """EdgeDtmError listing every tensor whose type or shape is not the plan's, or a wrong size."""
+    reader = gguf.GGUFReader(path)
+    found = {
+        t.name: (t.tensor_type.name, tuple(int(n) for n in reversed(t.shape)))
+        for t in reader.tensors
+    }
+    wrong = []
+    for component, treatment in zip(plan.components, plan.treatments, strict=True):
+        expected = (treatment.type, (component.rows, component.row_length))
+        if found.get(component.name + ".weight") != expected:
+            wrong.append(f"{component.name} is {found.get(component.name + '.weight')}, not {expected}")
+    if path.stat().st_size != plan.size_bytes:
+        wrong.append(f"the file has {path.stat().st_size:,} bytes, not {plan.size_bytes:,}")
+    if wrong:
+        raise EdgeDtmError(f"{path} is not what the plan says: {'; '.join(wrong)}; please report this")
+
+
+def write_measured(path: Path, sdt: float, fdt: float) -> None:
+    """Put the measured SDT (share) and mean FDT (tokens) into the file, in place."""
+    reader = gguf.GGUFReader(path, "r+")
+    for key, value in ((KEY_SDT, sdt), (KEY_FDT, fdt)):
+        field = reader.get_field(key)
+        assert field is not None
+        field.parts[field.data[0]][0] = value
+    reader.data.flush()
+
+
+def zeros_found(path: Path) -> dict[str, float]:
+    """Share of exact zeros in each F32, F16 or Q8_0 matrix of a GGUF; other types are left out,
+    since their coarse grids round many weights to zero anyway."""
+    from edge_dtm import ggml
+
+    out = {}
+    for t in gguf.GGUFReader(path).tensors:
+        if len(t.shape) == 2 and t.tensor_type.name in ("F32", "F16", "Q8_0"):
+            row_length, rows = (int(n) for n in t.shape)
+            raw = np.ascontiguousarray(t.data).view(np.uint8).reshape(rows, -1)
+            values = ggml.dequantize(t.tensor_type.name, raw, row_length)
+            out[t.name.removesuffix(".weight")] = 1 - np.count_nonzero(values) / values.size
+    return out
+
+
+def f16_plan(checkpoint: Checkpoint, fixed: int) -> Plan:
+    """Every component in F16: llama.cpp's own noise floor is measured with it."""
+    components = checkpoint.components()
+    return Plan(components, tuple(Treatment("F16") for _ in components), fixed)
+
+
+def provenance(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Versions of everything that had a hand in the numbers."""
+    from importlib.metadata import version
+
+    packages = ("torch", "transformers", "gguf", "llama-cpp-python", "numpy")
+    return {
+        "model": checkpoint.config.name,
+        "model_sha256": checkpoint.check(),
+        "edge_dtm": __version__,
+        "packages": {p: version(p) for p in packages},
+    }
