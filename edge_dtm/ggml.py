@@ -25,7 +25,7 @@ ByteArray = npt.NDArray[np.uint8]
 
 
 class _TypeTraits(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012 (ctypes wants a plain list)
+    _fields_ = [
         ("type_name", ctypes.c_char_p),
         ("blck_size", ctypes.c_int64),
         ("blck_size_interleave", ctypes.c_int64),

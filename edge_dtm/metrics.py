@@ -94,7 +94,8 @@ def bootstrap(
     if sequences == 0:
         return 0.0, 0.0
     index = np.random.default_rng(seed).integers(0, sequences, (BOOTSTRAP_RESAMPLES, sequences))
-    low, high = np.percentile(statistic(index), [2.5, 97.5])
+    # No interpolation: between two infinities, which a ratio may have, it would give nan.
+    low, high = np.percentile(statistic(index), [2.5, 97.5], method="inverted_cdf")
     return float(low), float(high)
 
 
@@ -125,7 +126,8 @@ def paired_ratio_interval(
 
     def ratio(index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.asarray(ours[index].sum(axis=1) / theirs[index].sum(axis=1))
+            drawn = theirs[index].sum(axis=1)
+            return np.where(drawn > 0, ours[index].sum(axis=1) / drawn, np.inf)
 
     low, high = bootstrap(ratio, len(np.asarray(lengths)), seed)
     total = theirs.sum()

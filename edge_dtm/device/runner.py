@@ -323,9 +323,8 @@ class LlamaRunner:
                 f"{self.context_tokens}"
             )
         rates = (math.nan, math.nan)
-        for prompt, decode in ((min(prompt_tokens, 16), min(decode_tokens, 2)),) + (
-            (prompt_tokens, decode_tokens),
-        ):
+        warm_up = min(prompt_tokens, 16), min(decode_tokens, 2)
+        for prompt, decode in (warm_up, (prompt_tokens, decode_tokens)):
             self._lib.llama_memory_clear(self._memory, False)
             ids = np.random.default_rng(0).integers(0, self.n_vocab, prompt + decode)
             steps = [_Step(int(token), i, 0, 0, -1) for i, token in enumerate(ids)]

@@ -162,21 +162,6 @@ def write_measured(path: Path, sdt: float, fdt: float) -> None:
     reader.data.flush()
 
 
-def zeros_found(path: Path) -> dict[str, float]:
-    """Share of exact zeros in each F32, F16 or Q8_0 matrix of a GGUF; other types are left out,
-    since their coarse grids round many weights to zero anyway."""
-    from edge_dtm import ggml
-
-    out = {}
-    for t in gguf.GGUFReader(path).tensors:
-        if len(t.shape) == 2 and t.tensor_type.name in ("F32", "F16", "Q8_0"):
-            row_length, rows = (int(n) for n in t.shape)
-            raw = np.ascontiguousarray(t.data).view(np.uint8).reshape(rows, -1)
-            values = ggml.dequantize(t.tensor_type.name, raw, row_length)
-            out[t.name.removesuffix(".weight")] = 1 - np.count_nonzero(values) / values.size
-    return out
-
-
 def f16_plan(checkpoint: Checkpoint, fixed: int) -> Plan:
     """Every component in F16: llama.cpp's own noise floor is measured with it."""
     components = checkpoint.components()

@@ -1,0 +1,357 @@
+"""The command line: one command a stage. Parses, calls, prints; stages are imported inside their
+command, since `--help` has to answer at once on a slow device."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge_dtm import __version__
+from edge_dtm.errors import EdgeDtmError
+
+EXIT_ERROR, EXIT_USAGE, EXIT_VERIFIED_AND_FAILED = 1, 2, 3
+PATH = click.Path(path_type=Path)
+
+
+class Bytes(click.ParamType):
+    """A number of bytes with an optional unit: 105000000, 105M (10^6), 4.2G (10^9)."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text, factor = str(value).strip(), 1
+        if text and text[-1].upper() in "KMG":
+            factor = {"K": 10**3, "M": 10**6, "G": 10**9}[text[-1].upper()]
+            text = text[:-1]
+        try:
+            number = float(text) * factor
+        except ValueError:
+            self.fail(f"{value!r} is no size: write 105000000, 105M or 4.2G", param, ctx)
+        if not 0 < number < 2**63:
+            self.fail(f"{value!r} is no size a file can have", param, ctx)
+        return int(number)
+
+
+class Types(click.ParamType):
+    """GGML type names with commas between."""
+
+    name = "types"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        from edge_dtm.plan import CANDIDATE_TYPES
+
+        names = tuple(n.strip() for n in str(value).split(",") if n.strip())
+        unknown = [n for n in names if n not in CANDIDATE_TYPES]
+        if unknown or not names:
+            self.fail(
+                f"unknown types {', '.join(unknown) or '(none given)'}; choose among "
+                f"{', '.join(CANDIDATE_TYPES)}",
+                param,
+                ctx,
+            )
+        return names
+
+
+class Group(click.Group):
+    """Errors for people: one line on stderr, exit status 1, no traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgeDtmError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(EXIT_ERROR)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"error: {where}{error.strerror or error}", err=True)
+            ctx.exit(EXIT_ERROR)
+        except ImportError as error:
+            if error.name and error.name.split(".")[0] in ("torch", "transformers", "safetensors",
+                                                          "matplotlib", "jinja2", "sentencepiece"):  # fmt: skip
+                click.echo(
+                    f"error: this command needs {error.name}: pip install 'edge-dtm[host]'", err=True
+                )
+                ctx.exit(EXIT_ERROR)
+            raise
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="edge-dtm")
+def main() -> None:
+    """Ship a smaller Llama that still says the same words, and prove it on the device.
+
+    Exit status: 0 pass, 1 error, 2 wrong usage, 3 verified and failed.
+    """
+
+
+@main.command()
+@click.argument("model", type=PATH, required=False)
+@click.option("--profile", default="raspberrypi", show_default=True, help="Device profile: a name or a .toml file.")
+@click.option("-o", "--output", type=PATH, required=True, help="Folder of the bundle.")
+@click.option("--max-bytes", type=Bytes(), help="File size limit, instead of the profile's: N, NM or NG.")
+@click.option("--max-sdt", type=click.FloatRange(0, 1, min_open=True), help="Smallest file with at most this SDT (0.02 is 2 %).")
+@click.option("--min-fdt", type=click.FloatRange(0, min_open=True), help="Smallest file with at least this mean FDT, in tokens.")
+@click.option("--sparsity", type=click.FloatRange(0, 0.5), default=0.0, help="Average share of zeros over the block matrices.")
+@click.option("--types", type=Types(), help="GGML types that may be used, with commas between.")
+@click.option("--prompts", type=PATH, help="Text lines, or JSONL with `prompt` or `messages`.")
+@click.option("--tokens", type=click.IntRange(2, 4096), default=96, show_default=True, help="Greedy tokens a prompt.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
+def compress(
+    model: Path | None,
+    profile: str,
+    output: Path,
+    sparsity: float,
+    types: tuple[str, ...] | None,
+    **options: Any,
+) -> None:
+    """Measure MODEL (an HF folder or a GGUF), choose a treatment for every matrix, export one
+    GGUF, check it in llama.cpp and leave a bundle. Without MODEL: SmolLM2-135M-Instruct, as
+    tools/make_smollm2.py makes it."""
+    from edge_dtm.paths import default_model_dir
+    from edge_dtm.plan import CANDIDATE_TYPES
+    from edge_dtm.profiles import load_profile
+    from edge_dtm.progress import Stages
+
+    if sparsity and (options["max_sdt"] is not None or options["min_fdt"] is not None):
+        raise click.UsageError("--sparsity goes with a size, not with --max-sdt or --min-fdt")
+    device_profile = load_profile(profile)
+    if model is None:
+        model = default_model_dir()
+        if not model.is_dir():
+            raise EdgeDtmError(
+                f"no MODEL given and {model} is not there: run python tools/make_smollm2.py, or "
+                "give an HF checkpoint folder or a .gguf file"
+            )
+    from edge_dtm.host.compress import Settings
+    from edge_dtm.host.compress import compress as run
+
+    run(
+        Settings(
+            model=model,
+            out=output,
+            profile=device_profile,
+            types=types or CANDIDATE_TYPES,
+            zero_share=sparsity,
+            **options,
+        ),
+        Stages(),
+    )
+
+
+@main.command()
+@click.argument("bundle", type=PATH)
+@click.option("--png", type=PATH, help="Where to draw it [default: frontier.png in the bundle].")
+@click.option("--rows", type=click.IntRange(2), default=20, show_default=True, help="Rows of the table.")
+def frontier(bundle: Path, png: Path | None, rows: int) -> None:
+    """File size against predicted SDT and FDT, as a table and a PNG."""
+    from rich.console import Console
+    from rich.table import Table
+
+    plan = _read_json(bundle / "plan.json")
+    points, chosen = plan["frontier"], plan["predicted"]
+    step = max(1, (len(points) - 1) // (rows - 1))
+    shown = sorted({*range(0, len(points), step), len(points) - 1})
+    table = Table("bytes", "sigma", "predicted SDT", "predicted FDT", box=None, pad_edge=False)
+    for i in shown:
+        p = points[i]
+        table.add_row(f"{p['size_bytes']:,}", f"{p['sigma']:.3f}", f"{p['sdt']:.2%}", f"{p['fdt']:.1f}")
+    console = Console()
+    console.print(table)
+    console.print(f"chosen: predicted SDT {chosen['sdt']:.2%}, mean FDT {chosen['fdt']:.1f}")
+    target = png or bundle / "frontier.png"
+    from edge_dtm.host.figure import draw_frontier
+    from edge_dtm.plan import Plan
+
+    draw_frontier(points, Plan.from_json(plan).size_bytes, chosen, target)
+    console.print(f"drawn: {target}", highlight=False, soft_wrap=True)
+
+
+@main.command()
+@click.argument("bundle", type=PATH)
+@click.option("--mode", type=click.Choice(["teacher-forced", "generate"]), default="teacher-forced", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores].")
+@click.option("--max-sequences", type=click.IntRange(1), help="Replay only the first N sequences.")
+@click.option("--max-sdt", type=click.FloatRange(0, 1), help="Threshold instead of the manifest's, a share.")
+@click.option("--min-fdt", type=click.FloatRange(0), help="Threshold instead of the manifest's, in tokens.")
+@click.option("--json", "json_file", type=PATH, help="Also write the verdict as JSON.")
+def verify(bundle: Path, mode: str, json_file: Path | None, **options: Any) -> None:
+    """Replay the original's greedy outputs on this device and say pass (0) or fail (3).
+
+    BUNDLE is a folder or a packed file."""
+    from edge_dtm.device.verify import print_verdict
+    from edge_dtm.device.verify import verify as run
+    from edge_dtm.progress import Stages
+
+    verdict = run(bundle, mode=mode.replace("-", "_"), stages=Stages(), **options)
+    print_verdict(verdict)
+    if json_file is not None:
+        _write_json(json_file, verdict.to_json())
+    if not verdict.passed:
+        sys.exit(EXIT_VERIFIED_AND_FAILED)
+
+
+@main.command()
+@click.argument("bundle", type=PATH)
+@click.option("-o", "--output", type=PATH, help="The file to write [default: BUNDLE.tar.zst].")
+def pack(bundle: Path, output: Path | None) -> None:
+    """Make one .tar.zst file of a bundle; the same bundle always gives the same bytes."""
+    from edge_dtm.bundle import pack as run
+    from edge_dtm.progress import Stages
+
+    target = output or bundle.resolve().parent / f"{bundle.resolve().name}.tar.zst"
+    stages = Stages()
+    with stages("Packing", _folder_bytes(bundle)) as advance:
+        run(bundle, target, progress=advance)
+    click.echo(f"{target}: {target.stat().st_size:,} bytes")
+
+
+@main.command()
+@click.argument("file", type=PATH)
+@click.option("-o", "--output", type=PATH, help="The folder to make [default: FILE without .tar.zst].")
+def unpack(file: Path, output: Path | None) -> None:
+    """Check a packed bundle and make a folder of it."""
+    from edge_dtm.bundle import unpack as run
+    from edge_dtm.progress import Stages
+
+    name = file.name
+    for suffix in (".zst", ".tar"):
+        name = name.removesuffix(suffix)
+    target = output or file.resolve().parent / (name if name != file.name else f"{name}.bundle")
+    with Stages()("Unpacking", 0) as advance:
+        run(file, target, progress=advance)
+    click.echo(f"{target}")
+
+
+@main.command()
+@click.argument("file", type=PATH)
+@click.option("--json", "json_file", type=PATH, help="Also write it as JSON.")
+def inspect(file: Path, json_file: Path | None) -> None:
+    """Types, bytes, zeros and a map layer by layer of a bundle or any GGUF."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from edge_dtm import report
+    from edge_dtm.device.runner import check_gguf
+    from edge_dtm.inspect import describe
+
+    path = file / "model.gguf" if file.is_dir() else file
+    check_gguf(path)
+    tensors = describe(path)
+    counts: dict[str, list[int]] = {}
+    for t in tensors:
+        entry = counts.setdefault(t.type, [0, 0])
+        entry[0], entry[1] = entry[0] + 1, entry[1] + t.size_bytes
+    console = Console()
+    table = Table("type", "tensors", "bytes", "share", box=None, pad_edge=False)
+    size = path.stat().st_size
+    for name, (n, total) in sorted(counts.items(), key=lambda item: -item[1][1]):
+        table.add_row(name, str(n), f"{total:,}", f"{total / size:.1%}")
+    console.print(f"{path}: {size:,} bytes", highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(report.map_table({t.component: t.text for t in tensors if t.is_matrix}))
+    if any(t.zero_share is not None and t.zero_share >= 0.05 for t in tensors):
+        console.print(f"%0: share of exact zeros (F16, Q8_0), shown from 5 %. {report.ZEROS_NOTE}")
+    if json_file is not None:
+        _write_json(json_file, {"file": path.name, "size_bytes": size, "tensors": [t.to_json() for t in tensors]})
+
+
+@main.command()
+@click.argument("gguf_file", metavar="MODEL.gguf", type=PATH)
+@click.option("--reference", type=PATH, required=True, help="A reference.npz, or a bundle's folder.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores].")
+@click.option("--json", "json_file", type=PATH, help="Also write the result as JSON.")
+def measure(gguf_file: Path, reference: Path, threads: int | None, json_file: Path | None) -> None:
+    """FDT and SDT of anybody's GGUF against a reference, teacher-forced in llama.cpp."""
+    from edge_dtm.device.runner import (
+        LlamaRunner, RunSettings, check_gguf, context_needed, default_threads, replay_tokens,
+    )  # fmt: skip
+    from edge_dtm.metrics import compare, perplexity
+    from edge_dtm.progress import Stages
+    from edge_dtm.reference import HELD_OUT, Reference
+    from edge_dtm.report import interval
+
+    check_gguf(gguf_file)
+    path = reference / "reference.npz" if reference.is_dir() else reference
+    held_out = Reference.load(path).part(HELD_OUT)
+    settings = RunSettings(threads=threads or default_threads())
+    with (
+        Stages()("Replaying", replay_tokens(held_out)) as advance,
+        LlamaRunner(gguf_file, settings, context_needed(held_out)) as runner,
+    ):
+        record = runner.teacher_forced(held_out, advance)
+    lengths = held_out.generated_lengths
+    result = compare(held_out.generated_ids, record.ids, lengths, held_out.margins)
+    data = {
+        **result.to_json(),
+        "perplexity": perplexity(record.reference_log_probabilities, lengths),
+        "prefill_tokens_per_s": record.prefill_tokens_per_s,
+        "size_bytes": gguf_file.stat().st_size,
+    }
+    click.echo(f"SDT {interval(data['sdt'], True)}")
+    click.echo(f"mean FDT {interval(data['fdt'], False)} of at most {held_out.generated_ids.shape[1]}")
+    click.echo(f"{result.identical_share:.1%} of {result.sequences} sequences without divergence")
+    click.echo(f"perplexity on the original's text {data['perplexity']:.4f}")
+    if json_file is not None:
+        _write_json(json_file, data)
+
+
+@main.group()
+def profiles() -> None:
+    """Device profiles: what a device can hold and read."""
+
+
+@profiles.command("list")
+def profiles_list() -> None:
+    """All packaged profiles, a line each."""
+    from edge_dtm.profiles import list_profiles
+
+    for p in list_profiles():
+        click.echo(f"{p.name:18} {p.ram_bytes / 1e9:5.1f} GB RAM  {p.description}")
+
+
+@profiles.command("show")
+@click.argument("name")
+def profiles_show(name: str) -> None:
+    """Every number of a profile with its source."""
+    from dataclasses import fields
+
+    from edge_dtm.profiles import load_profile
+
+    profile = load_profile(name)
+    for f in fields(profile):
+        if f.name == "sources":
+            continue
+        click.echo(f"{f.name} = {getattr(profile, f.name)}")
+        if f.name in profile.sources:
+            click.echo(f"    {profile.sources[f.name]}")
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.glob("*") if p.is_file())
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EdgeDtmError(f"{path} does not exist: give a folder that compress made") from None
+    except ValueError as error:
+        raise EdgeDtmError(f"{path} is no JSON ({error}): make the bundle again") from None
+
+
+def _write_json(path: Path, data: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+

@@ -1,0 +1,488 @@
+"""The pipeline from checkpoint to bundle, stage by stage; each leaves a file to resume from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+from edge_dtm import bundle, report
+from edge_dtm.device.runner import LlamaRunner, Record, RunSettings, context_needed, replay_tokens
+from edge_dtm.errors import EdgeDtmError
+from edge_dtm.host import export
+from edge_dtm.host.checkpoint import Checkpoint, open_checkpoint
+from edge_dtm.host.generate import check_lengths, generate_reference, split_rows
+from edge_dtm.host.model import choose_device, load_model
+from edge_dtm.host.prompts import Prompt, packaged_prompts, read_prompts, sample_prefixes
+from edge_dtm.host.sensitivity import Activations, component_importance, sensitivity
+from edge_dtm.host.tokenizer import NASTY_STRINGS, tokenization_mismatches
+from edge_dtm.inspect import describe
+from edge_dtm.metrics import Divergence, compare, divergent_mask, perplexity
+from edge_dtm.plan import CANDIDATE_TYPES, Plan, Treatment, candidate_treatments
+from edge_dtm.profiles import ByteBudget, DeviceProfile, byte_budget
+from edge_dtm.progress import Stages
+from edge_dtm.reference import CALIBRATION, HELD_OUT, Reference, load_npz, save_npz
+from edge_dtm.search import (
+    CostTable,
+    FrontierPoint,
+    Prediction,
+    Predictor,
+    frontier,
+    search,
+    smallest_meeting,
+)
+
+SAMPLED_PROMPTS = 40
+HELD_OUT_SHARE = 2 / 3
+GRADIENT_SEQUENCES = 32  # enough for the ranking; more only narrows each cost (z^2 is a chi^2)
+COMPUTE_BUFFER_BYTES = 64 * 2**20  # llama.cpp's graph buffers, besides the logits of one batch
+TARGET_TRIES = 4
+# Healthy ARM kernels differ from x86 in up to 8 % of the argmaxes (Q4_0) at a KL of 0.008 nats
+# (measured under emulation, see docs); these bounds leave room above that.
+MAX_SDT_VS_HOST, MAX_KL_VS_HOST = 0.12, 0.05
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `edge-dtm compress` was asked for. max_sdt and zero_share are shares, min_fdt tokens."""
+
+    model: Path
+    out: Path
+    profile: DeviceProfile
+    max_bytes: int | None = None
+    max_sdt: float | None = None
+    min_fdt: float | None = None
+    types: tuple[str, ...] = CANDIDATE_TYPES
+    zero_share: float = 0.0
+    prompts: Path | None = None
+    tokens: int = 96
+    device: str = "auto"
+    seed: int = 0
+    resume: bool = True
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What llama.cpp said about one GGUF on the held-out sequences."""
+
+    record: Record
+    divergence: Divergence
+    perplexity: float
+
+
+def compress(settings: Settings, stages: Stages) -> Path:
+    """Make the bundle in settings.out and return that folder. EdgeDtmError on anything that
+    cannot be done, before the long part wherever it can be known."""
+    run = _Run(settings, stages)
+    run.prepare()
+    reference = run.reference()
+    table, importance = run.costs(reference)
+    predictor = Predictor(
+        reference.part(CALIBRATION).margins, reference.part(CALIBRATION).generated_lengths
+    )
+    floor = run.noise_floor(reference, importance)
+    plan, point, measured = run.best(table, predictor, importance, reference)
+    run.finish(table, predictor, plan, point, measured, floor, reference)
+    return settings.out
+
+
+class _Run:
+    def __init__(self, settings: Settings, stages: Stages) -> None:
+        self.s, self.stages = settings, stages
+        self.work = settings.out / "work"
+        self.threads = os.cpu_count() or 1
+        self.run_settings = RunSettings(threads=self.threads)
+
+    def prepare(self) -> None:
+        """Everything that can fail early does so here."""
+        s = self.s
+        self.torch_device = choose_device(s.device)
+        self.checkpoint: Checkpoint = open_checkpoint(s.model)
+        if self.checkpoint.on_grid:
+            self.stages.note(
+                f"warning: {s.model.name} is already quantized ({self.checkpoint.on_grid}): its "
+                "weights lie on that grid, which flatters types of the same grid; start from the "
+                "unquantized checkpoint where you can"
+            )
+        config = self.checkpoint.config
+        self.components = self.checkpoint.components()
+        unfit = [c.name for c in self.components if not any(c.fits(t) for t in s.types)]
+        if unfit:
+            raise EdgeDtmError(
+                f"none of --types {','.join(s.types)} divides the rows of {len(unfit)} components "
+                f"({', '.join(unfit[:3])}, ...): add a type with blocks of 32, for example Q8_0"
+            )
+        _check_folder(s.out)
+        tokenizer = self.checkpoint.tokenizer
+        self.prompts: list[Prompt] = (
+            read_prompts(s.prompts, tokenizer) if s.prompts else packaged_prompts(tokenizer)
+        )
+        check_lengths(self.prompts, s.tokens, config.context_length)
+        with self.stages("Checking the checkpoint", sum(c.weights for c in self.components)) as advance:
+            self.checkpoint.check(advance)
+        self.fixed_bytes = export.fixed_bytes(self.checkpoint)
+        self.f16_bytes = export.f16_plan(self.checkpoint, self.fixed_bytes).size_bytes
+        self.budget = self._budget(config.context_length, config.kv_bytes_per_token, config.vocab)
+        smallest = self.fixed_bytes + sum(
+            min(c.size_bytes(Treatment(t)) for t in s.types if c.fits(t)) for c in self.components
+        )
+        if smallest > self.max_bytes:
+            raise EdgeDtmError(
+                f"the smallest plan takes {smallest:,} bytes, the budget is {self.max_bytes:,}: "
+                "raise --max-bytes, allow smaller --types or choose a smaller model"
+            )
+        if not s.resume:
+            shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(parents=True, exist_ok=True)
+        needed = 2 * self.f16_bytes
+        if shutil.disk_usage(self.work).free < needed:
+            raise EdgeDtmError(
+                f"{s.out} has {shutil.disk_usage(self.work).free:,} bytes free, about {needed:,} "
+                "are needed: free some space or choose another folder"
+            )
+        self.key = _key(
+            {
+                "model": self.checkpoint.check(),
+                "seed": s.seed,
+                "tokens": s.tokens,
+                "prompts": [p.ids for p in self.prompts],
+                "sampled": SAMPLED_PROMPTS,
+                "held_out": HELD_OUT_SHARE,
+                "versions": export.provenance(self.checkpoint)["packages"],
+            }
+        )
+
+    def _budget(self, context: int, kv_bytes_per_token: int, vocab: int) -> ByteBudget | None:
+        """The profile's budget, and self.max_bytes, which --max-bytes overrides."""
+        if self.s.max_bytes is not None:
+            self.max_bytes = self.s.max_bytes
+            self.budget_text = f"Budget: {self.max_bytes:,} bytes, as asked for."
+            self.stages.note(self.budget_text)
+            return None
+        budget = byte_budget(
+            self.s.profile,
+            kv_bytes_per_token=kv_bytes_per_token,
+            compute_buffer_bytes=COMPUTE_BUFFER_BYTES + self.run_settings.batch_tokens * vocab * 4,
+            f16_file_bytes=self.f16_bytes,
+            n_ctx=min(self.s.profile.n_ctx, context),
+        )
+        self.max_bytes = budget.bytes
+        self.budget_text = budget.explain()
+        self.stages.note(self.budget_text)
+        return budget
+
+    def _model(self) -> Any:
+        if not hasattr(self, "_loaded"):
+            with self.stages("Loading the model", 1):
+                self._loaded = load_model(self.checkpoint, self.torch_device)
+        return self._loaded
+
+    def reference(self) -> Reference:
+        """The original's greedy tokens on all prompts, from the work folder or made now."""
+        path = self.work / f"reference-{self.key}.npz"
+        if path.is_file():
+            self.stages.note("Greedy reference: taken from the work folder")
+            return Reference.load(path)
+        s, model = self.s, self._model()
+        with self.stages("Sampling prompts", 1):
+            own = sample_prefixes(model, self.checkpoint.tokenizer, self.prompts, SAMPLED_PROMPTS, s.seed)
+        prompts = list(dict.fromkeys([*self.prompts, *own]))
+        split = split_rows(len(prompts), round(len(prompts) * HELD_OUT_SHARE), s.seed)
+        with self.stages("Greedy reference", len(prompts) * s.tokens) as advance:
+            reference = generate_reference(
+                model,
+                prompts,
+                tokens=s.tokens,
+                eos_ids=self.checkpoint.tokenizer.eos_ids,
+                split=split,
+                provenance={
+                    **export.provenance(self.checkpoint),
+                    "seed": s.seed,
+                    "tokens": s.tokens,
+                    "device": str(self.torch_device),
+                },
+                parts=self.work / f"reference-{self.key}.parts",
+                progress=advance,
+            )
+        reference.save(path)
+        shutil.rmtree(self.work / f"reference-{self.key}.parts", ignore_errors=True)
+        return reference
+
+    def costs(self, reference: Reference) -> tuple[CostTable, export.Importance]:
+        """The cost of every treatment of every component, and the importance vectors."""
+        types = [*CANDIDATE_TYPES, *(t for t in self.s.types if t not in CANDIDATE_TYPES)]
+        treatments = [candidate_treatments(c, types) for c in self.components]
+        key = f"{self.key}-{_key(types)}"
+        results, vectors = self.work / f"costs-{key}.jsonl", self.work / f"importance-{key}.npz"
+        calibration = reference.part(CALIBRATION)
+        calibration = calibration.rows(np.arange(min(GRADIENT_SEQUENCES, len(calibration))))
+        activations = Activations(self.work / f"activations-{self.key}", calibration, self.components)
+        tied = self.checkpoint.config.tied
+        names = [c.name for c in self.components if tied or c.name != "token_embd"]
+        if not vectors.is_file():
+            with self.stages("Gradients", len(calibration)) as advance:
+                activations.capture(self._model(), self.s.seed, advance)
+            self.__dict__.pop("_loaded", None)
+            with self.stages("Sensitivity", sum(c.weights for c in self.components)) as advance:
+                sensitivity(
+                    activations,
+                    self.components,
+                    treatments,
+                    self.checkpoint.hf_tensor,
+                    self.torch_device,
+                    tied,
+                    results,
+                    advance,
+                )
+            arrays = {
+                c.name: component_importance(activations, c, tied)
+                for c in self.components
+                if c.name in names
+            }
+            save_npz(vectors, {k: v for k, v in arrays.items() if v is not None}, {"kind": "importance"})
+        else:
+            self.stages.note("Sensitivity: taken from the work folder")
+        activations.remove()
+        loaded, _ = load_npz(vectors, names, "importance")
+        costs = sensitivity(
+            activations, self.components, treatments, self.checkpoint.hf_tensor,
+            self.torch_device, tied, results,
+        )  # fmt: skip
+        table = CostTable(
+            self.components,
+            tuple(map(tuple, treatments)),
+            tuple(map(tuple, costs)),
+            self.fixed_bytes,
+        )
+        return table, loaded
+
+    def measure(self, path: Path, reference: Reference, title: str) -> Measured:
+        """Replay the held-out part in llama.cpp, teacher-forced."""
+        held_out = reference.part(HELD_OUT)
+        with (
+            self.stages(title, replay_tokens(held_out)) as advance,
+            LlamaRunner(path, self.run_settings, context_needed(held_out)) as runner,
+        ):
+            record = runner.teacher_forced(held_out, advance)
+        return self._judge(record, held_out)
+
+    def _judge(self, record: Record, held_out: Reference, near_tie: float = 0.0) -> Measured:
+        lengths = held_out.generated_lengths
+        return Measured(
+            record,
+            compare(held_out.generated_ids, record.ids, lengths, held_out.margins, near_tie),
+            perplexity(record.reference_log_probabilities, lengths),
+        )
+
+    def noise_floor(self, reference: Reference, importance: export.Importance) -> dict[str, Any]:
+        """SDT and FDT of the uncompressed F16 model in llama.cpp: nothing can be below that."""
+        saved = self.work / f"floor-{self.key}.npz"
+        held_out = reference.part(HELD_OUT)
+        if saved.is_file():
+            floor = self._judge(Record.load(saved), held_out)
+        else:
+            plan = export.f16_plan(self.checkpoint, self.fixed_bytes)
+            path = self.work / "f16.gguf"
+            with self.stages("Exporting F16", sum(c.weights for c in self.components)) as advance:
+                export.export_gguf(self.checkpoint, plan, path, importance, advance)
+            floor = self.measure(path, reference, "Noise floor in llama.cpp")
+            floor.record.save(saved)
+            path.unlink()
+        mask = divergent_mask(held_out.generated_ids, floor.record.ids, held_out.generated_lengths)
+        ties = held_out.margins[mask]
+        self.near_tie_margin = float(np.percentile(ties, 95)) if ties.size else 0.0
+        return {
+            **floor.divergence.to_json(),
+            "perplexity": floor.perplexity,
+            "near_tie_margin": self.near_tie_margin,
+            "type": "F16",
+        }
+
+    def best(
+        self,
+        table: CostTable,
+        predictor: Predictor,
+        importance: export.Importance,
+        reference: Reference,
+    ) -> tuple[Plan, Prediction, Measured]:
+        """The plan, exported to the work folder and measured; with a target, the next size is
+        tried when the measurement misses it."""
+        s = self.s
+        allowed = table.restricted(s.types, sparse=s.zero_share > 0)
+        targeted = s.max_sdt is not None or s.min_fdt is not None
+        points = frontier(allowed, predictor) if targeted else []
+        want_sdt, want_fdt = s.max_sdt, s.min_fdt
+        for attempt in range(TARGET_TRIES):
+            limit = self._target_bytes(points, want_sdt, want_fdt) if targeted else self.max_bytes
+            plan = search(allowed, limit, s.zero_share)
+            prediction = predictor.predict(table.cost(plan))
+            measured = self._export_and_measure(plan, importance, reference)
+            found = measured.divergence
+            missed_sdt = s.max_sdt is not None and found.sdt.value > s.max_sdt
+            missed_fdt = s.min_fdt is not None and found.fdt.value < s.min_fdt
+            if not missed_sdt and not missed_fdt:
+                return plan, prediction, measured
+            # Ask the predictor for as much more as it was wrong by, and a little.
+            if want_sdt is not None and missed_sdt:
+                want_sdt = min(want_sdt, prediction.sdt) * s.max_sdt / found.sdt.value * 0.98  # type: ignore[operator]
+            if want_fdt is not None and missed_fdt:
+                want_fdt = max(want_fdt, prediction.fdt) * s.min_fdt / found.fdt.value * 1.02  # type: ignore[operator]
+            self.stages.note(
+                f"try {attempt + 1}: measured SDT {found.sdt.value:.2%}, mean FDT "
+                f"{found.fdt.value:.1f}, which misses the target; trying a larger file"
+            )
+        raise EdgeDtmError(
+            f"the target was missed {TARGET_TRIES} times, last with SDT {found.sdt.value:.2%} and "
+            f"mean FDT {found.fdt.value:.1f} at {plan.size_bytes:,} bytes: relax the target"
+        )
+
+    def _target_bytes(
+        self, points: Sequence[FrontierPoint], max_sdt: float | None, min_fdt: float | None
+    ) -> int:
+        point = smallest_meeting(points, max_sdt, min_fdt)
+        if point.size_bytes > self.max_bytes:
+            raise EdgeDtmError(
+                f"the target needs about {point.size_bytes:,} bytes, the budget is "
+                f"{self.max_bytes:,}: raise --max-bytes or relax --max-sdt/--min-fdt"
+            )
+        return point.size_bytes
+
+    def _export_and_measure(
+        self, plan: Plan, importance: export.Importance, reference: Reference
+    ) -> Measured:
+        path, saved = self.work / "model.gguf", self.work / f"host-{self.key}-{plan.hash[:16]}.npz"
+        if not path.is_file() or not _is_plan(path, plan):
+            with self.stages("Exporting the plan", sum(c.weights for c in self.components)) as advance:
+                export.export_gguf(self.checkpoint, plan, path, importance, advance)
+        texts = [*NASTY_STRINGS, *(str(t) for t in reference.texts)]
+        wrong = tokenization_mismatches(self.checkpoint.tokenizer, path, texts)
+        if wrong:
+            raise EdgeDtmError(
+                f"llama.cpp tokenizes {len(wrong)} of {len(texts)} strings otherwise than the "
+                f"checkpoint's tokenizer, first: {wrong[0]}; this tokenizer is not supported"
+            )
+        held_out = reference.part(HELD_OUT)
+        if saved.is_file():
+            return self._judge(Record.load(saved), held_out, self.near_tie_margin)
+        measured = self.measure(path, reference, "Plan in llama.cpp")
+        measured.record.save(saved)
+        return self._judge(measured.record, held_out, self.near_tie_margin)
+
+    def finish(
+        self,
+        table: CostTable,
+        predictor: Predictor,
+        plan: Plan,
+        prediction: Prediction,
+        measured: Measured,
+        floor: Mapping[str, Any],
+        reference: Reference,
+    ) -> None:
+        """Put the bundle's files in their place, the manifest last."""
+        s, out = self.s, self.s.out
+        d = measured.divergence
+        held_out = reference.part(HELD_OUT)
+        dense = table.restricted(s.types, sparse=False)
+        plan_json = {
+            **plan.to_json(),
+            "sha256": plan.hash,
+            "predicted": prediction.to_json(),
+            "frontier": [p.to_json() for p in frontier(dense, predictor)],
+            "costs": [
+                {"name": c.name, "costs": {str(t): v for t, v in zip(ts, cs, strict=True)}}
+                for c, ts, cs in zip(table.components, table.treatments, table.costs, strict=True)
+            ],
+            "units": {"size": "bytes", "cost": "logits squared", "sigma": "logits", "fdt": "tokens"},
+        }
+        (self.work / "plan.json").write_text(json.dumps(plan_json, indent=1, sort_keys=True) + "\n")
+        held_out.save(self.work / "reference.npz")
+        measured.record.save(self.work / "host.npz")
+        export.write_measured(self.work / "model.gguf", d.sdt.value, d.fdt.value)
+        original = held_out.top_logits[:, :, 0] - held_out.log_normalizers
+        results = {
+            **d.to_json(),
+            "predicted": prediction.to_json(),
+            "perplexity": measured.perplexity,
+            "original_perplexity": perplexity(original, held_out.generated_lengths),
+            "noise_floor": dict(floor),
+            "size_bytes": plan.size_bytes,
+            "f16_bytes": self.f16_bytes,
+            "zero_share": plan.zero_share,
+            "run_settings": self.run_settings.to_json(),
+        }
+        details = {
+            **export.provenance(self.checkpoint),
+            "profile": s.profile.name,
+            "budget": self.budget_text,
+            "max_bytes": self.max_bytes,
+            "seed": s.seed,
+            "tokens": s.tokens,
+            "types": list(s.types),
+            "prompts": s.prompts.name if s.prompts else "packaged",
+            "calibration_sequences": int((reference.split == CALIBRATION).sum()),
+            "held_out_sequences": len(held_out),
+        }
+        thresholds = bundle.Thresholds(
+            max_sdt=s.max_sdt if s.max_sdt is not None else d.sdt.high,
+            min_fdt=s.min_fdt if s.min_fdt is not None else d.fdt.low,
+            max_sdt_vs_host=MAX_SDT_VS_HOST,
+            max_kl_vs_host=MAX_KL_VS_HOST,
+        )
+        zeros = (
+            {t.component: t.zero_share or 0.0 for t in describe(self.work / "model.gguf")}
+            if plan.zero_share
+            else {}
+        )
+        (self.work / "report.md").write_text(report.markdown(plan, results, details, zeros))
+        files = ["model.gguf", "reference.npz", "host.npz", "plan.json", "report.md"]
+        # An old manifest would vouch for files that are being replaced.
+        (out / "manifest.json").unlink(missing_ok=True)
+        for name in files:
+            (self.work / name).replace(out / name)
+        bundle.write_manifest(out, files, thresholds, details, results)
+        self.stages.note("")
+        report.print_summary(self.stages.console, plan, results, details, self.stages.seconds, out)
+
+
+def _is_plan(path: Path, plan: Plan) -> bool:
+    """Whether a file left by an earlier run is the plan's, by its own words and its tensors."""
+    import gguf
+
+    try:
+        field = gguf.GGUFReader(path).get_field(export.KEY_PLAN)
+        if field is None or field.contents() != plan.hash:
+            return False
+        export.compare_with_plan(path, plan)
+    except (EdgeDtmError, ValueError, OSError, IndexError, KeyError):
+        return False
+    return True
+
+
+def _key(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise EdgeDtmError(f"{out} is a file: give a folder to -o")
+    known = {"work", "manifest.json", "model.gguf", "reference.npz", "host.npz", "plan.json",
+             "report.md", "frontier.png"}  # fmt: skip
+    foreign = sorted(p.name for p in out.iterdir() if p.name not in known) if out.exists() else []
+    if foreign:
+        raise EdgeDtmError(
+            f"{out} holds other files ({', '.join(foreign[:3])}): give a new or a bundle's folder"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EdgeDtmError(f"{out} cannot be made ({error.strerror}): choose another folder") from None
+
+

@@ -1,0 +1,145 @@
+"""Results in, tables out: for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_dtm.plan import Plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+ZEROS_NOTE = (
+    "Zeros make the packed artifact smaller (zstd), not the file, its memory or its speed: "
+    "llama.cpp has no sparse kernels."
+)
+
+
+def interval(data: Mapping[str, float], percent: bool) -> str:
+    """`2.61 % (2.20 to 3.05)` from an Interval's JSON."""
+    scale, digits = (100, 2) if percent else (1, 1)
+    v, low, high = (f"{data[k] * scale:.{digits}f}" for k in ("value", "low", "high"))
+    return f"{v}{' %' if percent else ''} ({low} to {high})"
+
+
+def rows(measured: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(what, measured, predicted, noise floor) for each figure."""
+    p, f = measured["predicted"], measured["noise_floor"]
+    return [
+        ("SDT, share of divergent tokens", interval(measured["sdt"], True),
+         f"{p['sdt']:.2%}".replace("%", " %"), interval(f["sdt"], True)),
+        ("mean FDT, first divergent token", interval(measured["fdt"], False),
+         f"{p['fdt']:.1f}", interval(f["fdt"], False)),
+        ("sequences without divergence", f"{measured['identical_share']:.1%}", "",
+         f"{f['identical_share']:.1%}"),
+        ("perplexity on the original's text", f"{measured['perplexity']:.4f}", "",
+         f"{f['perplexity']:.4f}"),
+    ]  # fmt: skip
+
+
+def markdown(
+    plan: Plan,
+    measured: Mapping[str, Any],
+    details: Mapping[str, Any],
+    zeros: Mapping[str, float],
+) -> str:
+    """report.md of a bundle. zeros: share of zeros found in the GGUF, by component."""
+    out = [
+        f"# {details['model']} for {details['profile']}",
+        "",
+        f"{measured['size_bytes']:,} bytes, {measured['size_bytes'] / measured['f16_bytes']:.1%} of "
+        f"the F16 file ({measured['f16_bytes']:,}). {details['budget']}",
+        "",
+        f"Measured in llama.cpp on {measured['sequences']} held-out sequences "
+        f"({measured['tokens']:,} tokens), in brackets 95 % bootstrap intervals over sequences. "
+        "The noise floor is the uncompressed F16 model in llama.cpp against the same reference.",
+        "",
+        "| | this model | predicted | noise floor |",
+        "|---|---|---|---|",
+        *(f"| {' | '.join(r)} |" for r in rows(measured)),
+        "",
+        f"The original's own perplexity on that text is {measured['original_perplexity']:.4f}. "
+        f"{measured['near_tie_share']:.2%} of the positions diverge where the original itself was "
+        f"undecided (margin up to {measured['near_tie_margin']:.3f}, the noise floor's own).",
+        "",
+        "## Treatments",
+        "",
+        "| treatment | components | bytes |",
+        "|---|---|---|",
+        *(f"| {name} | {n} | {size:,} |" for name, (n, size) in plan.type_counts().items()),
+        "",
+        "## Layer by layer",
+        "",
+        f"| layer | {' | '.join(PARTS)} |",
+        f"|---|{'---|' * len(PARTS)}",
+        *(f"| {layer} | {' | '.join(cells)} |" for layer, cells in layer_map(plan)),
+        "",
+    ]
+    if plan.zero_share:
+        found = {n: z for n, z in zeros.items() if plan.by_name()[n].zero_share}
+        out += [
+            "## Zeros",
+            "",
+            f"{plan.zero_share:.2%} of the block matrices' weights are zeros of masks, in "
+            f"{len(found)} components. {ZEROS_NOTE}",
+            "",
+            "| component | zeros asked for | zeros found |",
+            "|---|---|---|",
+            *(f"| {n} | {plan.by_name()[n].zero_share:.2%} | {z:.2%} |" for n, z in found.items()),
+            "",
+        ]
+    out += ["## Provenance", "", *(f"- {k}: {v}" for k, v in details.items()), ""]
+    return "\n".join(out)
+
+
+def layer_map(plan: Plan) -> list[tuple[str, list[str]]]:
+    """(layer, one text a part), the embedding and the head first."""
+    return layer_map_of({name: str(t) for name, t in plan.by_name().items()})
+
+
+def layer_map_of(texts: Mapping[str, str]) -> list[tuple[str, list[str]]]:
+    """The same for any component -> text."""
+    blank = [""] * (len(PARTS) - 1)
+    out = [(n, [texts[n], *blank]) for n in ("token_embd", "output") if n in texts]
+    layers = sorted({int(n.split(".")[1]) for n in texts if n.startswith("blk.")})
+    out += [(str(i), [texts.get(f"blk.{i}.{p}", "") for p in PARTS]) for i in layers]
+    return out
+
+
+def map_table(texts: Mapping[str, str]) -> Table:
+    from rich.table import Table
+
+    table = Table("layer", *PARTS, box=None, pad_edge=False)
+    for layer, cells in layer_map_of(texts):
+        table.add_row(layer, *cells)
+    return table
+
+
+def print_summary(
+    console: Console,
+    plan: Plan,
+    measured: Mapping[str, Any],
+    details: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    out: Path,
+) -> None:
+    """The end of `compress`, on one screen."""
+    from rich.table import Table
+
+    table = Table("", "this model", "predicted", "noise floor", box=None, pad_edge=False)
+    for row in rows(measured):
+        table.add_row(*row)
+    console.print(table)
+    counts = ", ".join(f"{n} x {name}" for name, (n, _) in plan.type_counts().items())
+    lines = [
+        f"{measured['size_bytes']:,} bytes ({measured['size_bytes'] / measured['f16_bytes']:.1%} of F16): "
+        f"{counts}",
+        *([f"{plan.zero_share:.2%} zeros in the block matrices. {ZEROS_NOTE}"] if plan.zero_share else []),
+        f"{sum(seconds.values()):.0f} s in all; measured on {measured['sequences']} held-out sequences",
+        f"Bundle: {out}. Next: edge-dtm verify {out}",
+    ]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
