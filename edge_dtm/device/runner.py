@@ -14,7 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,7 @@ from edge_dtm.reference import PADDING, TOP_K, Reference, load_npz, save_npz
 LOG_VARIABLE = "EDGE_DTM_LLAMA_LOG"
 Mode = Literal["teacher_forced", "generate"]
 Progress = Callable[[int], None]
+Observer = Callable[[int, int, npt.NDArray[np.float32]], None]
 
 _ARRAYS = (
     "ids",
@@ -66,6 +67,18 @@ class RunSettings:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RunSettings:
+        """EdgeDtmError when data is not what to_json wrote."""
+        try:
+            settings = cls(**data)
+            for item in fields(cls):
+                if type(getattr(settings, item.name)).__name__ != item.type:
+                    raise TypeError(f"{item.name} is no {item.type}")
+            return settings
+        except TypeError as error:
+            raise EdgeDtmError(f"no settings of a run: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -251,10 +264,17 @@ class LlamaRunner:
             self._lib.llama_model_free(self._model)
             self._model = None
 
-    def teacher_forced(self, reference: Reference, progress: Progress | None = None) -> Record:
+    def teacher_forced(
+        self,
+        reference: Reference,
+        progress: Progress | None = None,
+        observe: Observer | None = None,
+    ) -> Record:
         """Feed the reference's own tokens and note the argmax at every generated position.
 
         progress: called with the tokens done since its last call, replay_tokens() in all.
+        observe: called with row, position and all logits float32 (V,), which are valid during the
+        call only; for what a Record does not hold.
         EdgeDtmError when a sequence does not fit the context or the vocabulary.
         """
         self._check(reference)
@@ -274,7 +294,10 @@ class LlamaRunner:
                 for i, step in enumerate(chunk):
                     if step.target >= 0:
                         token = int(reference.generated_ids[step.row, step.target])
-                        out.note(step.row, step.target, self._logits(i), token)
+                        logits = self._logits(i)
+                        out.note(step.row, step.target, logits, token)
+                        if observe:
+                            observe(step.row, step.target, logits)
                 if progress:
                     progress(len(chunk))
         return out.record("teacher_forced", _rate(count, seconds), math.nan, self.settings)
