@@ -17,7 +17,7 @@ EXIT_ERROR, EXIT_USAGE, EXIT_VERIFIED_AND_FAILED = 1, 2, 3
 PATH = click.Path(path_type=Path)
 
 
-class Bytes(click.ParamType):
+class Bytes(click.ParamType[int]):
     """A number of bytes with an optional unit: 105000000, 105M (10^6), 4.2G (10^9)."""
 
     name = "bytes"
@@ -38,7 +38,7 @@ class Bytes(click.ParamType):
         return int(number)
 
 
-class Types(click.ParamType):
+class Types(click.ParamType[tuple[str, ...]]):
     """GGML type names with commas between."""
 
     name = "types"
@@ -77,7 +77,8 @@ class Group(click.Group):
             if error.name and error.name.split(".")[0] in ("torch", "transformers", "safetensors",
                                                           "matplotlib", "jinja2", "sentencepiece"):  # fmt: skip
                 click.echo(
-                    f"error: this command needs {error.name}: pip install 'edge-dtm[host]'", err=True
+                    f"error: this command needs {error.name}: pip install 'edge-dtm[host]'",
+                    err=True,
                 )
                 ctx.exit(EXIT_ERROR)
             raise
@@ -94,18 +95,51 @@ def main() -> None:
 
 @main.command()
 @click.argument("model", type=PATH, required=False)
-@click.option("--profile", default="raspberrypi", show_default=True, help="Device profile: a name or a .toml file.")
+@click.option(
+    "--profile",
+    default="raspberrypi",
+    show_default=True,
+    help="Device profile: a name or a .toml file.",
+)
 @click.option("-o", "--output", type=PATH, required=True, help="Folder of the bundle.")
-@click.option("--max-bytes", type=Bytes(), help="File size limit, instead of the profile's: N, NM or NG.")
-@click.option("--max-sdt", type=click.FloatRange(0, 1, min_open=True), help="Smallest file with at most this SDT (0.02 is 2 %).")
-@click.option("--min-fdt", type=click.FloatRange(0, min_open=True), help="Smallest file with at least this mean FDT, in tokens.")
-@click.option("--sparsity", type=click.FloatRange(0, 0.5), default=0.0, help="Average share of zeros over the block matrices.")
+@click.option(
+    "--max-bytes", type=Bytes(), help="File size limit, instead of the profile's: N, NM or NG."
+)
+@click.option(
+    "--max-sdt",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Smallest file with at most this SDT (0.02 is 2 %).",
+)
+@click.option(
+    "--min-fdt",
+    type=click.FloatRange(0, min_open=True),
+    help="Smallest file with at least this mean FDT, in tokens.",
+)
+@click.option(
+    "--sparsity",
+    type=click.FloatRange(0, 0.5),
+    default=0.0,
+    help="Average share of zeros over the block matrices.",
+)
 @click.option("--types", type=Types(), help="GGML types that may be used, with commas between.")
 @click.option("--prompts", type=PATH, help="Text lines, or JSONL with `prompt` or `messages`.")
-@click.option("--tokens", type=click.IntRange(2, 4096), default=96, show_default=True, help="Greedy tokens a prompt.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--tokens",
+    type=click.IntRange(2, 4096),
+    default=96,
+    show_default=True,
+    help="Greedy tokens a prompt.",
+)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
+@click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Go on where an earlier run stopped.",
+)
 def compress(
     model: Path | None,
     profile: str,
@@ -151,7 +185,9 @@ def compress(
 @main.command()
 @click.argument("bundle", type=PATH)
 @click.option("--png", type=PATH, help="Where to draw it [default: frontier.png in the bundle].")
-@click.option("--rows", type=click.IntRange(2), default=20, show_default=True, help="Rows of the table.")
+@click.option(
+    "--rows", type=click.IntRange(2), default=20, show_default=True, help="Rows of the table."
+)
 def frontier(bundle: Path, png: Path | None, rows: int) -> None:
     """File size against predicted SDT and FDT, as a table and a PNG."""
     from rich.console import Console
@@ -164,7 +200,9 @@ def frontier(bundle: Path, png: Path | None, rows: int) -> None:
     table = Table("bytes", "sigma", "predicted SDT", "predicted FDT", box=None, pad_edge=False)
     for i in shown:
         p = points[i]
-        table.add_row(f"{p['size_bytes']:,}", f"{p['sigma']:.3f}", f"{p['sdt']:.2%}", f"{p['fdt']:.1f}")
+        table.add_row(
+            f"{p['size_bytes']:,}", f"{p['sigma']:.3f}", f"{p['sdt']:.2%}", f"{p['fdt']:.1f}"
+        )
     console = Console()
     console.print(table)
     console.print(f"chosen: predicted SDT {chosen['sdt']:.2%}, mean FDT {chosen['fdt']:.1f}")
@@ -178,11 +216,20 @@ def frontier(bundle: Path, png: Path | None, rows: int) -> None:
 
 @main.command()
 @click.argument("bundle", type=PATH)
-@click.option("--mode", type=click.Choice(["teacher-forced", "generate"]), default="teacher-forced", show_default=True)
+@click.option(
+    "--mode",
+    type=click.Choice(["teacher-forced", "generate"]),
+    default="teacher-forced",
+    show_default=True,
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores].")
 @click.option("--max-sequences", type=click.IntRange(1), help="Replay only the first N sequences.")
-@click.option("--max-sdt", type=click.FloatRange(0, 1), help="Threshold instead of the manifest's, a share.")
-@click.option("--min-fdt", type=click.FloatRange(0), help="Threshold instead of the manifest's, in tokens.")
+@click.option(
+    "--max-sdt", type=click.FloatRange(0, 1), help="Threshold instead of the manifest's, a share."
+)
+@click.option(
+    "--min-fdt", type=click.FloatRange(0), help="Threshold instead of the manifest's, in tokens."
+)
 @click.option("--json", "json_file", type=PATH, help="Also write the verdict as JSON.")
 def verify(bundle: Path, mode: str, json_file: Path | None, **options: Any) -> None:
     """Replay the original's greedy outputs on this device and say pass (0) or fail (3).
@@ -192,7 +239,13 @@ def verify(bundle: Path, mode: str, json_file: Path | None, **options: Any) -> N
     from edge_dtm.device.verify import verify as run
     from edge_dtm.progress import Stages
 
-    verdict = run(bundle, mode=mode.replace("-", "_"), stages=Stages(), **options)
+    with Stages().several() as progress:
+        verdict = run(
+            bundle,
+            mode="generate" if mode == "generate" else "teacher_forced",
+            progress=progress,
+            **options,
+        )
     print_verdict(verdict)
     if json_file is not None:
         _write_json(json_file, verdict.to_json())
@@ -217,7 +270,9 @@ def pack(bundle: Path, output: Path | None) -> None:
 
 @main.command()
 @click.argument("file", type=PATH)
-@click.option("-o", "--output", type=PATH, help="The folder to make [default: FILE without .tar.zst].")
+@click.option(
+    "-o", "--output", type=PATH, help="The folder to make [default: FILE without .tar.zst]."
+)
 def unpack(file: Path, output: Path | None) -> None:
     """Check a packed bundle and make a folder of it."""
     from edge_dtm.bundle import unpack as run
@@ -262,18 +317,28 @@ def inspect(file: Path, json_file: Path | None) -> None:
     if any(t.zero_share is not None and t.zero_share >= 0.05 for t in tensors):
         console.print(f"%0: share of exact zeros (F16, Q8_0), shown from 5 %. {report.ZEROS_NOTE}")
     if json_file is not None:
-        _write_json(json_file, {"file": path.name, "size_bytes": size, "tensors": [t.to_json() for t in tensors]})
+        _write_json(
+            json_file,
+            {"file": path.name, "size_bytes": size, "tensors": [t.to_json() for t in tensors]},
+        )
 
 
 @main.command()
 @click.argument("gguf_file", metavar="MODEL.gguf", type=PATH)
-@click.option("--reference", type=PATH, required=True, help="A reference.npz, or a bundle's folder.")
+@click.option(
+    "--reference", type=PATH, required=True, help="A reference.npz, or a bundle's folder."
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores].")
 @click.option("--json", "json_file", type=PATH, help="Also write the result as JSON.")
 def measure(gguf_file: Path, reference: Path, threads: int | None, json_file: Path | None) -> None:
     """FDT and SDT of anybody's GGUF against a reference, teacher-forced in llama.cpp."""
     from edge_dtm.device.runner import (
-        LlamaRunner, RunSettings, check_gguf, context_needed, default_threads, replay_tokens,
+        LlamaRunner,
+        RunSettings,
+        check_gguf,
+        context_needed,
+        default_threads,
+        replay_tokens,
     )  # fmt: skip
     from edge_dtm.metrics import compare, perplexity
     from edge_dtm.progress import Stages
@@ -298,7 +363,9 @@ def measure(gguf_file: Path, reference: Path, threads: int | None, json_file: Pa
         "size_bytes": gguf_file.stat().st_size,
     }
     click.echo(f"SDT {interval(data['sdt'], True)}")
-    click.echo(f"mean FDT {interval(data['fdt'], False)} of at most {held_out.generated_ids.shape[1]}")
+    click.echo(
+        f"mean FDT {interval(data['fdt'], False)} of at most {held_out.generated_ids.shape[1]}"
+    )
     click.echo(f"{result.identical_share:.1%} of {result.sequences} sequences without divergence")
     click.echo(f"perplexity on the original's text {data['perplexity']:.4f}")
     if json_file is not None:
@@ -353,5 +420,3 @@ def _write_json(path: Path, data: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     temporary.replace(path)
-
-

@@ -11,6 +11,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ def ggml_type(type_name: str) -> gguf.GGMLQuantizationType:
     try:
         return gguf.GGMLQuantizationType[type_name]
     except KeyError:
-        raise EdgeDtmError(f"{type_name!r} is not a GGML type; see `edge-dtm compress --help`") from None
+        raise EdgeDtmError(
+            f"{type_name!r} is not a GGML type; see `edge-dtm compress --help`"
+        ) from None
 
 
 def block_size(type_name: str) -> int:
@@ -139,7 +142,9 @@ def dequantize(
     if type_name == "F32":
         out[...] = data.view(np.float32)
         return out
-    to_float = library().ggml_get_type_traits(ctypes.c_int(int(ggml_type(type_name)))).contents.to_float
+    to_float = (
+        library().ggml_get_type_traits(ctypes.c_int(int(ggml_type(type_name)))).contents.to_float
+    )
 
     def chunk(start: int, stop: int) -> None:
         part, target = data[start:stop], out[start:stop]
@@ -158,5 +163,5 @@ def _over_rows(chunk: Any, rows: int, threads: int | None) -> None:
     # More pieces than threads, since some rows (all zeros, say) are quicker than others.
     edges = np.linspace(0, rows, 4 * count + 1).astype(int)
     with ThreadPoolExecutor(count) as pool:
-        for future in [pool.submit(chunk, a, b) for a, b in zip(edges, edges[1:], strict=False)]:
+        for future in [pool.submit(chunk, a, b) for a, b in pairwise(edges)]:
             future.result()

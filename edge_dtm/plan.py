@@ -158,7 +158,9 @@ class Plan:
                 )
             rows = data["components"]
             return cls(
-                tuple(Component(str(r["name"]), int(r["rows"]), int(r["row_length"])) for r in rows),
+                tuple(
+                    Component(str(r["name"]), int(r["rows"]), int(r["row_length"])) for r in rows
+                ),
                 tuple(Treatment.from_json(r) for r in rows),
                 int(data["fixed_bytes"]),
             )

@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 Advance = Callable[[int], None]
 
@@ -22,7 +29,27 @@ class Stages:
     @contextmanager
     def __call__(self, title: str, total: int) -> Iterator[Advance]:
         start = time.perf_counter()
-        progress = Progress(
+        with self._bars() as progress:
+            task = progress.add_task(title, total=max(total, 1))
+            yield lambda amount: progress.advance(task, amount)
+        self.seconds[title] = self.seconds.get(title, 0.0) + time.perf_counter() - start
+        self.note(f"{title}: {time.perf_counter() - start:.1f} s")
+
+    @contextmanager
+    def several(self) -> Iterator[Callable[[str, int, int], None]]:
+        """For work that names its own stages: progress(stage, done, total)."""
+        with self._bars() as bars:
+            tasks: dict[str, TaskID] = {}
+
+            def progress(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=max(total, 1))
+                bars.update(tasks[stage], completed=done)
+
+            yield progress
+
+    def _bars(self) -> Progress:
+        return Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
@@ -30,11 +57,6 @@ class Stages:
             console=self.console,
             transient=True,
         )
-        with progress:
-            task = progress.add_task(title, total=max(total, 1))
-            yield lambda amount: progress.advance(task, amount)
-        self.seconds[title] = self.seconds.get(title, 0.0) + time.perf_counter() - start
-        self.note(f"{title}: {time.perf_counter() - start:.1f} s")
 
     def note(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)

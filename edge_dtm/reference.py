@@ -85,7 +85,9 @@ class Reference:
 
     def rows(self, index: npt.NDArray[Any]) -> Reference:
         """The reference of some sequences only (an index or boolean array over sequences)."""
-        arrays = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "provenance"}
+        arrays = {
+            f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "provenance"
+        }
         return Reference(**arrays, provenance=self.provenance)
 
     def part(self, split: int) -> Reference:

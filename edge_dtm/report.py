@@ -138,7 +138,11 @@ def print_summary(
     lines = [
         f"{measured['size_bytes']:,} bytes ({measured['size_bytes'] / measured['f16_bytes']:.1%} of F16): "
         f"{counts}",
-        *([f"{plan.zero_share:.2%} zeros in the block matrices. {ZEROS_NOTE}"] if plan.zero_share else []),
+        *(
+            [f"{plan.zero_share:.2%} zeros in the block matrices. {ZEROS_NOTE}"]
+            if plan.zero_share
+            else []
+        ),
         f"{sum(seconds.values()):.0f} s in all; measured on {measured['sequences']} held-out sequences",
         f"Bundle: {out}. Next: edge-dtm verify {out}",
     ]

@@ -120,7 +120,8 @@ def convex_hull(sizes: Sequence[int], costs: Sequence[float]) -> list[int]:
     Treatments with a cost that is not finite (an overflow in F16, say) never are on it.
     """
     order = sorted(
-        (i for i in range(len(sizes)) if np.isfinite(costs[i])), key=lambda i: (sizes[i], costs[i], i)
+        (i for i in range(len(sizes)) if np.isfinite(costs[i])),
+        key=lambda i: (sizes[i], costs[i], i),
     )
     hull: list[int] = []
     for i in order:
@@ -153,9 +154,7 @@ def _hulls(table: CostTable, reward: float = 0.0) -> list[list[int]]:
         table.components, table.treatments, table.costs, strict=True
     ):
         sizes = [component.size_bytes(t) for t in treatments]
-        net = [
-            c - reward * component.zeros(t) for c, t in zip(costs, treatments, strict=True)
-        ]
+        net = [c - reward * component.zeros(t) for c, t in zip(costs, treatments, strict=True)]
         hull = convex_hull(sizes, net)
         if not hull:
             raise EdgeDtmError(f"{component.name} has no usable treatment: allow more --types")
@@ -269,9 +268,9 @@ def _types(table: CostTable) -> list[str]:
 def _trim_zeros(table: CostTable, plan: Plan, zero_share: float) -> Plan:
     """Give back the zeros beyond the share asked for, where each given back saves most."""
     total = sum(c.weights for c in plan.components if c.in_block)
-    excess = sum(
-        c.zeros(t) for c, t in zip(plan.components, plan.treatments, strict=True)
-    ) - round(zero_share * total)
+    excess = sum(c.zeros(t) for c, t in zip(plan.components, plan.treatments, strict=True)) - round(
+        zero_share * total
+    )
     treatments = list(plan.treatments)
     while excess > 0:
         best: tuple[float, int, float] | None = None
@@ -280,7 +279,9 @@ def _trim_zeros(table: CostTable, plan: Plan, zero_share: float) -> Plan:
                 continue
             levels = [t.zero_share for t in table.treatments[i] if t.type == treatment.type]
             below = max(s for s in levels if s < treatment.zero_share)
-            given_back = component.zeros(treatment) - component.zeros(Treatment(treatment.type, below))
+            given_back = component.zeros(treatment) - component.zeros(
+                Treatment(treatment.type, below)
+            )
             saved = table._cost(i, treatment) - table._cost(i, Treatment(treatment.type, below))
             rate = saved / max(given_back, 1)
             if best is None or rate > best[0]:
@@ -293,7 +294,8 @@ def _trim_zeros(table: CostTable, plan: Plan, zero_share: float) -> Plan:
         rows_worth = min(full, excess) // component.rows
         left = component.zeros(treatment) // component.rows - rows_worth
         treatments[i] = Treatment(
-            treatment.type, below if rows_worth * component.rows == full else left / component.row_length
+            treatment.type,
+            below if rows_worth * component.rows == full else left / component.row_length,
         )
         excess -= rows_worth * component.rows
     return Plan(plan.components, tuple(treatments), plan.fixed_bytes)

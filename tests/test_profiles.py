@@ -67,7 +67,7 @@ def write_profile(
     lines = {**LINES, **(changes or {})}
     text = "".join(f"{key} = {value}\n" for key, value in lines.items() if value is not None)
     if sources:
-        source_lines = {key: '"data sheet"' for key in NUMBERS} | (source_changes or {})
+        source_lines = dict.fromkeys(NUMBERS, '"data sheet"') | (source_changes or {})
         text += "[sources]\n"
         text += "".join(f"{k} = {v}\n" for k, v in source_lines.items() if v is not None)
     path = folder / "board.toml"
@@ -157,7 +157,7 @@ def test_a_profile_loads_from_a_path(tmp_path: Path) -> None:
     assert profile == make_profile(
         isa_features=("neon", "dotprod"),
         fast_types=("Q4_0", "Q8_0"),
-        sources={key: "data sheet" for key in NUMBERS},
+        sources=dict.fromkeys(NUMBERS, "data sheet"),
     )
 
 

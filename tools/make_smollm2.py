@@ -575,9 +575,7 @@ def _folder_logits(folder: Path, ids: Sequence[Sequence[int]]) -> list[np.ndarra
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return _logits(model.eval(), ids)
 
 
@@ -605,9 +603,7 @@ def _largest_difference(left: Sequence[np.ndarray], right: Sequence[np.ndarray])
     return max(float(np.abs(a - b).max()) for a, b in zip(left, right, strict=True))
 
 
-def _prove(
-    folder: Path, llama: Any, before: Tensors, after: Tensors, shape: Shape
-) -> float:
+def _prove(folder: Path, llama: Any, before: Tensors, after: Tensors, shape: Shape) -> float:
     """Print every proof's numbers; raise EdgeDtmError at the first that fails."""
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -637,9 +633,7 @@ def _prove(
         raise EdgeDtmError(f"the rescale changed the logits by {difference:.2e}")
 
     theirs = _llama_cpp_logits(llama, ids)
-    equal = np.concatenate(
-        [a.argmax(-1) == b.argmax(-1) for a, b in zip(new, theirs, strict=True)]
-    )
+    equal = np.concatenate([a.argmax(-1) == b.argmax(-1) for a, b in zip(new, theirs, strict=True)])
     agreement = float(equal.mean())
     _say(
         f"llama.cpp: same first choice at {agreement:.1%} of {positions} positions, largest "

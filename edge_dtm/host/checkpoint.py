@@ -156,7 +156,10 @@ class Checkpoint:
         if self._hash is not None:
             return self._hash
         wanted = [(c.name + ".weight", (c.rows, c.row_length)) for c in self.components()]
-        shapes: list[tuple[str, tuple[int, ...]]] = [*wanted, *((n, (k,)) for n, k in self.vectors())]
+        shapes: list[tuple[str, tuple[int, ...]]] = [
+            *wanted,
+            *((n, (k,)) for n, k in self.vectors()),
+        ]
         missing = [n for n, _ in shapes if n != "rope_freqs.weight" and not self._has(n)]
         if missing:
             raise EdgeDtmError(
@@ -304,7 +307,9 @@ def _config_from_hf(path: Path, architecture: str) -> ModelConfig:
     elif kind == "linear":
         linear = float(rope["factor"])
     elif kind != "default":
-        raise EdgeDtmError(f"{path}: rope scaling {kind!r} is not supported (default, linear, llama3)")
+        raise EdgeDtmError(
+            f"{path}: rope scaling {kind!r} is not supported (default, linear, llama3)"
+        )
     if getattr(c, "hidden_act", "silu") != "silu":
         raise EdgeDtmError(f"{path}: activation {c.hidden_act!r} is not supported, only silu")
     return ModelConfig(
@@ -356,10 +361,14 @@ class GgufCheckpoint(Checkpoint):
         self._tensors = {t.name: t for t in self._reader.tensors}
         size = path.stat().st_size
         if any(t.data_offset + t.n_bytes > size for t in self._reader.tensors):
-            raise EdgeDtmError(f"{path} is truncated: its tensors end beyond the file; get it again")
+            raise EdgeDtmError(
+                f"{path} is truncated: its tensors end beyond the file; get it again"
+            )
         architecture = self._value("general.architecture")
         if architecture != "llama":
-            raise EdgeDtmError(f"{path} is a {architecture} GGUF; supported is the architecture llama")
+            raise EdgeDtmError(
+                f"{path} is a {architecture} GGUF; supported is the architecture llama"
+            )
         super().__init__(path, self._config())
         kinds = sorted(
             {t.tensor_type.name for t in self._reader.tensors} - {"F32", "F16", "BF16", "F64"}
@@ -378,7 +387,10 @@ class GgufCheckpoint(Checkpoint):
     def _config(self) -> ModelConfig:
         get, path = self._value, Path(str(self._reader.data.filename))
         hidden, heads = get("llama.embedding_length"), get("llama.attention.head_count")
-        kv_heads, ffn = get("llama.attention.head_count_kv", heads), get("llama.feed_forward_length")
+        kv_heads, ffn = (
+            get("llama.attention.head_count_kv", heads),
+            get("llama.feed_forward_length"),
+        )
         if any(isinstance(v, list) for v in (heads, kv_heads, ffn)):
             raise EdgeDtmError(f"{path} has layers of different shapes, which is not supported yet")
         if "blk.0.ffn_gate_exps.weight" in self._tensors:
@@ -406,7 +418,9 @@ class GgufCheckpoint(Checkpoint):
             tied="output.weight" not in self._tensors,
             attention_bias="blk.0.attn_q.bias" in self._tensors,
             mlp_bias="blk.0.ffn_up.bias" in self._tensors,
-            rope_linear=float(get("llama.rope.scaling.factor", 1.0)) if scaling == "linear" else None,
+            rope_linear=float(get("llama.rope.scaling.factor", 1.0))
+            if scaling == "linear"
+            else None,
             rope_factors=None if factors is None else tuple(float(f) for f in factors.data),
         )
 
@@ -426,5 +440,9 @@ class GgufCheckpoint(Checkpoint):
         shape = tuple(int(n) for n in reversed(t.shape))
         if t.tensor_type.name == "F64":
             return np.asarray(t.data, dtype=np.float32).reshape(shape)
-        raw = np.ascontiguousarray(t.data).view(np.uint8).reshape(shape[0] if len(shape) > 1 else 1, -1)
+        raw = (
+            np.ascontiguousarray(t.data)
+            .view(np.uint8)
+            .reshape(shape[0] if len(shape) > 1 else 1, -1)
+        )
         return ggml.dequantize(t.tensor_type.name, raw, shape[-1]).reshape(shape)

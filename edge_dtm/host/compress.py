@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-
 from edge_dtm import bundle, report
 from edge_dtm.device.runner import LlamaRunner, Record, RunSettings, context_needed, replay_tokens
 from edge_dtm.errors import EdgeDtmError
@@ -126,7 +125,9 @@ class _Run:
             read_prompts(s.prompts, tokenizer) if s.prompts else packaged_prompts(tokenizer)
         )
         check_lengths(self.prompts, s.tokens, config.context_length)
-        with self.stages("Checking the checkpoint", sum(c.weights for c in self.components)) as advance:
+        with self.stages(
+            "Checking the checkpoint", sum(c.weights for c in self.components)
+        ) as advance:
             self.checkpoint.check(advance)
         self.fixed_bytes = export.fixed_bytes(self.checkpoint)
         self.f16_bytes = export.f16_plan(self.checkpoint, self.fixed_bytes).size_bytes
@@ -193,7 +194,9 @@ class _Run:
             return Reference.load(path)
         s, model = self.s, self._model()
         with self.stages("Sampling prompts", 1):
-            own = sample_prefixes(model, self.checkpoint.tokenizer, self.prompts, SAMPLED_PROMPTS, s.seed)
+            own = sample_prefixes(
+                model, self.checkpoint.tokenizer, self.prompts, SAMPLED_PROMPTS, s.seed
+            )
         prompts = list(dict.fromkeys([*self.prompts, *own]))
         split = split_rows(len(prompts), round(len(prompts) * HELD_OUT_SHARE), s.seed)
         with self.stages("Greedy reference", len(prompts) * s.tokens) as advance:
@@ -224,7 +227,9 @@ class _Run:
         results, vectors = self.work / f"costs-{key}.jsonl", self.work / f"importance-{key}.npz"
         calibration = reference.part(CALIBRATION)
         calibration = calibration.rows(np.arange(min(GRADIENT_SEQUENCES, len(calibration))))
-        activations = Activations(self.work / f"activations-{self.key}", calibration, self.components)
+        activations = Activations(
+            self.work / f"activations-{self.key}", calibration, self.components
+        )
         tied = self.checkpoint.config.tied
         names = [c.name for c in self.components if tied or c.name != "token_embd"]
         if not vectors.is_file():
@@ -247,7 +252,9 @@ class _Run:
                 for c in self.components
                 if c.name in names
             }
-            save_npz(vectors, {k: v for k, v in arrays.items() if v is not None}, {"kind": "importance"})
+            save_npz(
+                vectors, {k: v for k, v in arrays.items() if v is not None}, {"kind": "importance"}
+            )
         else:
             self.stages.note("Sensitivity: taken from the work folder")
         activations.remove()
@@ -360,7 +367,9 @@ class _Run:
     ) -> Measured:
         path, saved = self.work / "model.gguf", self.work / f"host-{self.key}-{plan.hash[:16]}.npz"
         if not path.is_file() or not _is_plan(path, plan):
-            with self.stages("Exporting the plan", sum(c.weights for c in self.components)) as advance:
+            with self.stages(
+                "Exporting the plan", sum(c.weights for c in self.components)
+            ) as advance:
                 export.export_gguf(self.checkpoint, plan, path, importance, advance)
         texts = [*NASTY_STRINGS, *(str(t) for t in reference.texts)]
         wrong = tokenization_mismatches(self.checkpoint.tokenizer, path, texts)
@@ -400,7 +409,12 @@ class _Run:
                 {"name": c.name, "costs": {str(t): v for t, v in zip(ts, cs, strict=True)}}
                 for c, ts, cs in zip(table.components, table.treatments, table.costs, strict=True)
             ],
-            "units": {"size": "bytes", "cost": "logits squared", "sigma": "logits", "fdt": "tokens"},
+            "units": {
+                "size": "bytes",
+                "cost": "logits squared",
+                "sigma": "logits",
+                "fdt": "tokens",
+            },
         }
         (self.work / "plan.json").write_text(json.dumps(plan_json, indent=1, sort_keys=True) + "\n")
         held_out.save(self.work / "reference.npz")
@@ -483,6 +497,6 @@ def _check_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EdgeDtmError(f"{out} cannot be made ({error.strerror}): choose another folder") from None
-
-
+        raise EdgeDtmError(
+            f"{out} cannot be made ({error.strerror}): choose another folder"
+        ) from None

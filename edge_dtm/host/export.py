@@ -145,11 +145,15 @@ def compare_with_plan(path: Path, plan: Plan) -> None:
     for component, treatment in zip(plan.components, plan.treatments, strict=True):
         expected = (treatment.type, (component.rows, component.row_length))
         if found.get(component.name + ".weight") != expected:
-            wrong.append(f"{component.name} is {found.get(component.name + '.weight')}, not {expected}")
+            wrong.append(
+                f"{component.name} is {found.get(component.name + '.weight')}, not {expected}"
+            )
     if path.stat().st_size != plan.size_bytes:
         wrong.append(f"the file has {path.stat().st_size:,} bytes, not {plan.size_bytes:,}")
     if wrong:
-        raise EdgeDtmError(f"{path} is not what the plan says: {'; '.join(wrong)}; please report this")
+        raise EdgeDtmError(
+            f"{path} is not what the plan says: {'; '.join(wrong)}; please report this"
+        )
 
 
 def write_measured(path: Path, sdt: float, fdt: float) -> None:

@@ -56,7 +56,7 @@ def generate_reference(
     width = max(len(p.ids) for p in prompts)
     s, n = len(prompts), tokens
     prompt_ids = np.full((s, width), PADDING, dtype=np.int32)
-    arrays = {
+    arrays: dict[str, Any] = {
         "generated_ids": np.full((s, n), PADDING, dtype=np.int32),
         "generated_lengths": np.zeros(s, dtype=np.int32),
         "top_ids": np.full((s, n, TOP_K), PADDING, dtype=np.int32),

@@ -52,7 +52,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
     else:
         rope = {"rope_type": "default"}
     # Mistral without its sliding window is a Llama, and llama.cpp runs it as one.
-    config = LlamaConfig(
+    config: Any = LlamaConfig(  # type: ignore[call-arg]
         vocab_size=c.vocab,
         hidden_size=c.hidden,
         intermediate_size=c.ffn,
@@ -78,7 +78,9 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
         if name == "rope_freqs.weight":
             continue
         stem, _, suffix = name.rpartition(".")
-        state[f"{module_name(stem)}.{suffix}"] = torch.from_numpy(checkpoint.hf_tensor(name)).to(device)
+        state[f"{module_name(stem)}.{suffix}"] = torch.from_numpy(checkpoint.hf_tensor(name)).to(
+            device
+        )
     if c.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     if c.attention_bias:

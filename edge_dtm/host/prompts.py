@@ -46,7 +46,9 @@ def read_prompts(path: Path, tokenizer: Tokenizer) -> list[Prompt]:
         if not line.strip():
             continue
         try:
-            prompts.append(_from_json(json.loads(line), tokenizer) if as_json else _plain(line, tokenizer))
+            prompts.append(
+                _from_json(json.loads(line), tokenizer) if as_json else _plain(line, tokenizer)
+            )
         except (ValueError, KeyError, TypeError, EdgeDtmError) as error:
             bad.append(f"line {number}: {error}")
     if bad:

@@ -94,9 +94,11 @@ class Activations:
 
     def _file(self, key: str) -> np.memmap[Any, Any]:
         path = self.folder / f"{key}.bin"
-        dtype = np.float32 if key.startswith("x.") else np.float16
-        mode = "r+" if path.exists() else "w+"
-        return np.memmap(path, dtype=dtype, mode=mode, shape=self.shapes[key])
+        dtype: Any = np.float32 if key.startswith("x.") else np.float16
+        shape = self.shapes[key]
+        if path.exists():
+            return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
+        return np.memmap(path, dtype=dtype, mode="w+", shape=shape)
 
     def capture(self, model: Any, seed: int, progress: Progress = None) -> None:
         """Run the sequences not yet captured. progress: called with sequences done."""
@@ -361,7 +363,9 @@ def sensitivity(
                 else:
                     costs = edge_costs(activations, component, choices, weights, use, tied)
                 known[component.name] = costs
-                file.write("\n" * (file.tell() > 0) + json.dumps({"name": component.name, "costs": costs}))
+                file.write(
+                    "\n" * (file.tell() > 0) + json.dumps({"name": component.name, "costs": costs})
+                )
                 file.flush()
             if progress:
                 progress(component.weights)

@@ -1,0 +1,186 @@
+"""Shared fixtures: a tiny Llama with random weights, its own greedy reference, a bundle of both.
+
+No torch here: the device tests must run without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_dtm.bundle import Thresholds, write_manifest
+from edge_dtm.device.runner import LlamaRunner, Record, RunSettings, tokenize
+from edge_dtm.reference import HELD_OUT, PADDING, TOP_K, Reference
+
+HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, CONTEXT = 256, 2, 4, 2, 512, 512
+TEXTS = [
+    "the cat",
+    "a longer prompt of several words, which takes more than sixteen tokens",
+    "1 + 1 =",
+    "ünï 😀",
+    "",
+    "end</s>again",
+]
+BUNDLE_FILES = ["model.gguf", "reference.npz", "host.npz", "plan.json", "report.md"]
+THRESHOLDS = Thresholds(max_sdt=0.1, min_fdt=20.0, max_sdt_vs_host=0.02, max_kl_vs_host=0.01)
+
+
+def _write_tiny_gguf(path: Path, seed: int) -> None:
+    import gguf
+
+    pieces = [f"▁{a}" for a in "abcdefghijklmnopqrstuvwxyz"] + list("abcdefghijklmnopq ")
+    tokens = [b"<unk>", b"<s>", b"</s>"] + [f"<0x{i:02X}>".encode() for i in range(256)]
+    types = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
+    types += [gguf.TokenType.BYTE] * 256 + [gguf.TokenType.NORMAL] * len(pieces)
+    tokens += [piece.replace(" ", "▁").encode() for piece in pieces]
+    vocab = len(tokens)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_vocab_size(vocab)
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(FFN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(len(pieces))])
+    writer.add_token_types(types)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+
+    random = np.random.default_rng(seed)
+
+    def add(name: str, rows: int, columns: int) -> None:
+        weights = random.standard_normal((rows, columns)) / np.sqrt(columns)
+        writer.add_tensor(name + ".weight", weights.astype(np.float32))
+
+    add("token_embd", vocab, HIDDEN)
+    add("output", vocab, HIDDEN)
+    writer.add_tensor("output_norm.weight", np.full(HIDDEN, 3, dtype=np.float32))
+    for i in range(LAYERS):
+        kv = HIDDEN // HEADS * KV_HEADS
+        add(f"blk.{i}.attn_q", HIDDEN, HIDDEN)
+        add(f"blk.{i}.attn_k", kv, HIDDEN)
+        add(f"blk.{i}.attn_v", kv, HIDDEN)
+        add(f"blk.{i}.attn_output", HIDDEN, HIDDEN)
+        add(f"blk.{i}.ffn_gate", FFN, HIDDEN)
+        add(f"blk.{i}.ffn_up", FFN, HIDDEN)
+        add(f"blk.{i}.ffn_down", HIDDEN, FFN)
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{norm}.weight", np.ones(HIDDEN, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="session")
+def make_tiny_gguf() -> Callable[[Path, int], None]:
+    """Write a tiny Llama GGUF: (path, seed of its weights)."""
+    return _write_tiny_gguf
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with two layers, random F32 weights and a SentencePiece byte vocabulary."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    _write_tiny_gguf(path, 0)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_settings() -> RunSettings:
+    return RunSettings(threads=1, batch_tokens=64)
+
+
+@pytest.fixture(scope="session")
+def tiny_greedy(tiny_gguf: Path, tiny_settings: RunSettings) -> tuple[Reference, Record]:
+    """The tiny model's own greedy reference of TEXTS, and the record it was made from."""
+    prompts = tokenize(tiny_gguf, TEXTS)
+    s, n = len(TEXTS), 32
+    lengths = np.array([32, 32, 20, 1, 32, 7], dtype=np.int32)
+    prompt_ids = np.full((s, max(map(len, prompts))), PADDING, dtype=np.int32)
+    for row, ids in enumerate(prompts):
+        prompt_ids[row, : len(ids)] = ids
+    empty = Reference(
+        prompt_ids=prompt_ids,
+        prompt_lengths=np.array([len(ids) for ids in prompts], dtype=np.int32),
+        generated_ids=np.zeros((s, n), dtype=np.int32),
+        generated_lengths=lengths,
+        top_ids=np.zeros((s, n, TOP_K), dtype=np.int32),
+        top_logits=np.zeros((s, n, TOP_K), dtype=np.float32),
+        log_normalizers=np.zeros((s, n), dtype=np.float32),
+        split=np.full(s, HELD_OUT, dtype=np.uint8),
+        texts=np.array(TEXTS),
+        provenance={"model": "tiny"},
+    )
+    with LlamaRunner(tiny_gguf, tiny_settings, 256) as llama:
+        record = llama.greedy(empty)
+    reference = dataclasses.replace(
+        empty,
+        generated_ids=record.ids,
+        top_ids=record.top_ids,
+        top_logits=record.top_logits,
+        log_normalizers=record.log_normalizers,
+    )
+    return reference, record
+
+
+@pytest.fixture(scope="session")
+def tiny_reference(tiny_greedy: tuple[Reference, Record]) -> Reference:
+    return tiny_greedy[0]
+
+
+@pytest.fixture(scope="session")
+def _tiny_bundle(
+    tiny_gguf: Path,
+    tiny_reference: Reference,
+    tiny_settings: RunSettings,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    folder = tmp_path_factory.mktemp("bundle") / "tiny"
+    folder.mkdir()
+    shutil.copy(tiny_gguf, folder / "model.gguf")
+    tiny_reference.save(folder / "reference.npz")
+    with LlamaRunner(tiny_gguf, tiny_settings, 256) as llama:
+        llama.teacher_forced(tiny_reference).save(folder / "host.npz", {"machine": "host"})
+    (folder / "plan.json").write_text("{}\n")
+    (folder / "report.md").write_text("# Tiny\n")
+    seal_bundle(folder)
+    return folder
+
+
+def seal_bundle(folder: Path, **changes: Any) -> None:
+    """Write the manifest of a tiny bundle anew; changes: thresholds or measured."""
+    write_manifest(
+        folder,
+        changes.get("files", BUNDLE_FILES),
+        changes.get("thresholds", THRESHOLDS),
+        {"model": "tiny"},
+        changes.get("measured", {"noise_floor": {"near_tie_margin": 0.01, "sdt": 0.002}}),
+    )
+
+
+@pytest.fixture
+def tiny_bundle(_tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle folder of the tiny model that a test may spoil."""
+    return Path(shutil.copytree(_tiny_bundle, tmp_path / "tiny-bundle"))
+
+
+@pytest.fixture
+def seal() -> Callable[..., None]:
+    """Write the manifest of a spoilt tiny bundle anew: seal(folder, thresholds=, measured=)."""
+    return seal_bundle

@@ -1,0 +1,266 @@
+"""The runner against llama-cpp-python's own high-level API and against itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_dtm.device import runner
+from edge_dtm.device.runner import LlamaRunner, Record, RunSettings
+from edge_dtm.errors import EdgeDtmError
+from edge_dtm.metrics import divergent_mask, share_of_divergent_tokens
+from edge_dtm.reference import PADDING, TOP_K, Reference
+
+
+def forced(path: Path, reference: Reference, **settings: int) -> Record:
+    with LlamaRunner(path, RunSettings(**{"threads": 1, **settings}), 256) as llama:
+        return llama.teacher_forced(reference)
+
+
+def test_teacher_forcing_on_its_own_text_repeats_greedy(
+    tiny_gguf: Path, tiny_greedy: tuple[Reference, Record]
+) -> None:
+    reference, greedy = tiny_greedy
+    record = forced(tiny_gguf, reference)
+    mask = divergent_mask(greedy.ids, record.ids, reference.generated_lengths)
+    assert share_of_divergent_tokens(mask, reference.generated_lengths) < 0.01
+    counted = record.ids != PADDING
+    np.testing.assert_array_equal(counted.sum(axis=1), reference.generated_lengths)
+    np.testing.assert_allclose(
+        record.top_logits[counted], greedy.top_logits[counted], rtol=0, atol=0.05
+    )
+    assert len(np.unique(record.ids)) > 20, "the fixture should not repeat one token"
+
+
+def test_greedy_feeds_what_it_chose(
+    tiny_gguf: Path, tiny_reference: Reference, tiny_greedy: tuple[Reference, Record]
+) -> None:
+    """Its answer must not depend on the reference's ids."""
+    other = dataclasses.replace(
+        tiny_reference, generated_ids=np.where(tiny_reference.generated_ids >= 0, 5, PADDING)
+    )
+    with LlamaRunner(tiny_gguf, RunSettings(threads=1, batch_tokens=64), 256) as llama:
+        record = llama.greedy(other)
+    np.testing.assert_array_equal(record.ids, tiny_greedy[1].ids)
+    assert np.isnan(record.reference_log_probabilities).all()
+    assert record.decode_tokens_per_s > 0
+    assert record.prefill_tokens_per_s > 0
+
+
+def test_logits_are_those_of_the_high_level_api(tiny_gguf: Path, tiny_reference: Reference) -> None:
+    import llama_cpp
+
+    record = forced(tiny_gguf, tiny_reference)
+    llama = llama_cpp.Llama(
+        str(tiny_gguf), n_ctx=256, n_threads=1, n_gpu_layers=0, logits_all=True, verbose=False
+    )
+    for row in range(len(tiny_reference)):
+        prompt, generated = tiny_reference.prompt(row), tiny_reference.generated(row)
+        llama.reset()
+        llama.eval(prompt + generated[:-1])
+        logits = llama.scores[len(prompt) - 1 : len(prompt) + len(generated) - 1]
+        logits = logits.astype(np.float64)
+        n = len(generated)
+        normalizers = np.log(np.exp(logits).sum(axis=1))
+        np.testing.assert_array_equal(record.ids[row, :n], logits.argmax(axis=1))
+        top = np.sort(logits, axis=1)[:, ::-1][:, :TOP_K]
+        np.testing.assert_allclose(record.top_logits[row, :n], top, rtol=0, atol=1e-2)
+        np.testing.assert_allclose(record.log_normalizers[row, :n], normalizers, rtol=0, atol=1e-2)
+        np.testing.assert_allclose(
+            record.reference_log_probabilities[row, :n],
+            logits[np.arange(n), generated] - normalizers,
+            rtol=0,
+            atol=1e-2,
+        )
+    llama.close()
+
+
+@pytest.mark.parametrize("settings", [{"batch_tokens": 16}, {"parallel_sequences": 3}])
+def test_chunks_and_parallel_sequences_do_not_change_the_answer(
+    tiny_gguf: Path, tiny_reference: Reference, settings: dict[str, int]
+) -> None:
+    whole = forced(tiny_gguf, tiny_reference)
+    other = forced(tiny_gguf, tiny_reference, **settings)
+    np.testing.assert_array_equal(other.ids, whole.ids)
+    np.testing.assert_allclose(other.top_logits, whole.top_logits, rtol=0, atol=0.05)
+
+
+def test_progress_adds_up_and_observe_sees_every_position(
+    tiny_gguf: Path, tiny_reference: Reference
+) -> None:
+    done: list[int] = []
+    seen = np.full(tiny_reference.generated_ids.shape, PADDING)
+
+    def observe(row: int, position: int, logits: np.ndarray) -> None:
+        seen[row, position] = logits.argmax()
+
+    with LlamaRunner(tiny_gguf, RunSettings(threads=1, batch_tokens=16), 256) as llama:
+        record = llama.teacher_forced(tiny_reference, done.append, observe)
+        assert sum(done) == runner.replay_tokens(tiny_reference)
+        done.clear()
+        llama.greedy(tiny_reference, done.append)
+        assert sum(done) == runner.replay_tokens(tiny_reference)
+    np.testing.assert_array_equal(seen, record.ids)
+    assert math.isnan(record.decode_tokens_per_s)
+
+
+def test_record_survives_saving(tiny_gguf: Path, tiny_reference: Reference, tmp_path: Path) -> None:
+    record = forced(tiny_gguf, tiny_reference)
+    record.save(tmp_path / "host.npz", {"machine": "here"})
+    loaded = Record.load(tmp_path / "host.npz")
+    for item in dataclasses.fields(Record):
+        if item.name != "meta":
+            np.testing.assert_equal(getattr(loaded, item.name), getattr(record, item.name))
+    assert loaded.meta == {"machine": "here"}
+    assert RunSettings.from_json(loaded.settings) == RunSettings(threads=1)
+    with pytest.raises(EdgeDtmError, match="not a record"):
+        tiny_reference.save(tmp_path / "reference.npz")
+        Record.load(tmp_path / "reference.npz")
+
+
+def test_speed_is_measured(tiny_gguf: Path) -> None:
+    with LlamaRunner(tiny_gguf, RunSettings(threads=1), 160) as llama:
+        prefill, decode = llama.measure_speed()
+        assert prefill > 0
+        assert decode > 0
+        with pytest.raises(EdgeDtmError, match="do not fit"):
+            llama.measure_speed(200, 32)
+
+
+def test_what_does_not_fit_is_refused(tiny_gguf: Path, tiny_reference: Reference) -> None:
+    with LlamaRunner(tiny_gguf, RunSettings(threads=1), 40) as llama:
+        with pytest.raises(
+            EdgeDtmError, match=r"sequences do not fit the context of 40 .*number 2"
+        ):
+            llama.teacher_forced(tiny_reference)
+        ids = tiny_reference.generated_ids.copy()
+        ids[2, 3] = llama.n_vocab
+        wrong = dataclasses.replace(tiny_reference, generated_ids=ids).rows(np.array([2]))
+        with pytest.raises(EdgeDtmError, match="outside the vocabulary"):
+            llama.teacher_forced(wrong)
+        llama.close()
+        llama.close()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"threads": 0}, "1 or more"),
+        ({"threads": "2"}, "no settings"),
+        ({"threads": 1, "colour": 1}, "no settings"),
+        ({}, "no settings"),
+    ],
+)
+def test_wrong_settings_are_refused(data: dict[str, object], message: str) -> None:
+    with pytest.raises(EdgeDtmError, match=message):
+        RunSettings.from_json(data)
+
+
+def test_summarize_takes_the_lowest_id_on_ties() -> None:
+    logits = np.zeros(40, dtype=np.float32)
+    logits[[30, 7, 21]] = [2, 2, 1]
+    ids, values, normalizer = runner.summarize(logits)
+    assert ids.tolist() == [7, 30, 21, 0, 1, 2, 3, 4]
+    assert values.tolist() == [2, 2, 1, 0, 0, 0, 0, 0]
+    assert normalizer == pytest.approx(math.log(2 * math.exp(2) + math.exp(1) + 37), abs=1e-6)
+    logits[3] = np.nan
+    with pytest.raises(EdgeDtmError, match="not finite"):
+        runner.summarize(logits)
+
+
+def test_tokenize(tiny_gguf: Path) -> None:
+    bos, eos = 1, 2
+    ids = runner.tokenize(tiny_gguf, ["", "</s>", "é\n", "a b"])
+    assert ids[0] == [bos]
+    assert ids[1] == [bos, eos]
+    assert ids[2][-3:] == [3 + byte for byte in "é\n".encode()]
+    assert ids[3][0] == bos
+    assert len(ids[3]) == 3
+    assert runner.tokenize(tiny_gguf, ["", "</s>"], add_special=False) == [[], [eos]]
+    assert runner.tokenize(tiny_gguf, []) == []
+    long = runner.tokenize(tiny_gguf, ["😀" * 1000])[0]
+    assert len(long) > 4000
+
+
+def test_whole_files_pass_the_check(tiny_gguf: Path) -> None:
+    runner.check_gguf(tiny_gguf)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.00001, 0.001, 0.003, 0.1, 0.5, 0.9999])
+def test_truncated_gguf(tiny_gguf: Path, tmp_path: Path, share: float) -> None:
+    data = tiny_gguf.read_bytes()
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(EdgeDtmError) as caught:
+        runner.check_gguf(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_foreign_files(tiny_gguf: Path, tmp_path: Path) -> None:
+    path = tmp_path / "foreign.gguf"
+    data = tiny_gguf.read_bytes()
+    for content, message in [
+        (b"PK\3\4" + bytes(100), "no GGUF file"),
+        (data[:4] + b"\2\0\0\0" + data[8:], "version 3"),
+        (data[:4] + b"\0\0\0\3" + data[8:], "version 3"),
+        (data.replace(b"llama", b"bloom"), "architecture 'bloom'"),
+        (data[:8] + b"\xff" * 16 + data[24:], "truncated or no GGUF"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(EdgeDtmError, match=message):
+            runner.check_gguf(path)
+    with pytest.raises(EdgeDtmError, match="cannot read"):
+        runner.check_gguf(tmp_path / "absent.gguf")
+
+
+def test_llama_cpp_says_why_it_cannot_load(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    path = tmp_path / "foreign.gguf"
+    path.write_bytes(b"not a model, not a model")
+    with pytest.raises(EdgeDtmError, match=r"cannot load the model \(.*magic"):
+        LlamaRunner(path, RunSettings(threads=1), 32)
+    with pytest.raises(EdgeDtmError, match="cannot load the model"):
+        runner.tokenize(path, ["a"])
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(EdgeDtmError, match="no GGML type"):
+        LlamaRunner(path, RunSettings(threads=1, kv_type="F15"), 32)
+
+
+def test_log_is_shown_when_asked_for(tiny_gguf: Path) -> None:
+    code = "import sys; from edge_dtm.device.runner import tokenize; tokenize(sys.argv[1], ['a'])"
+    for value, shown in (("1", True), ("0", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tiny_gguf)],
+            env={"EDGE_DTM_LLAMA_LOG": value, "PYTHONPATH": str(Path(__file__).parents[1])},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ("llama_model_loader" in done.stderr) is shown
+        assert done.stdout == ""
+
+
+def test_other_weights_give_another_answer(
+    make_tiny_gguf: Callable[[Path, int], None], tiny_reference: Reference, tmp_path: Path
+) -> None:
+    make_tiny_gguf(tmp_path / "other.gguf", 1)
+    record = forced(tmp_path / "other.gguf", tiny_reference)
+    mask = divergent_mask(
+        tiny_reference.generated_ids, record.ids, tiny_reference.generated_lengths
+    )
+    assert share_of_divergent_tokens(mask, tiny_reference.generated_lengths) > 0.5
+
+
+def test_machine_facts() -> None:
+    assert 10 * 2**20 < runner.peak_rss_bytes() < 2**40
+    info = runner.runtime_info()
+    assert info["llama_cpp_python"]
+    assert info["system_info"]
+    assert info["cpus"] >= runner.default_threads() >= 1
