@@ -184,7 +184,7 @@ def compress(
 
 @main.command()
 @click.argument("bundle", type=PATH)
-@click.option("--png", type=PATH, help="Where to draw it [default: frontier.png in the bundle].")
+@click.option("--png", type=PATH, help="Where to draw it [default: BUNDLE-frontier.png].")
 @click.option(
     "--rows", type=click.IntRange(2), default=20, show_default=True, help="Rows of the table."
 )
@@ -206,7 +206,7 @@ def frontier(bundle: Path, png: Path | None, rows: int) -> None:
     console = Console()
     console.print(table)
     console.print(f"chosen: predicted SDT {chosen['sdt']:.2%}, mean FDT {chosen['fdt']:.1f}")
-    target = png or bundle / "frontier.png"
+    target = png or bundle.resolve().with_name(f"{bundle.resolve().name}-frontier.png")
     from edge_dtm.host.figure import draw_frontier
     from edge_dtm.plan import Plan
 

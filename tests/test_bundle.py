@@ -237,7 +237,7 @@ def test_packing_is_deterministic(folder: Path, tmp_path: Path) -> None:
 def test_a_spoilt_bundle_is_not_packed(folder: Path, tmp_path: Path) -> None:
     (folder / "model.gguf").write_bytes(b"other")
     (tmp_path / "out.edge").write_text("old")
-    with pytest.raises(EdgeDtmError, match="model.gguf is changed"):
+    with pytest.raises(EdgeDtmError, match=r"model\.gguf is changed"):
         pack(folder, tmp_path / "out.edge")
     assert (tmp_path / "out.edge").read_text() == "old"
     assert {p.name for p in tmp_path.iterdir()} == {"made", "out.edge"}

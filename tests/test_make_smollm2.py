@@ -344,7 +344,7 @@ def test_foreign_files_give_one_line(
 
 
 @pytest.fixture
-def nothing_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def nothing_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh cache, no installed package and no network; gives the folder for wheels."""
     monkeypatch.setenv("EDGE_DTM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tool, "_installed_gguf", lambda: None)

@@ -103,7 +103,7 @@ def test_overridden_thresholds_fail(tiny_bundle: Path) -> None:
     assert "31.5" in verdict.reasons[0]
     assert verdict.thresholds.min_fdt == 31.5
     assert printed(verdict)[-1].startswith("FAIL")
-    with pytest.raises(EdgeDtmError, match="max_sdt is 1.5"):
+    with pytest.raises(EdgeDtmError, match=r"max_sdt is 1\.5"):
         verify(tiny_bundle, threads=1, max_sdt=1.5)
 
 
@@ -112,7 +112,7 @@ def test_other_weights_fail(
     tiny_bundle: Path, seal: Seal, make_tiny_gguf: Callable[[Path, int], None], mode: str
 ) -> None:
     make_tiny_gguf(tiny_bundle / "model.gguf", 1)
-    with pytest.raises(EdgeDtmError, match="model.gguf is changed"):
+    with pytest.raises(EdgeDtmError, match=r"model\.gguf is changed"):
         verify(tiny_bundle, threads=1)
     seal(tiny_bundle)
     verdict = verify(tiny_bundle, mode=mode, threads=1)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ def draw_frontier(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     megabytes = [p["size_bytes"] / 1e6 for p in points]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -32,8 +32,9 @@ def draw_frontier(
         axis.grid(alpha=0.3)
         axis.legend()
     left.set_yscale("log")
-    left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-    left.yaxis.set_minor_formatter(PercentFormatter(1.0, decimals=1))
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_minor_locator(NullLocator())
+    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
