@@ -64,9 +64,13 @@ def open_run(
     holds the key under which the work folder keeps everything else.
     """
     if not model.exists():
-        raise EdgeDtmError(f"{model} is not there: give --model, or run python tools/make_smollm2.py")
+        raise EdgeDtmError(
+            f"{model} is not there: give --model, or run python tools/make_smollm2.py"
+        )
     checkpoint = open_checkpoint(model)
-    with stages("Checking the checkpoint", sum(c.weights for c in checkpoint.components())) as advance:
+    with stages(
+        "Checking the checkpoint", sum(c.weights for c in checkpoint.components())
+    ) as advance:
         sha256 = checkpoint.check(advance)
     found = []
     for path in (bundle / "work").glob("reference-*.npz"):
@@ -175,7 +179,9 @@ class Bench:
 
     def preset(self, name: str, imatrix: bool) -> Candidate:
         title = f"{name}{' with imatrix' if imatrix else ''}"
-        return self.candidate(title, ["preset", name, imatrix], partial(self._quantize, name, imatrix))
+        return self.candidate(
+            title, ["preset", name, imatrix], partial(self._quantize, name, imatrix)
+        )
 
     def ours(self, title: str, plan: Any) -> Candidate:
         def make(path: Path) -> None:
@@ -221,7 +227,9 @@ def preset_ftype(name: str) -> int:
     return int(value)
 
 
-def bench(bundle: Path, model: Path, presets: list[str], threads: int | None, stages: Stages) -> Any:
+def bench(
+    bundle: Path, model: Path, presets: list[str], threads: int | None, stages: Stages
+) -> Any:
     """Everything, as what --json writes."""
     for name in presets:
         preset_ftype(name)
@@ -280,6 +288,7 @@ HEAD = (
     "preset", "bytes", "preset SDT", "FDT", "preset+im SDT", "FDT", "our bytes", "our SDT", "FDT",
     "predicted SDT", "SDT ratio ours / preset+im",
 )  # fmt: skip
+FILES = (("plain", "preset"), ("imatrix", "preset+im"), ("ours", "ours"))
 
 
 def rows(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -292,9 +301,35 @@ def rows(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
             cells += [f"{r[key]['sdt']['value']:.2%}", f"{r[key]['fdt']['value']:.1f}"]
         q = r["sdt_ratio_to_imatrix"]
         cells.append(f"{r['predicted']['sdt']:.2%}")
-        cells.append(f"{q['value']:.2f} ({q['low']:.2f} to {q['high']:.2f})")
+        cells.append(ratio_text(q))
         out.append(tuple(cells))
     return out
+
+
+def terminal_table(data: Mapping[str, Any]) -> Table:
+    """A line a file, so that it fits 80 columns."""
+    table = Table(box=None, pad_edge=False)
+    heads = ("preset", "file", "bytes", "SDT", "FDT", "predicted\nSDT", "SDT ratio\nours / this")
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i > 1 else "left", no_wrap=True)
+    for r in data["presets"]:
+        for key, title in FILES:
+            q = r.get(f"sdt_ratio_to_{key}")
+            table.add_row(
+                r["preset"] if key == "plain" else "",
+                title,
+                f"{r[key]['size_bytes']:,}",
+                f"{r[key]['sdt']['value']:.2%}",
+                f"{r[key]['fdt']['value']:.1f}",
+                f"{r['predicted']['sdt']:.2%}" if key == "ours" else "",
+                ratio_text(q) if q else "",
+                end_section=key == "ours",
+            )
+    return table
+
+
+def ratio_text(q: Mapping[str, float]) -> str:
+    return f"{q['value']:.2f} ({q['low']:.2f} to {q['high']:.2f})"
 
 
 def notes(data: Mapping[str, Any]) -> list[str]:
@@ -328,7 +363,7 @@ def markdown(data: Mapping[str, Any], commands: list[str]) -> str:
         "|---|---|---:|---:|---|",
     ]
     for r in data["presets"]:
-        for key, title in (("plain", "preset"), ("imatrix", "preset+im"), ("ours", "ours")):
+        for key, title in FILES:
             kinds = sorted(r[key]["tensors_of_type"].items(), key=lambda item: -item[1])
             lines.append(
                 f"| {r['preset']} | {title} | {interval(r[key]['sdt'], True)} | "
@@ -372,12 +407,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     console = Console()
-    table = Table(box=None, pad_edge=False)
-    for i, head in enumerate(HEAD):
-        table.add_column(head, justify="right" if i else "left")
-    for row in rows(data):
-        table.add_row(*row)
-    console.print(table)
+    console.print(terminal_table(data))
     for note in notes(data):
         console.print(note, highlight=False, soft_wrap=True)
     if args.json is not None:

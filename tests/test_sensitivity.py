@@ -1,0 +1,428 @@
+"""Costs against brute force: ggml's own rounding, exact inner products, weights put in for real."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from edge_dtm import ggml
+from edge_dtm.host import sensitivity as module
+from edge_dtm.host.activations import activation_kind, round_activations
+from edge_dtm.host.checkpoint import open_checkpoint
+from edge_dtm.host.generate import generate_reference
+from edge_dtm.host.model import load_model, module_name
+from edge_dtm.host.prompts import Prompt
+from edge_dtm.host.sensitivity import (
+    SIGN_DRAWS,
+    Activations,
+    component_costs,
+    component_importance,
+    edge_costs,
+    sensitivity,
+)
+from edge_dtm.host.treat import treated_values
+from edge_dtm.plan import Component, Treatment
+from edge_dtm.reference import CALIBRATION, Reference
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+SEED, STEPS, TOKENS = 3, 60, 20
+TEXTS = [
+    "The baker went to the market and",
+    "Anna has three red apples.",
+    "def count_items(items):",
+    "Once upon a time",
+    "1. Wash the",
+    "The weather in Oslo",
+    "Dear Clara,",
+    "{",
+]
+
+
+def _tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[name] = found
+    spec.loader.exec_module(found)
+    return found
+
+
+class _Made:
+    """A model, its reference on TEXTS, and activations captured once."""
+
+    def __init__(self, folder: Path, work: Path) -> None:
+        self.checkpoint = open_checkpoint(folder)
+        self.model = load_model(self.checkpoint, CPU)
+        self.components = self.checkpoint.components()
+        tokenizer = self.checkpoint.tokenizer
+        prompts = [Prompt(tuple(tokenizer.encode(t)), t) for t in TEXTS]
+        self.reference = generate_reference(
+            self.model,
+            prompts,
+            tokens=TOKENS,
+            eos_ids=tokenizer.eos_ids,
+            split=np.full(len(prompts), CALIBRATION, np.uint8),
+            provenance={},
+            parts=work / "parts",
+        )
+        self.activations = Activations(work / "activations", self.reference, self.components)
+        self.activations.capture(self.model, SEED)
+
+    def component(self, name: str) -> Component:
+        return next(c for c in self.components if c.name == name)
+
+    def weights(self, name: str) -> np.ndarray[Any, Any]:
+        return self.checkpoint.hf_tensor(name + ".weight")
+
+
+@pytest.fixture(scope="session")
+def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # One for all test modules that ask for it under this name.
+    folder = tmp_path_factory.getbasetemp() / "tiny-trained"
+    if not folder.exists():
+        _tool("make_tiny_llama").make_tiny_llama(folder, steps=STEPS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def made(trained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> _Made:
+    return _Made(trained_folder, tmp_path_factory.mktemp("sensitivity"))
+
+
+@pytest.fixture(scope="session")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> _Made:
+    folder = tmp_path_factory.mktemp("tied") / "hf"
+    _tool("make_tiny_llama").make_tiny_llama(folder, steps=10, tied=True, layers=1)
+    return _Made(folder, tmp_path_factory.mktemp("sensitivity-tied"))
+
+
+def _positions(reference: Reference, row: int) -> slice:
+    first = int(reference.prompt_lengths[row]) - 1
+    return slice(first, first + int(reference.generated_lengths[row]))
+
+
+def _ids(reference: Reference, row: int) -> torch.Tensor:
+    return torch.tensor([(reference.prompt(row) + reference.generated(row))[:-1]])
+
+
+# --- rounding of inputs ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "name"), [("q8_0", "Q8_0"), ("q8_K", "Q8_K")])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_rounding_is_that_of_ggml(kind: str, name: str, scale: float) -> None:
+    random = np.random.default_rng(0)
+    x = (random.standard_normal((64, 512)) * scale).astype(np.float32)
+    x[0] = 0
+    x[1, :256] = 0
+    x[2] = random.integers(-127, 128, 512) * scale
+    x[3, 5] = 40 * scale  # an outlier
+    x[4, 5] = -40 * scale
+    quantize = getattr(ggml.library(), f"quantize_row_{kind}_ref")
+    quantize.restype = None
+    quantize.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    data = np.zeros((64, 512 // block * size), np.uint8)
+    for row in range(64):
+        quantize(x[row].ctypes.data, data[row].ctypes.data, 512)
+    if kind == "q8_0":
+        expected = ggml.dequantize(name, data, 512)
+        steps = data.reshape(64, -1, size)[:, :, :2].copy().view(np.float16).astype(np.float32)
+    else:  # block_q8_K: float scale, 256 int8, 16 int16 sums; ggml offers no to_float for it
+        blocks = data.reshape(64, -1, size)
+        steps = blocks[:, :, :4].copy().view(np.float32)
+        expected = (steps * blocks[:, :, 4:260].copy().view(np.int8)).reshape(64, 512)
+    found = round_activations(torch.from_numpy(x), kind).numpy()
+    difference = np.abs(found - expected).reshape(64, -1, block)
+    step = np.abs(steps)
+    # A tie may round to the other side; all else agrees to the last bits.
+    other = difference > 1e-5 * step * 127 + 1e-12
+    assert (difference <= step * 1.01 + 1e-12).all()
+    assert other.mean() < 1e-3
+    assert np.abs(found - x).max() > 0
+
+
+def test_half_is_half_and_kinds_are_the_kernels() -> None:
+    x = torch.randn(4, 64)
+    assert torch.equal(round_activations(x, "half"), x.half().float())
+    kinds = {t: activation_kind(t) for t in ("F16", "Q8_0", "Q4_0", "IQ4_NL", "Q6_K", "Q4_K")}
+    assert list(kinds.values()) == ["half", "q8_0", "q8_0", "q8_0", "q8_K", "q8_K"]
+
+
+# --- what is captured -----------------------------------------------------------------------
+
+
+def test_captured_inputs_are_those_of_transformers(made: _Made, trained_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(trained_folder, dtype=torch.float32).eval()
+    modules = dict(theirs.named_modules())
+    outputs: dict[str, torch.Tensor] = {}
+    for c in made.components:
+        if c.name != "token_embd":
+            modules[module_name(c.name)].register_forward_hook(
+                lambda _, args, out, name=c.name: outputs.__setitem__(name, out[0])
+            )
+    edges = made.activations.edges
+    for row in range(len(made.reference)):
+        with torch.no_grad():
+            theirs(input_ids=_ids(made.reference, row), use_cache=False)
+        for name, expected in outputs.items():
+            x = made.activations.inputs(name)[edges[row] : edges[row + 1]]
+            found = torch.from_numpy(x @ made.weights(name).T)
+            torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+
+
+def test_importance_is_the_mean_square_of_inputs(made: _Made) -> None:
+    x = made.activations.inputs("blk.1.ffn_down").astype(np.float64)
+    expected = (x * x).mean(axis=0)
+    assert np.allclose(made.activations.importance("blk.1.ffn_down"), expected, rtol=1e-5)
+    assert np.array_equal(
+        made.activations.importance("blk.0.attn_v"), made.activations.importance("blk.0.attn_q")
+    )
+    assert component_importance(made.activations, made.components[0], tied=False) is None
+    assert component_importance(made.activations, made.components[0], tied=True) is not None
+
+
+def test_gradients_are_those_of_the_signed_margins(made: _Made) -> None:
+    """Against a full backward pass from the logits, one sequence alone, without padding."""
+    row, names = 2, ["blk.0.attn_k", "blk.1.ffn_up", "blk.2.attn_output"]
+    modules = dict(made.model.named_modules())
+    kept: dict[str, torch.Tensor] = {}
+    handles = [
+        modules[module_name(n)].register_forward_hook(
+            lambda _, args, out, name=n: kept.__setitem__(name, out)
+        )
+        for n in names
+    ]
+    ids = _ids(made.reference, row)
+    embedded = made.model.model.embed_tokens(ids).detach().requires_grad_(True)
+    logits = made.model(inputs_embeds=embedded, use_cache=False).logits[0]
+    for handle in handles:
+        handle.remove()
+    count = int(made.reference.generated_lengths[row])
+    top = torch.from_numpy(made.reference.top_ids[row, :count, :2].astype(np.int64))
+    at = logits[_positions(made.reference, row)]
+    margins = at.gather(1, top[:, :1])[:, 0] - at.gather(1, top[:, 1:])[:, 0]
+    edges = made.activations.edges
+    for draw in range(SIGN_DRAWS):
+        signs = np.random.default_rng([SEED, draw, row]).choice([-1.0, 1.0], count)
+        total = (margins * torch.from_numpy(signs.astype(np.float32))).sum()
+        wanted = torch.autograd.grad(
+            total, [*(kept[n] for n in names), embedded], retain_graph=True
+        )
+        for name, gradient in zip([*names, "token_embd"], wanted, strict=True):
+            found = made.activations.gradients(name)[draw, edges[row] : edges[row + 1]]
+            size = float(gradient.abs().max())
+            # They are kept in half precision.
+            assert np.abs(found - gradient[0].numpy()).max() < 2e-3 * size, name
+
+
+def test_capture_goes_on_where_it_stopped(made: _Made, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(done: int) -> None:
+        raise Stop
+
+    second = Activations(tmp_path / "a", made.reference, made.components)
+    with pytest.raises(Stop):
+        second.capture(made.model, SEED, stop)
+    done: list[int] = []
+    third = Activations(tmp_path / "a", made.reference, made.components)
+    third.capture(made.model, SEED, done.append)
+    assert done == [module.BATCH_SEQUENCES, len(TEXTS) - module.BATCH_SEQUENCES]
+    for c in made.components:
+        assert np.array_equal(third.inputs(c.name), made.activations.inputs(c.name))
+        if c.name != "output":
+            assert np.array_equal(third.gradients(c.name), made.activations.gradients(c.name))
+    third.remove()
+    assert not (tmp_path / "a").exists()
+
+
+# --- costs ----------------------------------------------------------------------------------
+
+CHOICES = [Treatment(t) for t in ("F16", "Q8_0", "Q6_K", "Q4_K", "Q4_0", "IQ4_NL")]
+CHOICES += [Treatment("Q8_0", 0.3), Treatment("F16", 0.5)]
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_v", "blk.1.ffn_gate", "blk.2.ffn_down"])
+def test_costs_are_the_inner_products(made: _Made, name: str) -> None:
+    """z = <G, E> with E = X^ W^' - X W' formed as it stands, in float64."""
+    weights, component = made.weights(name), made.component(name)
+    importance = made.activations.importance(name)
+    found = component_costs(made.activations, component, CHOICES, weights, CPU, importance)
+    x = made.activations.inputs(name)
+    g = made.activations.gradients(name).astype(np.float64)
+    edges = made.activations.edges
+    for treatment, cost in zip(CHOICES, found, strict=True):
+        rounded = round_activations(torch.from_numpy(np.array(x)), activation_kind(treatment.type))
+        new = treated_values(weights, treatment, importance).astype(np.float64)
+        e = rounded.numpy().astype(np.float64) @ new.T - x.astype(np.float64) @ weights.T
+        z = np.stack([(g[:, a:b] * e[a:b]).sum((1, 2)) for a, b in pairwise(edges)])
+        expected = (z**2).sum() / SIGN_DRAWS / made.reference.generated_lengths.sum()
+        assert cost == pytest.approx(expected, rel=0.02), treatment
+
+
+def _margin_change(made: _Made, before: list[torch.Tensor]) -> float:
+    """Mean square of what the margins are now, less what they were."""
+    total = 0.0
+    for row, old in enumerate(before):
+        total += float((_margins(made, row) - old).double().square().sum())
+    return total / int(made.reference.generated_lengths.sum())
+
+
+@torch.no_grad()
+def _margins(made: _Made, row: int) -> torch.Tensor:
+    logits = made.model(input_ids=_ids(made.reference, row), use_cache=False).logits[0]
+    at = logits[_positions(made.reference, row)]
+    top = torch.from_numpy(made.reference.top_ids[row, : len(at), :2].astype(np.int64))
+    return at.gather(1, top[:, :1])[:, 0] - at.gather(1, top[:, 1:])[:, 0]
+
+
+@pytest.mark.parametrize("types", [("Q8_0", "Q6_K"), ("Q4_K", "Q4_0")])
+def test_costs_are_the_margins_real_change(made: _Made, types: tuple[str, ...]) -> None:
+    before = [_margins(made, row) for row in range(len(made.reference))]
+    modules = dict(made.model.named_modules())
+    predicted, real = [], []
+    for component in made.components:
+        if not component.in_block or ".attn_k" in component.name:
+            continue
+        name = component.name
+        weights, importance = made.weights(name), made.activations.importance(name)
+        treatments = [Treatment(t) for t in types]
+        predicted += component_costs(
+            made.activations, component, treatments, weights, CPU, importance
+        )
+        target = modules[module_name(name)]
+        for treatment in treatments:
+            new = torch.from_numpy(treated_values(weights, treatment, importance))
+            kind = activation_kind(treatment.type)
+            handle = target.register_forward_pre_hook(
+                lambda _, args, kind=kind: (round_activations(args[0][0], kind)[None],)
+            )
+            target.weight.data = new
+            real.append(_margin_change(made, before))
+            target.weight.data = torch.from_numpy(weights)
+            handle.remove()
+    assert len(real) == 2 * 18
+    assert 0.5 < sum(predicted) / sum(real) < 2
+    assert _spearman(np.array(predicted), np.array(real)) > 0.8
+
+
+def _spearman(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
+
+
+@pytest.mark.parametrize("kind", ["made", "tied"])
+def test_costs_of_the_head_are_exact(kind: str, request: pytest.FixtureRequest) -> None:
+    m: _Made = request.getfixturevalue(kind)
+    is_tied = kind == "tied"
+    name = "token_embd" if is_tied else "output"
+    weights = m.weights(name)
+    importance = m.activations.importance(name)
+    treatments = [Treatment("Q8_0"), Treatment("Q4_K")]
+    found = edge_costs(m.activations, m.component(name), treatments, weights, importance, is_tied)
+    gradients = m.activations.gradients("token_embd").astype(np.float64)
+    for treatment, cost in zip(treatments, found, strict=True):
+        new = treated_values(weights, treatment, importance)
+        expected = looked_up = 0.0
+        for row in range(len(m.reference)):
+            with torch.no_grad():
+                hidden = m.model.model(
+                    input_ids=_ids(m.reference, row), use_cache=False
+                ).last_hidden_state[0]
+            at = hidden[_positions(m.reference, row)]
+            rounded = round_activations(at, activation_kind(treatment.type)).numpy()
+            old_logits, new_logits = at.numpy() @ weights.T, rounded @ new.T
+            top = m.reference.top_ids[row, : len(at), :2]
+            change = np.take_along_axis(new_logits - old_logits, top, 1)
+            expected += float(np.square(change[:, 0] - change[:, 1], dtype=np.float64).sum())
+            a, b = m.activations.edges[row : row + 2]
+            error = (new - weights)[_ids(m.reference, row)[0].numpy()]
+            z = (gradients[:, a:b] * error).sum((1, 2))
+            looked_up += float((z**2).sum() / SIGN_DRAWS)
+        positions = int(m.reference.generated_lengths.sum())
+        wanted = (expected + is_tied * looked_up) / positions
+        assert cost == pytest.approx(wanted, rel=0.01)
+
+
+def test_cost_of_looked_up_rows_is_the_real_change(made: _Made) -> None:
+    before = [_margins(made, row) for row in range(len(made.reference))]
+    weights = made.weights("token_embd")
+    treatment = Treatment("Q8_0")
+    (cost,) = edge_costs(
+        made.activations, made.component("token_embd"), [treatment], weights, None, False
+    )
+    embedding = made.model.model.embed_tokens
+    embedding.weight.data = torch.from_numpy(treated_values(weights, treatment, None))
+    real = _margin_change(made, before)
+    embedding.weight.data = torch.from_numpy(weights)
+    assert 1 / 3 < cost / real < 3  # one number from two draws of signs in eight sequences
+
+
+# --- resuming -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reading(made: _Made) -> tuple[list[str], Any]:
+    read: list[str] = []
+
+    def get(name: str) -> np.ndarray[Any, Any]:
+        read.append(name.removesuffix(".weight"))
+        return made.checkpoint.hf_tensor(name)
+
+    return read, get
+
+
+def test_a_cut_results_file_is_gone_on_with(
+    made: _Made, tmp_path: Path, reading: tuple[list[str], Any]
+) -> None:
+    read, get = reading
+    components = made.components[:8]
+    choices = [[Treatment("Q8_0"), Treatment("Q4_0")] for _ in components]
+    results = tmp_path / "costs.jsonl"
+    whole = sensitivity(made.activations, components, choices, get, CPU, False, results)
+    assert read == [c.name for c in components]
+    assert all(len(costs) == 2 and min(costs) > 0 for costs in whole)
+    text = results.read_text()
+    assert [json.loads(line)["name"] for line in text.splitlines()] == read
+    lines = text.splitlines()
+    for kept in ("\n".join(lines[:3]), "\n".join(lines[:3]) + "\n" + lines[3][:20]):
+        results.write_text(kept)
+        read.clear()
+        done: list[int] = []
+        again = sensitivity(
+            made.activations, components, choices, get, CPU, False, results, done.append
+        )
+        assert again == whole
+        assert read == [c.name for c in components[3:]]
+        assert done == [c.weights for c in components]
+        read.clear()
+        assert sensitivity(made.activations, components, choices, get, CPU, False, results) == whole
+        assert read == []
+
+
+def test_other_choices_are_measured_anew(
+    made: _Made, tmp_path: Path, reading: tuple[list[str], Any]
+) -> None:
+    read, get = reading
+    components, results = made.components[2:4], tmp_path / "costs.jsonl"
+    one = [[Treatment("Q8_0")]] * 2
+    two = [[Treatment("Q8_0"), Treatment("Q4_0")]] * 2
+    first = sensitivity(made.activations, components, one, get, CPU, False, results)
+    second = sensitivity(made.activations, components, two, get, CPU, False, results)
+    assert [costs[0] for costs in second] == pytest.approx([costs[0] for costs in first])
+    assert len(read) == 4
