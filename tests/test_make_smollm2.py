@@ -159,9 +159,7 @@ def _hf_logits(weights: dict[str, np.ndarray], ids: list[int]) -> np.ndarray:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()
-    }
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 # --- the rescale ------------------------------------------------------------------------------
@@ -269,9 +267,7 @@ def test_failed_proof_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_left_on_the_grid_fail(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_left_on_the_grid_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = _vocabulary()
     q4_1 = gguf.GGMLQuantizationType.Q4_1
     weights = {
@@ -293,12 +289,8 @@ def test_wrong_tokenizer_fails(
 ) -> None:  # fmt: skip
     from tokenizers import pre_tokenizers
 
-    monkeypatch.setattr(
-        pre_tokenizers, "Digits", lambda **_: pre_tokenizers.Split("t", "isolated")
-    )
-    monkeypatch.setattr(
-        tool, "TOKENIZER_TEXTS", ("plain", "in the end", " the  the")
-    )
+    monkeypatch.setattr(pre_tokenizers, "Digits", lambda **_: pre_tokenizers.Split("t", "isolated"))
+    monkeypatch.setattr(tool, "TOKENIZER_TEXTS", ("plain", "in the end", " the  the"))
     with pytest.raises(EdgeDtmError, match="tokenized differently"):
         tool.make_smollm2(tmp_path / "out", small_gguf)
     assert "tokenizer mismatch: " in capsys.readouterr().out
@@ -327,9 +319,7 @@ def test_force_replaces_only_its_own_folder(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "own"]
 
 
-def test_foreign_files_give_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_foreign_files_give_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(40))
     missing = tmp_path / "missing.gguf"

@@ -61,8 +61,8 @@ class Verdict:
         notes = []
         if self.mode == "generate":
             notes.append(
-                "SDT is defined on the reference's own text: in mode generate only FDT and the "
-                "share of identical sequences are judged, no SDT or KL threshold is applied"
+                "SDT is defined on the reference's own text: in mode generate FDT is judged and the "
+                "share of identical sequences shown, no SDT or KL threshold is applied"
             )
         if self.sequences < self.sequences_in_bundle:
             notes.append(
@@ -208,7 +208,9 @@ def print_verdict(verdict: Verdict, console: Console | None = None) -> None:
     console = console or Console()
     generate = verdict.mode == "generate"
     limits = verdict.thresholds
-    table = Table(title=f"{verdict.sequences} of {verdict.sequences_in_bundle} sequences")
+    table = Table(
+        title=f"{verdict.sequences} of {verdict.sequences_in_bundle} sequences; FDT in tokens"
+    )
     for name in ("", "measured", "95 % interval", "threshold", "noise floor"):
         table.add_column(name, justify="left" if not name else "right")
 
@@ -219,11 +221,11 @@ def print_verdict(verdict: Verdict, console: Console | None = None) -> None:
         name: str, d: Divergence, sdt_limit: str, fdt_limit: str, floor: Mapping[str, Any]
     ) -> None:
         if not generate:
-            interval = f"{d.sdt.low:.2%} to {d.sdt.high:.2%}"
+            interval = f"{d.sdt.low:.1%} to {d.sdt.high:.1%}"
             row(f"SDT {name}", f"{d.sdt.value:.2%}", interval, sdt_limit, _share(floor.get("sdt")))
         fdt_floor = _plain(floor.get("fdt"))
         interval = f"{d.fdt.low:.1f} to {d.fdt.high:.1f}"
-        row(f"FDT {name}, tokens", f"{d.fdt.value:.1f}", interval, fdt_limit, fdt_floor)
+        row(f"FDT {name}", f"{d.fdt.value:.1f}", interval, fdt_limit, fdt_floor)
         identical = _share(floor.get("identical_share"))
         row(f"identical {name}", f"{d.identical_share:.1%}", floor=identical)
 
@@ -231,22 +233,22 @@ def print_verdict(verdict: Verdict, console: Console | None = None) -> None:
     divergence(
         "vs original",
         original,
-        f"at most {limits.max_sdt:.2%}",
-        f"at least {limits.min_fdt:.1f}",
+        f"≤ {limits.max_sdt:.2%}",
+        f"≥ {limits.min_fdt:.1f}",
         verdict.noise_floor,
     )
     if not generate:
         row(
-            f"near-ties (margin up to {original.near_tie_margin:.3g})",
+            f"near-ties (≤ {original.near_tie_margin:.2g})",
             f"{original.near_tie_share:.2%}",
         )
-    divergence("vs host", verdict.against_host, f"at most {limits.max_sdt_vs_host:.2%}", "", {})
+    divergence("vs host", verdict.against_host, f"≤ {limits.max_sdt_vs_host:.2%}", "", {})
     if verdict.kl_vs_host is not None:
         row(
             "KL vs host, nats",
             f"{verdict.kl_vs_host:.2g}",
             "",
-            f"at most {limits.max_kl_vs_host:.2g}",
+            f"≤ {limits.max_kl_vs_host:.2g}",
         )
     row("prefill, tokens/s", f"{verdict.prefill_tokens_per_s:.1f}")
     row("decode, tokens/s", f"{verdict.decode_tokens_per_s:.1f}")

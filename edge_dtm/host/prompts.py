@@ -35,7 +35,8 @@ def read_prompts(path: Path, tokenizer: Tokenizer) -> list[Prompt]:
     EdgeDtmError listing every bad line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON strings may hold what that takes for line ends, such as U+2028.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise EdgeDtmError(f"{path} does not exist: give a file of prompts, one a line") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -92,6 +93,8 @@ def _from_json(record: Any, tokenizer: Tokenizer) -> Prompt:
 
 
 def _plain(text: str, tokenizer: Tokenizer) -> Prompt:
+    if any("\ud800" <= c <= "\udfff" for c in text):  # JSON can spell these out
+        raise ValueError("has half of a surrogate pair, which is no text")
     ids = tokenizer.encode(text)
     if not ids:
         raise ValueError("is empty")
