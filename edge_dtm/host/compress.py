@@ -451,7 +451,11 @@ class _Run:
             max_kl_vs_host=MAX_KL_VS_HOST,
         )
         zeros = (
-            {t.component: t.zero_share or 0.0 for t in describe(self.work / "model.gguf")}
+            {
+                t.component: t.zero_share or 0.0
+                for t in describe(self.work / "model.gguf")
+                if t.is_matrix
+            }
             if plan.zero_share
             else {}
         )
