@@ -194,7 +194,12 @@ def frontier(bundle: Path, png: Path | None, rows: int) -> None:
     from rich.table import Table
 
     plan = _read_json(bundle / "plan.json")
-    points, chosen = plan["frontier"], plan["predicted"]
+    try:
+        points, chosen = plan["frontier"], plan["predicted"]
+    except (KeyError, TypeError):
+        raise EdgeDtmError(
+            f"{bundle / 'plan.json'} holds no frontier: make the bundle again"
+        ) from None
     step = max(1, (len(points) - 1) // (rows - 1))
     shown = sorted({*range(0, len(points), step), len(points) - 1})
     table = Table("bytes", "sigma", "predicted SDT", "predicted FDT", box=None, pad_edge=False)

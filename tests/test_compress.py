@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from click.testing import CliRunner, Result
 
 from edge_dtm.cli import main
 from edge_dtm.host import compress as module
+from edge_dtm.host import generate, sensitivity
 from edge_dtm.inspect import describe
 from edge_dtm.plan import Plan
 from edge_dtm.reference import Reference
@@ -72,9 +74,12 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _few_sampled() -> Iterator[None]:
+def _small_runs() -> Iterator[None]:
+    """Few prompts, several batches of them, and one thread, as _PROGRAM has it too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SAMPLED_PROMPTS", 4)
+        patch.setattr(generate, "BATCH_SEQUENCES", 4)
+        patch.setattr(os, "cpu_count", lambda: 1)
         yield
 
 
@@ -92,15 +97,19 @@ def _run(*arguments: str | Path, status: int = 0) -> Result:
     return result
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bundle(
     trained_folder: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     out = tmp_path_factory.mktemp("compress") / "bundle"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "SAMPLED_PROMPTS", 4)
-        _run(*_arguments(trained_folder, prompts_file, out))
+    _run(*_arguments(trained_folder, prompts_file, out))
     return out
+
+
+@pytest.fixture
+def measured(bundle: Path, tmp_path: Path) -> Path:
+    """A folder whose work folder holds the measurements, which no budget or target changes."""
+    return Path(shutil.copytree(bundle, tmp_path / "measured"))
 
 
 def _manifest(folder: Path) -> Any:
@@ -143,7 +152,7 @@ def test_held_out_sequences_are_in_the_bundle(bundle: Path, trained_folder: Path
 
 
 def test_verify_passes(bundle: Path, tmp_path: Path) -> None:
-    _run("verify", bundle, "--json", tmp_path / "v.json")
+    _run("verify", "--threads", "1", bundle, "--json", tmp_path / "v.json")
     verdict = json.loads((tmp_path / "v.json").read_text())
     assert verdict["passed"]
     measured = _manifest(bundle)["measured"]
@@ -155,7 +164,18 @@ def test_verify_passes(bundle: Path, tmp_path: Path) -> None:
 def test_generating_for_real_diverges_where_the_replay_does(bundle: Path, tmp_path: Path) -> None:
     for mode in ("teacher-forced", "generate"):
         # A token in a near-tie can put the real text past the threshold by itself.
-        _run("verify", bundle, "--mode", mode, "--min-fdt", "0", "--json", tmp_path / mode)
+        _run(
+            "verify",
+            "--threads",
+            "1",
+            bundle,
+            "--mode",
+            mode,
+            "--min-fdt",
+            "0",
+            "--json",
+            tmp_path / mode,
+        )
     forced, generated = (
         json.loads((tmp_path / mode).read_text())["against_original"]["fdt"]["value"]
         for mode in ("teacher-forced", "generate")
@@ -166,12 +186,11 @@ def test_generating_for_real_diverges_where_the_replay_does(bundle: Path, tmp_pa
 def test_packed_bundle(bundle: Path, tmp_path: Path) -> None:
     packed = tmp_path / "b.tar.zst"
     _run("pack", bundle, "-o", packed)
-    _run("verify", packed)
+    _run("verify", "--threads", "1", packed)
     _run("unpack", packed, "-o", tmp_path / "again")
     assert {p.name for p in (tmp_path / "again").iterdir()} == BUNDLE
     for name in BUNDLE:
         assert (tmp_path / "again" / name).read_bytes() == (bundle / name).read_bytes()
-    _run("verify", tmp_path / "again")
 
 
 def test_other_commands_read_it(bundle: Path, tmp_path: Path) -> None:
@@ -196,38 +215,36 @@ def test_two_runs_make_the_same_bytes(
     _same(bundle, tmp_path / "b")
 
 
-@pytest.mark.slow
 def test_sparsity_is_the_average_asked_for(
-    trained_folder: Path, prompts_file: Path, tmp_path: Path
+    measured: Path, trained_folder: Path, prompts_file: Path
 ) -> None:
-    out = tmp_path / "b"
     options = ("--sparsity", "0.25", "--max-bytes", "6M")
-    _run(*_arguments(trained_folder, prompts_file, out, *options))
-    plan = _plan(out)
+    text = _run(*_arguments(trained_folder, prompts_file, measured, *options)).stderr
+    assert "Sensitivity: taken from the work folder" in text
+    plan = _plan(measured)
     assert plan.zero_share == pytest.approx(0.25, abs=1e-3)
     masked = {name for name, t in plan.by_name().items() if t.zero_share}
-    tensors = {t.component: t for t in describe(out / "model.gguf")}
+    tensors = {t.component: t for t in describe(measured / "model.gguf")}
     zeros = sum((tensors[n].zero_share or 0) * np.prod(tensors[n].shape) for n in masked)
     total = sum(c.weights for c in plan.components if c.in_block)
     assert zeros / total == pytest.approx(0.25, abs=0.005)
     assert all(n.startswith("blk.") for n in masked)
-    _run("verify", out)
+    assert _manifest(measured)["measured"]["zero_share"] == pytest.approx(plan.zero_share)
+    _run("verify", "--threads", "1", measured)
 
 
-@pytest.mark.slow
 def test_target_makes_a_smaller_file_that_meets_it(
-    trained_folder: Path, prompts_file: Path, tmp_path: Path
+    measured: Path, trained_folder: Path, prompts_file: Path
 ) -> None:
-    unlimited, out = tmp_path / "unlimited", tmp_path / "target"
     large = ("--max-bytes", "20M")
-    _run(*_arguments(trained_folder, prompts_file, unlimited, *large))
-    _run(*_arguments(trained_folder, prompts_file, out, *large, "--max-sdt", "0.05"))
-    data = _manifest(out)
+    _run(*_arguments(trained_folder, prompts_file, measured, *large))
+    unlimited = (measured / "model.gguf").stat().st_size
+    _run(*_arguments(trained_folder, prompts_file, measured, *large, "--max-sdt", "0.05"))
+    data = _manifest(measured)
     assert data["measured"]["sdt"]["value"] <= 0.05
     assert data["thresholds"]["max_sdt"] == 0.05
-    small, big = ((f / "model.gguf").stat().st_size for f in (out, unlimited))
-    assert small < 0.7 * big
-    _run("verify", out)
+    assert (measured / "model.gguf").stat().st_size < 0.7 * unlimited
+    _run("verify", "--threads", "1", measured)
 
 
 # Each moment kills the process itself, as `kill -9` would, right after or within a piece of work.
@@ -235,7 +252,6 @@ _MOMENTS = {
     "reference": "patch(generate, '_decode', 2)",
     "gradients": "patch(sensitivity._Capture, 'run', 2)",
     "costs": "patch(sensitivity, 'component_costs', 6)",
-    "f16 exported": "patch(compress._Run, 'measure', 1)",
     "plan exported": "patch(compress, 'tokenization_mismatches', 1)",
     "bundle half moved": "patch(compress.bundle, 'write_manifest', 1)",
 }
@@ -254,6 +270,7 @@ def patch(owner, name, call):
         return real(*args, **options)
     setattr(owner, name, replaced)
 
+os.cpu_count = lambda: 1
 compress.SAMPLED_PROMPTS = 4
 generate.BATCH_SEQUENCES = 4
 {patch}
@@ -275,20 +292,18 @@ def _killed(moment: str, arguments: list[str]) -> None:
 
 @pytest.mark.slow
 def test_a_run_killed_at_every_stage_ends_in_the_same_bytes(
-    trained_folder: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path,
+    trained_folder: Path,
+    prompts_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from edge_dtm.host import generate, sensitivity
-
-    # The batches decide what the padding is, so the undisturbed run has the same ones.
-    monkeypatch.setattr(generate, "BATCH_SEQUENCES", 4)
-    _run(*_arguments(trained_folder, prompts_file, tmp_path / "whole"))
     out = tmp_path / "killed"
     arguments = _arguments(trained_folder, prompts_file, out)
     left = {
         "reference": "reference-*.parts/000000.npz",
         "gradients": "activations-*/state.json",
         "costs": "costs-*.jsonl",
-        "f16 exported": "f16.gguf",
         "plan exported": "model.gguf",
     }
     for moment in _MOMENTS:
@@ -313,5 +328,5 @@ def test_a_run_killed_at_every_stage_ends_in_the_same_bytes(
     assert measured == []
     assert "Greedy reference: taken from the work folder" in text
     assert "Sensitivity: taken from the work folder" in text
-    _same(tmp_path / "whole", out)
-    _run("verify", out)
+    _same(bundle, out)
+    _run("verify", "--threads", "1", out)

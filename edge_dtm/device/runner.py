@@ -628,6 +628,8 @@ def _library() -> Any:
 
 def _load_model(path: Path, vocab_only: bool) -> Any:
     lib = _library()
+    # Whoever else loaded a model in this process may have redirected the log since.
+    lib.llama_log_set(lib.edge_dtm_log_callback, ctypes.c_void_p(0))
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
     params.vocab_only = vocab_only

@@ -1,0 +1,327 @@
+"""The command line: one line for every error, the exit status, and what it imports."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from edge_dtm.cli import EXIT_ERROR, EXIT_USAGE, EXIT_VERIFIED_AND_FAILED, Bytes, main
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = "one apple\ntwo pears\nthree plums\nfour figs\nfive nuts\n"
+
+
+def _run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def _error(result: Result, *words: str, status: int = EXIT_ERROR, notes: bool = False) -> None:
+    """One line that starts with `error:`; notes: progress may stand before it."""
+    assert result.exit_code == status, (result.output, result.exception)
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert lines[-1].startswith("error: "), result.stderr
+    assert sum("error:" in line for line in lines) == 1
+    assert notes or len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in lines[-1], lines[-1]
+
+
+def _usage(result: Result, *words: str) -> None:
+    assert result.exit_code == EXIT_USAGE, result.output
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Error: ") and all(word in last for word in words), last
+    assert "Traceback" not in result.stderr
+
+
+# --- help and imports -----------------------------------------------------------------------
+
+
+def _commands(group: click.Group, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    out = [path]
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            out += _commands(command, (*path, name))
+        else:
+            out.append((*path, name))
+    return out
+
+
+@pytest.mark.parametrize("path", _commands(main), ids=" ".join)
+def test_help(path: tuple[str, ...]) -> None:
+    for flag in ("--help", "-h"):
+        result = _run(*path, flag)
+        assert result.exit_code == 0
+        assert result.stdout.startswith("Usage: ")
+        assert not result.stderr
+
+
+def test_version() -> None:
+    from edge_dtm import __version__
+
+    assert __version__ in _run("--version").stdout
+
+
+def _imported(code: str) -> set[str]:
+    program = f"{code}\nimport sys\nprint(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stdout.split())
+
+
+def test_the_command_line_imports_next_to_nothing() -> None:
+    heavy = {"torch", "transformers", "numpy", "rich", "gguf", "llama_cpp", "zstandard"}
+    assert not heavy & _imported("import edge_dtm.cli")
+
+
+def test_the_device_side_needs_no_torch() -> None:
+    modules = ["cli", "device.verify", "device.runner", "bundle", "metrics", "plan", "search"]
+    modules += ["reference", "report", "inspect", "profiles", "ggml", "progress", "llama_vocab"]
+    # gguf itself imports sentencepiece where that is installed.
+    host_only = {"torch", "transformers", "safetensors", "tokenizers"}
+    found = _imported("\n".join(f"import edge_dtm.{m}" for m in modules))
+    assert not (host_only | {"matplotlib"}) & found
+    assert not any(m.startswith("edge_dtm.host") for m in found)
+
+
+def test_verify_without_torch(tiny_bundle: Path) -> None:
+    code = "import sys\nfor m in ('torch', 'transformers'): sys.modules[m] = None\n"
+    code += "from edge_dtm.cli import main\nmain(sys.argv[1:])"
+    for arguments, status in (
+        (["verify", str(tiny_bundle), "--threads", "1"], 0),
+        (["compress", str(tiny_bundle / "model.gguf"), "-o", str(tiny_bundle / "new")], 1),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == status, done.stderr
+        if status:
+            assert done.stderr.startswith("error: this command needs torch: pip install")
+            assert len(done.stderr.splitlines()) == 1
+
+
+# --- the device's commands ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("105000000", 105_000_000), ("105M", 105_000_000), ("4.2G", 4_200_000_000), ("64k", 64_000)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert Bytes().convert(text, None, None) == size
+
+
+@pytest.mark.parametrize("text", ["", "many", "-3", "0", "1e99", "nan", "inf", "12X", "M"])
+def test_bad_sizes(text: str, tmp_path: Path) -> None:
+    _usage(_run("compress", tmp_path, "-o", tmp_path / "o", "--max-bytes", text), "--max-bytes")
+
+
+def test_verify_passes_and_fails(tiny_bundle: Path, tmp_path: Path) -> None:
+    passed = _run("verify", tiny_bundle, "--threads", "1")
+    assert passed.exit_code == 0, passed.stderr
+    failed = _run(
+        "verify", tiny_bundle, "--threads", "1", "--min-fdt", "1000", "--json", tmp_path / "v.json"
+    )
+    assert failed.exit_code == EXIT_VERIFIED_AND_FAILED
+    verdict = json.loads((tmp_path / "v.json").read_text())
+    assert not verdict["passed"] and "FDT" in verdict["reasons"][0]
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "reference.npz", "host.npz", "plan.json"])
+def test_tampered_bundle(tiny_bundle: Path, name: str) -> None:
+    data = bytearray((tiny_bundle / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (tiny_bundle / name).write_bytes(data)
+    _error(_run("verify", tiny_bundle), name)
+
+
+def test_bundles_that_are_none(tiny_bundle: Path, tmp_path: Path) -> None:
+    _error(_run("verify", tmp_path / "none"), "does not exist")
+    (tmp_path / "empty").mkdir()
+    _error(_run("verify", tmp_path / "empty"))
+    (tmp_path / "junk").write_bytes(b"junk" * 100)
+    _error(_run("verify", tmp_path / "junk"))
+    _error(_run("unpack", tmp_path / "junk", "-o", tmp_path / "u"))
+    _error(_run("frontier", tmp_path / "empty"), "plan.json does not exist")
+    _error(_run("frontier", tiny_bundle))  # its plan is {}
+    _error(_run("pack", tmp_path / "empty", "-o", tmp_path / "p.tar.zst"), notes=True)
+    assert not (tmp_path / "u").exists() and not (tmp_path / "p.tar.zst").exists()
+
+
+def test_truncated_model_for_the_other_commands(tiny_bundle: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes((tiny_bundle / "model.gguf").read_bytes()[:-5000])
+    _error(_run("inspect", cut), "truncated")
+    _error(_run("measure", cut, "--reference", tiny_bundle), "truncated")
+    _error(
+        _run("measure", tiny_bundle / "model.gguf", "--reference", tmp_path / "no.npz"), "no.npz"
+    )
+
+
+def test_inspect_and_profiles(tiny_bundle: Path, tmp_path: Path) -> None:
+    result = _run("inspect", tiny_bundle, "--json", tmp_path / "i.json")
+    assert result.exit_code == 0 and "F32" in result.stdout
+    data = json.loads((tmp_path / "i.json").read_text())
+    assert data["size_bytes"] == (tiny_bundle / "model.gguf").stat().st_size
+    assert "raspberrypi" in _run("profiles", "list").stdout
+    assert "ram_bytes" in _run("profiles", "show", "raspberrypi").stdout
+    _error(_run("profiles", "show", "nosuch"), "nosuch")
+
+
+# --- compress -------------------------------------------------------------------------------
+
+
+def _tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[name] = found
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.fixture(scope="session")
+def cli_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("transformers")
+    out: Path = _tool("make_tiny_llama").make_tiny_llama(
+        tmp_path_factory.mktemp("cli") / "hf", steps=0, layers=1, shards=2
+    )
+    return out
+
+
+@pytest.fixture
+def folder(cli_folder: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(cli_folder, tmp_path / "hf"))
+
+
+@pytest.fixture
+def compress(tmp_path: Path) -> Callable[..., Result]:
+    """Runs compress with a small prompts file: compress(model, *options)."""
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+
+    def run(model: Path, *options: str | Path) -> Result:
+        given: list[str | Path] = ["compress", model, "--tokens", "4", "--device", "cpu"]
+        for name, value in (
+            ("-o", tmp_path / "out"),
+            ("--prompts", tmp_path / "prompts.txt"),
+            ("--max-bytes", "9M"),
+        ):
+            if name not in options and not (name == "--max-bytes" and "--profile" in options):
+                given += [name, value]
+        return _run(*given, *options)
+
+    return run
+
+
+Compress = Callable[..., Result]
+
+
+def test_models_that_cannot_be_used(
+    compress: Compress, folder: Path, tmp_path: Path, tiny_gguf: Path
+) -> None:
+    _error(compress(tmp_path / "none"), "does not exist")
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(tiny_gguf.read_bytes()[:-5000])
+    _error(compress(cut), "cut.gguf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
+    _error(compress(folder), "GPT2LMHeadModel")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    _error(compress(folder), "model-00002-of-00002.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_weights(compress: Compress, folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in tensors:
+            if name.endswith("up_proj.weight"):
+                tensors[name][0, 0] = float("nan")
+        save_file(tensors, file, metadata={"format": "pt"})
+    _error(compress(folder), "blk.0.ffn_up.weight has 1 NaN", notes=True)
+
+
+def test_bad_prompts(compress: Compress, cli_folder: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "fine"}\n{broken\n')
+    _error(compress(cli_folder, "--prompts", bad), "line 2")
+    _error(compress(cli_folder, "--prompts", tmp_path / "none.txt"), "none.txt does not exist")
+    _error(compress(cli_folder, "--tokens", "600"), "do not fit the context of 512")
+
+
+def test_bad_options(compress: Compress, cli_folder: Path, tmp_path: Path) -> None:
+    _error(compress(cli_folder, "--profile", "nosuch"), "nosuch")
+    _error(compress(cli_folder, "--max-bytes", "100K"), "smallest plan takes", notes=True)
+    _usage(compress(cli_folder, "--types", "Q4_0,Q9_9"), "Q9_9")
+    _usage(compress(cli_folder, "--types", ","), "--types")
+    _usage(compress(cli_folder, "--sparsity", "0.9"), "--sparsity")
+    _usage(compress(cli_folder, "--sparsity", "0.2", "--max-sdt", "0.1"), "--sparsity")
+    _usage(compress(cli_folder, "--device", "tpu"), "--device")
+    _usage(_run("compress", cli_folder), "-o")
+    _usage(_run("measure", cli_folder), "--reference")
+    _usage(_run("nosuch"), "nosuch")
+
+
+def test_cuda_without_a_gpu(compress: Compress, cli_folder: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    _error(compress(cli_folder, "--device", "cuda"), "torch sees no GPU")
+
+
+def test_foreign_files_are_left_alone(compress: Compress, cli_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    _error(compress(cli_folder, "-o", out), "thesis.txt")
+    assert [p.name for p in out.iterdir()] == ["thesis.txt"]
+    assert (out / "thesis.txt").read_text() == "years of work"
+    _error(compress(cli_folder, "-o", out / "thesis.txt"), "is a file")
+
+
+def test_without_a_model_the_default_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGE_DTM_CACHE", str(tmp_path / "cache"))
+    _error(_run("compress", "-o", tmp_path / "out"), "tools/make_smollm2.py")
+
+
+def test_a_quantized_source_is_warned_about(
+    compress: Compress, cli_folder: Path, tmp_path: Path
+) -> None:
+    from edge_dtm.host.checkpoint import open_checkpoint
+    from edge_dtm.host.export import export_gguf, fixed_bytes
+    from edge_dtm.plan import uniform
+
+    checkpoint = open_checkpoint(cli_folder)
+    plan = uniform(checkpoint.components(), "Q4_0", fixed_bytes(checkpoint))
+    importance: dict[str, Any] = {}
+    export_gguf(checkpoint, plan, tmp_path / "q4.gguf", importance)
+    result = compress(tmp_path / "q4.gguf", "--max-bytes", "100K")
+    _error(result, "smallest plan", notes=True)
+    assert "warning: q4.gguf is already quantized (Q4_0)" in result.stderr
