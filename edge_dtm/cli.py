@@ -140,6 +140,18 @@ def main() -> None:
     show_default=True,
     help="Go on where an earlier run stopped.",
 )
+@click.option(
+    "--feedback/--no-feedback",
+    default=True,
+    show_default=True,
+    help="Let each block make up for the rounding errors of the others.",
+)
+@click.option(
+    "--equalize/--no-equalize",
+    default=True,
+    show_default=True,
+    help="Scale channels, without changing the function, so that rounding does less harm.",
+)
 def compress(
     model: Path | None,
     profile: str,

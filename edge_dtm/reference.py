@@ -21,7 +21,9 @@ from edge_dtm.errors import EdgeDtmError
 SCHEMA_VERSION = 1
 PADDING = -1
 TOP_K = 8
-CALIBRATION, HELD_OUT = 0, 1
+# EXTRA: calibration that is only fitted to, never measured on; PACKAGED: the packaged prompts,
+# measured besides the held-out part of the user's own.
+CALIBRATION, HELD_OUT, EXTRA, PACKAGED = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Reference:
     prompt_ids int32 (S, P), prompt_lengths int32 (S,), generated_ids int32 (S, N),
     generated_lengths int32 (S,), top_ids int32 (S, N, TOP_K), top_logits float32 (S, N, TOP_K)
     falling, log_normalizers float32 (S, N): log of the sum of exp of all logits, split uint8 (S,):
-    CALIBRATION or HELD_OUT, texts str (S,): the prompt as text, special tokens spelled out.
+    CALIBRATION, HELD_OUT, EXTRA or PACKAGED, texts str (S,): the prompt as text, special tokens spelled out.
     provenance: model hash, seed, settings, package versions.
     """
 

@@ -148,6 +148,11 @@ class Checkpoint:
             return self.config.heads
         return self.config.kv_heads if ".attn_k." in name else 0
 
+    def gguf_rows(self, component: str, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """An array whose rows are the component's in Hugging Face's order, in GGUF's order."""
+        heads = self._rotated_heads(component + ".weight")
+        return _to_gguf_rows(data, heads) if heads else data
+
     def check(self, progress: Callable[[int], None] | None = None) -> str:
         """Read every tensor once: shapes, finite values, and the SHA-256 of all of them.
 
@@ -184,7 +189,7 @@ class Checkpoint:
         return self._hash
 
 
-def _to_gguf_rows(data: FloatArray, heads: int) -> FloatArray:
+def _to_gguf_rows(data: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
     """llama.cpp's permutation of q and k rows (convert_hf_to_gguf.py, LlamaModel.permute)."""
     half = data.shape[0] // heads // 2
     return np.ascontiguousarray(

@@ -12,23 +12,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edge_dtm import bundle, report
 from edge_dtm.device.runner import LlamaRunner, Record, RunSettings, context_needed, replay_tokens
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host import export
+from edge_dtm.host.calibration import Calibration
 from edge_dtm.host.checkpoint import Checkpoint, open_checkpoint
+from edge_dtm.host.equalize import (
+    EqualizedCheckpoint,
+    find_scales,
+    load_scales,
+    logit_difference,
+    save_scales,
+)
 from edge_dtm.host.generate import check_lengths, generate_reference, split_rows
 from edge_dtm.host.model import choose_device, load_model
 from edge_dtm.host.prompts import Prompt, packaged_prompts, read_prompts, sample_prefixes
-from edge_dtm.host.sensitivity import Activations, component_importance, sensitivity
+from edge_dtm.host.sensitivity import Activations, read_costs, sensitivity
+from edge_dtm.host.shipped import Shipped
 from edge_dtm.host.tokenizer import NASTY_STRINGS, tokenization_mismatches
 from edge_dtm.inspect import describe
 from edge_dtm.metrics import Divergence, compare, divergent_mask, perplexity
 from edge_dtm.plan import CANDIDATE_TYPES, Plan, Treatment, candidate_treatments
 from edge_dtm.profiles import ByteBudget, DeviceProfile, byte_budget
 from edge_dtm.progress import Stages
-from edge_dtm.reference import CALIBRATION, HELD_OUT, Reference, load_npz, save_npz
+from edge_dtm.reference import CALIBRATION, EXTRA, HELD_OUT, PACKAGED, Reference, load_npz, save_npz
 from edge_dtm.search import (
     CostTable,
     FrontierPoint,
@@ -40,8 +50,11 @@ from edge_dtm.search import (
 )
 
 SAMPLED_PROMPTS = 40
+EXTRA_PROMPTS = 48  # sampled too, but only ever used to fit error feedback and scales
+PACKAGED_PROMPTS = 48  # measured besides the user's own
 HELD_OUT_SHARE = 2 / 3
-GRADIENT_SEQUENCES = 32  # enough for the ranking; more only narrows each cost (z^2 is a chi^2)
+MEASURED_SEQUENCES = 32  # enough for the ranking; more only narrows each cost (z^2 is a chi^2)
+SAME_LOGITS = 1e-3  # relative to the largest: float32 rounding through all layers stays below
 COMPUTE_BUFFER_BYTES = 64 * 2**20  # llama.cpp's graph buffers, besides the logits of one batch
 TARGET_TRIES = 4
 # Healthy ARM kernels differ from x86 in up to 8 % of the argmaxes (Q4_0) at a KL of 0.008 nats
@@ -66,6 +79,8 @@ class Settings:
     device: str = "auto"
     seed: int = 0
     resume: bool = True
+    feedback: bool = True
+    equalize: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,12 +98,12 @@ def compress(settings: Settings, stages: Stages) -> Path:
     run = _Run(settings, stages)
     run.prepare()
     reference = run.reference()
-    table, importance = run.costs(reference)
+    table, shipped = run.costs(reference)
     predictor = Predictor(
         reference.part(CALIBRATION).margins, reference.part(CALIBRATION).generated_lengths
     )
-    floor = run.noise_floor(reference, importance)
-    plan, point, measured = run.best(table, predictor, importance, reference)
+    floor = run.noise_floor(reference)
+    plan, point, measured = run.best(table, predictor, shipped, reference)
     run.finish(table, predictor, plan, point, measured, floor, reference)
     return settings.out
 
@@ -98,6 +113,7 @@ class _Run:
         self.s, self.stages = settings, stages
         self.work = settings.out / "work"
         self.threads = os.cpu_count() or 1
+        self.keep_activations = False
         self.run_settings = RunSettings(threads=self.threads)
 
     def prepare(self) -> None:
@@ -105,6 +121,7 @@ class _Run:
         s = self.s
         self.torch_device = choose_device(s.device)
         self.checkpoint: Checkpoint = open_checkpoint(s.model)
+        self.equalized = self.checkpoint
         if self.checkpoint.on_grid:
             self.stages.note(
                 f"warning: {s.model.name} is already quantized ({self.checkpoint.on_grid}): its "
@@ -155,7 +172,7 @@ class _Run:
                 "seed": s.seed,
                 "tokens": s.tokens,
                 "prompts": [p.ids for p in self.prompts],
-                "sampled": SAMPLED_PROMPTS,
+                "sampled": [SAMPLED_PROMPTS, EXTRA_PROMPTS, PACKAGED_PROMPTS],
                 "held_out": HELD_OUT_SHARE,
                 "versions": export.provenance(self.checkpoint)["packages"],
             }
@@ -193,12 +210,16 @@ class _Run:
             self.stages.note("Greedy reference: taken from the work folder")
             return Reference.load(path)
         s, model = self.s, self._model()
+        tokenizer = self.checkpoint.tokenizer
         with self.stages("Sampling prompts", 1):
-            own = sample_prefixes(
-                model, self.checkpoint.tokenizer, self.prompts, SAMPLED_PROMPTS, s.seed
-            )
-        prompts = list(dict.fromkeys([*self.prompts, *own]))
-        split = split_rows(len(prompts), round(len(prompts) * HELD_OUT_SHARE), s.seed)
+            own = sample_prefixes(model, tokenizer, self.prompts, SAMPLED_PROMPTS, s.seed)
+            extra = sample_prefixes(model, tokenizer, self.prompts, EXTRA_PROMPTS, s.seed + 1)
+        base = list(dict.fromkeys([*self.prompts, *own]))
+        packaged = packaged_prompts(tokenizer)[:PACKAGED_PROMPTS] if s.prompts else []
+        prompts = list(dict.fromkeys([*base, *extra, *packaged]))
+        split = np.full(len(prompts), PACKAGED, dtype=np.uint8)
+        split[: len(base)] = split_rows(len(base), round(len(base) * HELD_OUT_SHARE), s.seed)
+        split[len(base) : len(dict.fromkeys([*base, *extra]))] = EXTRA
         with self.stages("Greedy reference", len(prompts) * s.tokens) as advance:
             reference = generate_reference(
                 model,
@@ -219,57 +240,95 @@ class _Run:
         shutil.rmtree(self.work / f"reference-{self.key}.parts", ignore_errors=True)
         return reference
 
-    def costs(self, reference: Reference) -> tuple[CostTable, export.Importance]:
-        """The cost of every treatment of every component, and the importance vectors."""
-        types = [*CANDIDATE_TYPES, *(t for t in self.s.types if t not in CANDIDATE_TYPES)]
-        treatments = [candidate_treatments(c, types) for c in self.components]
-        key = f"{self.key}-{_key(types)}"
-        results, vectors = self.work / f"costs-{key}.jsonl", self.work / f"importance-{key}.npz"
-        calibration = reference.part(CALIBRATION)
-        calibration = calibration.rows(np.arange(min(GRADIENT_SEQUENCES, len(calibration))))
+    def costs(self, reference: Reference) -> tuple[CostTable, Shipped]:
+        """The cost of every treatment of every component, and the blocks it was measured with."""
+        s = self.s
+        treatments = [
+            candidate_treatments(c, s.types, sparse=s.zero_share > 0) for c in self.components
+        ]
+        key = f"{self.key}-{_key([s.types, s.zero_share > 0, s.feedback, s.equalize])}"
+        results = self.work / f"costs-{key}.jsonl"
+        measured, fitted = _calibration_rows(reference)
         activations = Activations(
-            self.work / f"activations-{self.key}", calibration, self.components
+            self.work / f"activations-{self.key}", reference.rows(measured), self.components
         )
-        tied = self.checkpoint.config.tied
-        names = [c.name for c in self.components if tied or c.name != "token_embd"]
-        if not vectors.is_file():
-            with self.stages("Gradients", len(calibration)) as advance:
-                activations.capture(self._model(), self.s.seed, advance)
-            self.__dict__.pop("_loaded", None)
+        calibration = Calibration(
+            self.work / f"calibration-{self.key}", reference.rows(fitted), self.components
+        )
+        known = read_costs(results)
+        complete = all(c.name in known for c in self.components)
+        if complete:
+            self.stages.note("Sensitivity: taken from the work folder")
+        else:
+            with self.stages("Gradients", len(measured) + len(fitted)) as advance:
+                activations.capture(self._model(), s.seed, advance)
+                calibration.capture(self._model(), s.seed, advance)
+        if s.equalize:
+            self.equalized = self._equalized(calibration, reference.rows(measured[:4]))
+        self.__dict__.pop("_loaded", None)
+        shipped = Shipped(self.work / f"shipped-{key}", self.equalized)
+        if not complete:
+            self._save_imatrix(calibration)
+            if s.equalize:
+                activations.scales = self.equalized.scales  # type: ignore[attr-defined]
+                activations.config = self.checkpoint.config
             with self.stages("Sensitivity", sum(c.weights for c in self.components)) as advance:
                 sensitivity(
                     activations,
                     self.components,
                     treatments,
-                    self.checkpoint.hf_tensor,
+                    self.equalized.hf_tensor,
                     self.torch_device,
-                    tied,
+                    self.checkpoint.config.tied,
                     results,
                     advance,
+                    calibration if s.feedback else None,
+                    shipped,
                 )
-            arrays = {
-                c.name: component_importance(activations, c, tied)
-                for c in self.components
-                if c.name in names
-            }
-            save_npz(
-                vectors, {k: v for k, v in arrays.items() if v is not None}, {"kind": "importance"}
-            )
-        else:
-            self.stages.note("Sensitivity: taken from the work folder")
-        activations.remove()
-        loaded, _ = load_npz(vectors, names, "importance")
-        costs = sensitivity(
-            activations, self.components, treatments, self.checkpoint.hf_tensor,
-            self.torch_device, tied, results,
-        )  # fmt: skip
+            known = read_costs(results)
+        if not self.keep_activations:
+            activations.remove()
+            calibration.remove()
         table = CostTable(
             self.components,
             tuple(map(tuple, treatments)),
-            tuple(map(tuple, costs)),
+            tuple(tuple(known[c.name]["costs"]) for c in self.components),
             self.fixed_bytes,
         )
-        return table, loaded
+        return table, shipped
+
+    def _equalized(self, calibration: Calibration, some: Reference) -> Checkpoint:
+        """The checkpoint with its scales, from the work folder or found and proved now."""
+        path, config = self.work / f"scales-{self.key}.npz", self.checkpoint.config
+        if path.is_file():
+            return EqualizedCheckpoint(self.checkpoint, load_scales(path, config))
+        scales = find_scales(calibration, config)
+        equalized = EqualizedCheckpoint(self.checkpoint, scales)
+        self.__dict__.pop("_loaded", None)
+        with self.stages("Checking the equalized model", 1):
+            model = load_model(equalized, self.torch_device)
+            difference = logit_difference(model, some)
+        if not difference <= SAME_LOGITS:
+            raise EdgeDtmError(
+                f"equalization moved the logits by {difference:.1e} of the largest, more than "
+                f"rounding does ({SAME_LOGITS:.0e}): use --no-equalize, and please report this"
+            )
+        save_scales(path, scales)
+        return equalized
+
+    def _save_imatrix(self, calibration: Calibration) -> None:
+        """The original model's importance vectors as llama.cpp's tools know them."""
+        tied = self.checkpoint.config.tied
+        names = [c.name for c in self.components if tied or c.name != "token_embd"]
+        save_npz(
+            self.work / f"imatrix-{self.key}.npz",
+            {n: calibration.input_squares(n).astype(np.float32) for n in names},
+            {"kind": "imatrix", "tokens": calibration.tokens, "names": names},
+        )
+
+    def imatrix(self) -> tuple[dict[str, npt.NDArray[np.float32]], int]:
+        """The importance vectors and the tokens they are from; `costs` makes them."""
+        return load_imatrix(self.work / f"imatrix-{self.key}.npz")
 
     def measure(self, path: Path, reference: Reference, title: str) -> Measured:
         """Replay the held-out part in llama.cpp, teacher-forced."""
@@ -289,7 +348,7 @@ class _Run:
             perplexity(record.reference_log_probabilities, lengths),
         )
 
-    def noise_floor(self, reference: Reference, importance: export.Importance) -> dict[str, Any]:
+    def noise_floor(self, reference: Reference) -> dict[str, Any]:
         """SDT and FDT of the uncompressed F16 model in llama.cpp: nothing can be below that."""
         saved = self.work / f"floor-{self.key}.npz"
         held_out = reference.part(HELD_OUT)
@@ -299,7 +358,7 @@ class _Run:
             plan = export.f16_plan(self.checkpoint, self.fixed_bytes)
             path = self.work / "f16.gguf"
             with self.stages("Exporting F16", sum(c.weights for c in self.components)) as advance:
-                export.export_gguf(self.checkpoint, plan, path, importance, advance)
+                export.export_gguf(self.checkpoint, plan, path, {}, advance)
             floor = self.measure(path, reference, "Noise floor in llama.cpp")
             floor.record.save(saved)
             path.unlink()
@@ -317,7 +376,7 @@ class _Run:
         self,
         table: CostTable,
         predictor: Predictor,
-        importance: export.Importance,
+        shipped: Shipped,
         reference: Reference,
     ) -> tuple[Plan, Prediction, Measured]:
         """The plan, exported to the work folder and measured; with a target, the next size is
@@ -331,7 +390,7 @@ class _Run:
             limit = self._target_bytes(points, want_sdt, want_fdt) if targeted else self.max_bytes
             plan = search(allowed, limit, s.zero_share)
             prediction = predictor.predict(table.cost(plan))
-            measured = self._export_and_measure(plan, importance, reference)
+            measured = self._export_and_measure(plan, shipped, reference)
             found = measured.divergence
             missed_sdt = s.max_sdt is not None and found.sdt.value > s.max_sdt
             missed_fdt = s.min_fdt is not None and found.fdt.value < s.min_fdt
@@ -362,15 +421,17 @@ class _Run:
             )
         return point.size_bytes
 
-    def _export_and_measure(
-        self, plan: Plan, importance: export.Importance, reference: Reference
-    ) -> Measured:
-        path, saved = self.work / "model.gguf", self.work / f"host-{self.key}-{plan.hash[:16]}.npz"
-        if not path.is_file() or not _is_plan(path, plan):
+    def _export_and_measure(self, plan: Plan, shipped: Shipped, reference: Reference) -> Measured:
+        path = self.work / "model.gguf"
+        made = _key([plan.hash, shipped.folder.name])
+        saved, mark = self.work / f"host-{made}.npz", self.work / "model.json"
+        if not mark.is_file() or mark.read_text() != made or not _is_plan(path, plan):
+            mark.unlink(missing_ok=True)
             with self.stages(
                 "Exporting the plan", sum(c.weights for c in self.components)
             ) as advance:
-                export.export_gguf(self.checkpoint, plan, path, importance, advance)
+                export.export_gguf(self.equalized, plan, path, shipped.blocks, advance)
+            mark.write_text(made)
         texts = [*NASTY_STRINGS, *(str(t) for t in reference.texts)]
         wrong = tokenization_mismatches(self.checkpoint.tokenizer, path, texts)
         if wrong:
@@ -441,7 +502,11 @@ class _Run:
             "tokens": s.tokens,
             "types": list(s.types),
             "prompts": s.prompts.name if s.prompts else "packaged",
-            "calibration_sequences": int((reference.split == CALIBRATION).sum()),
+            "calibration_sequences": int(
+                ((reference.split == CALIBRATION) | (reference.split == EXTRA)).sum()
+            ),
+            "error_feedback": s.feedback,
+            "equalization": s.equalize,
             "held_out_sequences": len(held_out),
         }
         thresholds = bundle.Thresholds(
@@ -468,6 +533,26 @@ class _Run:
         bundle.write_manifest(out, files, thresholds, details, results)
         self.stages.note("")
         report.print_summary(self.stages.console, plan, results, details, self.stages.seconds, out)
+
+
+def _calibration_rows(reference: Reference) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Rows that costs are measured on, and rows that feedback and scales are fitted to.
+
+    They do not overlap, unless there is but one row in all.
+    """
+    rows = np.flatnonzero(reference.split == CALIBRATION)
+    extra = np.flatnonzero(reference.split == EXTRA)
+    # Of few prompts a third has to do for the fit.
+    cut = MEASURED_SEQUENCES if len(rows) > 1.5 * MEASURED_SEQUENCES else -(-len(rows) * 2 // 3)
+    fitted = np.concatenate([rows[cut:], extra])
+    return rows[:cut], fitted if len(fitted) else rows
+
+
+def load_imatrix(path: Path) -> tuple[dict[str, npt.NDArray[np.float32]], int]:
+    """Component -> mean square of its inputs, float32 (row_length,), and the number of tokens."""
+    _, meta = load_npz(path, [], "imatrix")
+    arrays, _ = load_npz(path, meta["names"], "imatrix")
+    return arrays, int(meta["tokens"])
 
 
 def _is_plan(path: Path, plan: Plan) -> bool:

@@ -11,14 +11,23 @@ from typing import Any
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 
 from edge_dtm import __version__
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host.checkpoint import Checkpoint, FloatArray
 from edge_dtm.host.treat import treat
-from edge_dtm.plan import TENSOR_ALIGNMENT_BYTES, Plan, Treatment, tensor_bytes, uniform
+from edge_dtm.plan import (
+    TENSOR_ALIGNMENT_BYTES,
+    Component,
+    Plan,
+    Treatment,
+    tensor_bytes,
+    uniform,
+)
 
 Importance = Mapping[str, FloatArray | None]
+Blocks = Callable[[Component, Treatment], npt.NDArray[np.uint8]]
 KEY_SDT, KEY_FDT, KEY_PLAN = "edge_dtm.heldout_sdt", "edge_dtm.heldout_fdt", "edge_dtm.plan_sha256"
 
 
@@ -98,12 +107,14 @@ def export_gguf(
     checkpoint: Checkpoint,
     plan: Plan,
     path: Path,
-    importance: Importance,
+    blocks: Importance | Blocks,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write the GGUF to `path` through a temporary name, after it was read back and compared.
 
-    importance: component -> float32 (row_length,) or None. progress: called with weights written.
+    blocks: (component, treatment) -> uint8 (rows, row_bytes) in GGUF's row order; or, for plain
+    rounding, component -> importance, float32 (row_length,) or None. progress: called with
+    weights written.
     EdgeDtmError when the disk is full or what was written is not what the plan says.
     """
     temporary = path.with_name(path.name + ".tmp")
@@ -114,8 +125,12 @@ def export_gguf(
             for name, _ in checkpoint.vectors():
                 writer.write_tensor_data(checkpoint.tensor(name))
             for component, treatment in zip(plan.components, plan.treatments, strict=True):
-                weights = checkpoint.tensor(component.name + ".weight")
-                writer.write_tensor_data(treat(weights, treatment, importance.get(component.name)))
+                if callable(blocks):
+                    data = blocks(component, treatment)
+                else:
+                    weights = checkpoint.tensor(component.name + ".weight")
+                    data = treat(weights, treatment, blocks.get(component.name))
+                writer.write_tensor_data(data)
                 if progress:
                     progress(component.weights)
             writer.flush()

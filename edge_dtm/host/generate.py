@@ -13,7 +13,7 @@ from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host.prompts import Prompt
 from edge_dtm.reference import CALIBRATION, HELD_OUT, PADDING, TOP_K, Reference
 
-BATCH_SEQUENCES = 32
+BATCH_SEQUENCES = 64
 
 
 def check_lengths(prompts: Sequence[Prompt], tokens: int, context_length: int) -> None:

@@ -66,7 +66,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
         attention_bias=c.attention_bias,
         mlp_bias=c.mlp_bias,
         rope_parameters={**rope, "rope_theta": c.rope_theta},
-        attn_implementation="eager" if device.type == "cpu" else "sdpa",
+        attn_implementation="sdpa",
     )
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +25,28 @@ import torch
 
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host.activations import activation_kind, round_activations
-from edge_dtm.host.model import module_name
+from edge_dtm.host.calibration import Calibration
+from edge_dtm.host.capture import BATCH_SEQUENCES, EMBEDDED, Capture, input_key
+from edge_dtm.host.checkpoint import ModelConfig
+from edge_dtm.host.compensate import (
+    Feedback,
+    compensate,
+    damping_for,
+    effective_tokens,
+    local_error,
+    second_moments,
+)
+from edge_dtm.host.equalize import Scales, input_scale, output_scale
+from edge_dtm.host.shipped import Shipped, takes_feedback
 from edge_dtm.host.treat import prune_order, treated_values
 from edge_dtm.plan import Component, Treatment
 from edge_dtm.reference import Reference
+from edge_dtm.search import convex_hull
 
 FloatArray = npt.NDArray[np.float32]
 Progress = Callable[[int], None] | None
 
 SIGN_DRAWS = 2
-BATCH_SEQUENCES = 4
-# q, k, v share an input, gate and up another; it is stored once, under the first one's name.
-_INPUT_OF = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate"}
-FINAL, EMBEDDED = "final_hidden", "token_embd"
-
-
-def input_key(name: str) -> str:
-    """Name of the component under which a component's input is stored."""
-    if name in ("token_embd", "output"):
-        return FINAL
-    prefix, _, part = name.rpartition(".")
-    return f"{prefix}.{_INPUT_OF.get(part, part)}"
 
 
 class Activations:
@@ -53,11 +54,15 @@ class Activations:
 
     Files, since at 7B they exceed memory: inputs float32 (tokens, row_length), gradients float16
     (SIGN_DRAWS, tokens, rows) divided by a power of two a file. Tokens of all sequences lie one
-    after another; `edges` (sequences + 1,) tells where each begins.
+    after another; `edges` (sequences + 1,) tells where each begins. What is captured is the
+    original model's; with `scales` set, inputs and gradients are given as the equalized model
+    has them.
     """
 
     def __init__(self, folder: Path, reference: Reference, components: Sequence[Component]) -> None:
         self.folder, self.reference = folder, reference
+        self.scales: Scales = {}
+        self.config: ModelConfig | None = None
         lengths = reference.prompt_lengths + reference.generated_lengths - 1
         self.edges = np.concatenate([[0], np.cumsum(lengths)])
         tokens = int(self.edges[-1])
@@ -106,11 +111,13 @@ class Activations:
         state = self._state()
         if progress and state["done"]:
             progress(state["done"])
-        capture = _Capture(model, self)
+        capture = Capture(model, self.reference, self.shapes)
         try:
             for start in range(state["done"], len(self.reference), BATCH_SEQUENCES):
                 stop = min(start + BATCH_SEQUENCES, len(self.reference))
-                for key, pieces in capture.run(range(start, stop), seed).items():
+                for key, pieces in capture.run(range(start, stop), seed, SIGN_DRAWS).items():
+                    if key not in self.shapes:
+                        continue
                     self._write(key, start, pieces, state["scales"])
                 state["done"] = stop
                 temporary = self._state_file.with_suffix(".tmp")
@@ -141,12 +148,16 @@ class Activations:
 
     def inputs(self, name: str) -> FloatArray:
         """float32 (tokens, row_length): what the component was fed."""
-        return np.asarray(self._file(f"x.{input_key(name)}"))
+        x = np.asarray(self._file(f"x.{input_key(name)}"))
+        scale = input_scale(self.scales, name)
+        return x if scale is None else x * scale
 
     def gradients(self, name: str) -> FloatArray:
         """float32 (SIGN_DRAWS, tokens, rows)."""
         scale = self._state()["scales"][f"g.{name}"]
-        return np.asarray(self._file(f"g.{name}"), dtype=np.float32) * np.float32(scale)
+        g = np.asarray(self._file(f"g.{name}"), dtype=np.float32) * np.float32(scale)
+        out = output_scale(self.scales, name, self.config) if self.config else None
+        return g if out is None else g / out
 
     def importance(self, name: str) -> FloatArray:
         """Mean square of the component's inputs, float32 (row_length,): llama.cpp's imatrix."""
@@ -160,80 +171,6 @@ class Activations:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class _Capture:
-    """Hooks on a model that keep inputs and outputs of the components during one pass."""
-
-    def __init__(self, model: Any, owner: Activations) -> None:
-        self.model, self.owner = model, owner
-        self.device = next(model.parameters()).device
-        self.outputs: dict[str, torch.Tensor] = {}
-        self.inputs: dict[str, torch.Tensor] = {}
-        self.handles = []
-        modules = dict(model.named_modules())
-        for key in owner.shapes:
-            name = key[2:]
-            if key.startswith("g.") and name != EMBEDDED:
-                self.handles.append(
-                    modules[module_name(name)].register_forward_hook(self._keep(name))
-                )
-
-    def _keep(self, name: str) -> Callable[[Any, tuple[torch.Tensor, ...], torch.Tensor], None]:
-        def hook(_: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            self.outputs[name] = output
-            self.inputs[input_key(name)] = args[0].detach()
-
-        return hook
-
-    def run(self, rows: range, seed: int) -> dict[str, list[torch.Tensor]]:
-        """Pieces a sequence for every file of the owner."""
-        ref = self.owner.reference
-        lengths = [int(ref.prompt_lengths[r] + ref.generated_lengths[r] - 1) for r in rows]
-        ids = torch.zeros((len(rows), max(lengths)), dtype=torch.long)
-        for i, r in enumerate(rows):
-            ids[i, : lengths[i]] = torch.tensor((ref.prompt(r) + ref.generated(r))[: lengths[i]])
-        # Padding stands to the right, where causal attention never looks back from.
-        embedded = self.model.model.embed_tokens(ids.to(self.device)).detach().requires_grad_(True)
-        hidden = self.model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        names = list(self.outputs)
-        head = self.model.lm_head.weight
-        pieces: dict[str, list[torch.Tensor]] = {
-            f"x.{k}": [v[i, :n].float() for i, n in enumerate(lengths)]
-            for k, v in self.inputs.items()
-        }
-        pieces[f"x.{FINAL}"] = [hidden[i, :n].detach() for i, n in enumerate(lengths)]
-        drawn: list[tuple[torch.Tensor, ...]] = []
-        for draw in range(SIGN_DRAWS):
-            target = torch.zeros_like(hidden)
-            for i, r in enumerate(rows):
-                first, count = int(ref.prompt_lengths[r]) - 1, int(ref.generated_lengths[r])
-                # Signs belong to the sequence, not to the batch it happens to run in.
-                rng = np.random.default_rng([seed, draw, r])
-                signs = torch.from_numpy(rng.choice([-1.0, 1.0], count).astype(np.float32))
-                top = torch.from_numpy(ref.top_ids[r, :count, :2].astype(np.int64)).to(self.device)
-                difference = head[top[:, 0]] - head[top[:, 1]]
-                target[i, first : first + count] = signs.to(self.device)[:, None] * difference
-            drawn.append(
-                torch.autograd.grad(
-                    hidden,
-                    [*(self.outputs[n] for n in names), embedded],
-                    grad_outputs=target,
-                    retain_graph=draw + 1 < SIGN_DRAWS,
-                )
-            )
-        for j, name in enumerate([*names, EMBEDDED]):
-            pieces[f"g.{name}"] = [
-                torch.stack([drawn[d][j][i, :n] for d in range(SIGN_DRAWS)])
-                for i, n in enumerate(lengths)
-            ]
-        self.outputs.clear()
-        self.inputs.clear()
-        return {k: v for k, v in pieces.items() if k in self.owner.shapes}
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def component_costs(
     activations: Activations,
@@ -242,9 +179,13 @@ def component_costs(
     weights: FloatArray,
     device: torch.device,
     importance: FloatArray | None,
+    known: Mapping[Treatment, torch.Tensor] | None = None,
+    exact_inputs: bool = False,
 ) -> list[float]:
     """Cost of each treatment of one block matrix. weights: float32 (rows, row_length), HF layout
-    (rows are quantized alone, so their order is no matter)."""
+    (rows are quantized alone, so their order is no matter). known: the values, float32 (rows,
+    row_length) on the device, of treatments that are not plain rounding. exact_inputs: leave out
+    what rounding the inputs does (to see how much that is)."""
     w = torch.from_numpy(np.ascontiguousarray(weights)).to(device)
     x = torch.from_numpy(np.array(activations.inputs(component.name))).to(device)
     g = torch.from_numpy(activations.gradients(component.name)).to(device)
@@ -254,12 +195,17 @@ def component_costs(
     back = g @ w  # (draws, tokens, row_length)
     for kind in sorted({activation_kind(t.type) for t in treatments}):
         which = [j for j, t in enumerate(treatments) if activation_kind(t.type) == kind]
-        rounded = round_activations(x, kind)
+        rounded = x if exact_inputs else round_activations(x, kind)
         deltas = torch.stack(
             [
-                torch.from_numpy(treated_values(weights, treatments[j], importance, order))
-                .to(device)
-                .sub_(w)
+                (
+                    known[treatments[j]]
+                    if known and treatments[j] in known
+                    else torch.from_numpy(
+                        treated_values(weights, treatments[j], importance, order)
+                    ).to(device)
+                )
+                .sub(w)
                 .reshape(-1)
                 for j in which
             ]
@@ -283,8 +229,10 @@ def edge_costs(
     weights: FloatArray,
     importance: FloatArray | None,
     tied: bool,
-) -> list[float]:
-    """Costs of `token_embd` (its rows are looked up) and `output` (or a tied embedding).
+    feedback: Feedback | None = None,
+) -> tuple[list[float], list[bool]]:
+    """Costs of `token_embd` (its rows are looked up) and `output` (or a tied embedding), and for
+    which treatments error feedback was kept.
 
     The head's error changes the margins at once, by h (W^[top1] - W^[top2]) - h (W[top1] -
     W[top2]): no gradient is needed. Only rows that occur are quantized.
@@ -308,9 +256,9 @@ def edge_costs(
     index_ids, index_top = np.searchsorted(used, ids), np.searchsorted(used, top)
     hidden = torch.from_numpy(np.array(activations.inputs(component.name)[at])) if is_head else None
     gradients = activations.gradients(EMBEDDED) if looked_up else None
-    costs = []
-    for t in treatments:
-        new = treated_values(rows, t, importance)
+    w = torch.from_numpy(rows)
+
+    def cost_of(t: Treatment, new: FloatArray) -> float:
         cost = 0.0
         if gradients is not None:
             error = (new - rows)[index_ids]
@@ -325,8 +273,65 @@ def edge_costs(
                 "ti,ti->t", hidden.numpy(), rows[index_top[:, 0]] - rows[index_top[:, 1]]
             )
             cost += float(np.square(after - before, dtype=np.float64).mean())
-        costs.append(cost)
-    return costs
+        return cost
+
+    costs = [cost_of(t, treated_values(rows, t, importance)) for t in treatments]
+    kept = [False] * len(treatments)
+    if feedback is not None:
+        which = [j for j, t in enumerate(treatments) if takes_feedback(t)]
+        made = compensate(w, [treatments[j].type for j in which], feedback)
+        for j, (_, values) in zip(which, made, strict=True):
+            better = cost_of(treatments[j], values.numpy())
+            if better < costs[j]:
+                costs[j], kept[j] = better, True
+    return costs, kept
+
+
+@torch.no_grad()
+def fit_component(
+    calibration: Calibration,
+    activations: Activations,
+    component: Component,
+    treatments: Sequence[Treatment],
+    weights: FloatArray,
+    device: torch.device,
+) -> tuple[FloatArray, dict[Treatment, tuple[npt.NDArray[np.uint8], torch.Tensor]]]:
+    """Importance for plain rounding, float32 (row_length,), and for each treatment whose local
+    error on the measured sequences feedback lowers: its blocks and values, in HF's row order."""
+    name = component.name
+    scale = input_scale(activations.scales, name)
+    x = torch.from_numpy(calibration.inputs(name)).to(device)
+    if scale is not None:
+        x *= torch.from_numpy(scale).to(device)
+    v = torch.from_numpy(calibration.token_weights(name)).to(device)
+    moments = second_moments(x, v)
+    importance = np.ascontiguousarray(moments.diagonal().cpu().numpy())
+    feedback = Feedback(moments, damping_for(effective_tokens(v), component.row_length))
+    x = torch.from_numpy(np.array(activations.inputs(name))).to(device)
+    v = torch.from_numpy(np.square(activations.gradients(name)).mean((0, 2))).sqrt().to(device)
+    judge = second_moments(x, v)
+    which = [t for t in treatments if takes_feedback(t)]
+    w = torch.from_numpy(np.ascontiguousarray(weights)).to(device)
+    kept = {}
+    made = compensate(w, [t.type for t in which], feedback)
+    for treatment, (data, values) in zip(which, made, strict=True):
+        plain = torch.from_numpy(treated_values(weights, treatment, importance)).to(device)
+        if local_error(values - w, judge) < local_error(plain - w, judge):
+            kept[treatment] = (data, values)
+    return importance, kept
+
+
+def read_costs(results: Path) -> dict[str, dict[str, Any]]:
+    """What `sensitivity` has written: component -> its costs and where feedback was kept."""
+    known: dict[str, dict[str, Any]] = {}
+    if results.is_file():
+        for line in results.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # the line that was being written when the run was killed
+            known[record["name"]] = record
+    return known
 
 
 def sensitivity(
@@ -338,38 +343,87 @@ def sensitivity(
     tied: bool,
     results: Path,
     progress: Progress = None,
+    calibration: Calibration | None = None,
+    shipped: Shipped | None = None,
 ) -> list[list[float]]:
     """Costs of all components, one line of `results` (JSONL) a component as soon as it is known;
     lines that are there already are not measured again. progress: called with weights done.
 
-    read: GGUF name -> float32 weights in HF layout.
+    read: GGUF name -> float32 weights in HF layout. calibration: round with error feedback fitted
+    to it, where that helps. shipped: keeps the blocks that a plan may choose, and what export
+    needs for the others.
     """
-    known: dict[str, list[float]] = {}
-    if results.is_file():
-        for line in results.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # the line that was being written when the run was killed
-            known[record["name"]] = record["costs"]
+    known = read_costs(results)
     with results.open("a") as file:
         for component, choices in zip(components, treatments, strict=True):
-            costs = known.get(component.name)
-            if costs is None or len(costs) != len(choices):
-                weights = read(component.name + ".weight")
-                use = component_importance(activations, component, tied)
-                if component.in_block:
-                    costs = component_costs(activations, component, choices, weights, device, use)
-                else:
-                    costs = edge_costs(activations, component, choices, weights, use, tied)
-                known[component.name] = costs
-                file.write(
-                    "\n" * (file.tell() > 0) + json.dumps({"name": component.name, "costs": costs})
+            record = known.get(component.name)
+            if record is None or len(record["costs"]) != len(choices):
+                record = _measure(
+                    activations, component, choices, read, device, tied, calibration, shipped
                 )
+                known[component.name] = record
+                file.write("\n" * (file.tell() > 0) + json.dumps(record))
                 file.flush()
             if progress:
                 progress(component.weights)
-    return [known[c.name] for c in components]
+    return [known[c.name]["costs"] for c in components]
+
+
+def _measure(
+    activations: Activations,
+    component: Component,
+    choices: Sequence[Treatment],
+    read: Callable[[str], FloatArray],
+    device: torch.device,
+    tied: bool,
+    calibration: Calibration | None,
+    shipped: Shipped | None,
+) -> dict[str, Any]:
+    """One component's line of the results."""
+    weights = read(component.name + ".weight")
+    importance = component_importance(activations, component, tied)
+    feedback = None
+    if component.in_block:
+        kept: dict[Treatment, tuple[npt.NDArray[np.uint8], torch.Tensor]] = {}
+        if calibration:
+            importance, kept = fit_component(
+                calibration, activations, component, choices, weights, device
+            )
+        values = {t: v for t, (_, v) in kept.items()}
+        costs = component_costs(
+            activations, component, choices, weights, device, importance, values
+        )
+        compensated = [t in kept for t in choices]
+        dense = [j for j, t in enumerate(choices) if not t.zero_share]
+        hull = convex_hull(
+            [component.size_bytes(choices[j]) for j in dense], [costs[j] for j in dense]
+        )
+        for t in (choices[dense[i]] for i in hull):
+            if shipped and t in kept:
+                shipped.save(component, t, kept[t][0])
+    else:
+        if calibration:
+            feedback = edge_feedback(calibration, activations.scales, component, tied)
+        costs, compensated = edge_costs(
+            activations, component, choices, weights, importance, tied, feedback
+        )
+    if shipped:
+        types = [t.type for t, yes in zip(choices, compensated, strict=True) if yes]
+        shipped.save_component(component.name, importance, types, feedback)
+    return {"name": component.name, "costs": costs, "feedback": compensated}
+
+
+def edge_feedback(
+    calibration: Calibration, scales: Scales, component: Component, tied: bool
+) -> Feedback:
+    """Error feedback for `token_embd` or `output`."""
+    moments = calibration.edge_moments(component.name, tied)
+    scale = input_scale(scales, component.name)
+    if scale is not None:
+        s = torch.from_numpy(scale)
+        moments = s[:, None] * moments * s
+    tokens = int(calibration.reference.generated_lengths.sum())
+    return Feedback(moments, damping_for(tokens, component.row_length))
 
 
 def component_importance(

@@ -1,0 +1,175 @@
+"""What the calibration sequences that are not measured on leave behind for the fitting stages.
+
+Error feedback and equalization are fitted here, costs are measured on other sequences, so that
+what is fitted cannot flatter itself.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from edge_dtm.errors import EdgeDtmError
+from edge_dtm.host.capture import BATCH_SEQUENCES, EMBEDDED, FINAL, Capture, input_key
+from edge_dtm.host.compensate import second_moments
+from edge_dtm.plan import Component
+from edge_dtm.reference import Reference
+
+FloatArray = npt.NDArray[np.float32]
+SIGN_DRAWS = 1  # the weights of tokens need less certainty than a cost does
+
+
+class Calibration:
+    """Files in a folder: inputs float16 (tokens, row_length) divided by a power of two a file,
+    and small sums: token weights float32 (tokens,) a component, the mean squares of the margins'
+    gradient at its outputs; for every input the summed squares of input and gradient a column.
+    """
+
+    def __init__(self, folder: Path, reference: Reference, components: Sequence[Component]) -> None:
+        self.folder, self.reference = folder, reference
+        lengths = reference.prompt_lengths + reference.generated_lengths - 1
+        self.edges = np.concatenate([[0], np.cumsum(lengths)])
+        self.tokens = int(self.edges[-1])
+        self._columns = {input_key(c.name): c.row_length for c in components}
+        self._names = [c.name for c in components if c.in_block]
+        self._sums: dict[str, npt.NDArray[Any]] = {}
+        self._done, self._scales = 0, {}  # type: int, dict[str, float]
+        self._load()
+
+    @property
+    def size_bytes(self) -> int:
+        return 2 * self.tokens * sum(self._columns.values())
+
+    def check_disk(self) -> None:
+        """EdgeDtmError when the files would not fit the disk."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if not self._done and free < self.size_bytes * 1.05:
+            raise EdgeDtmError(
+                f"{self.folder} has {free / 1e9:.1f} GB free, the calibration inputs need "
+                f"{self.size_bytes / 1e9:.1f} GB: free some space or use fewer prompts"
+            )
+
+    def _load(self) -> None:
+        path = self.folder / "sums.npz"
+        if not path.is_file():
+            return
+        with np.load(path, allow_pickle=False) as data:
+            self._sums = {k: data[k] for k in data.files if k != "state"}
+            state = json.loads(data["state"].tobytes().decode())
+        self._done, self._scales = state["done"], state["scales"]
+
+    def _save(self) -> None:
+        state = json.dumps({"done": self._done, "scales": self._scales}).encode()
+        temporary = self.folder / "sums.tmp.npz"
+        arrays: dict[str, Any] = {**self._sums, "state": np.frombuffer(state, dtype=np.uint8)}
+        np.savez(temporary, allow_pickle=False, **arrays)
+        temporary.replace(self.folder / "sums.npz")
+
+    def capture(self, model: Any, seed: int, progress: Callable[[int], None] | None = None) -> None:
+        """Run the sequences not yet captured. progress: called with sequences done."""
+        self.check_disk()
+        if progress and self._done:
+            progress(self._done)
+        capture = Capture(model, self.reference, [f"g.{n}" for n in self._names])
+        try:
+            for start in range(self._done, len(self.reference), BATCH_SEQUENCES):
+                stop = min(start + BATCH_SEQUENCES, len(self.reference))
+                self._take(capture.run(range(start, stop), seed, SIGN_DRAWS), start)
+                self._done = stop
+                self._save()
+                if progress:
+                    progress(stop - start)
+        finally:
+            capture.close()
+
+    def _take(self, pieces: dict[str, list[torch.Tensor]], start: int) -> None:
+        first = int(self.edges[start])
+        for key, parts in pieces.items():
+            kind, name = key[:2], key[2:]
+            joined = torch.cat(parts, dim=-2)
+            if kind == "x.":
+                self._write(name, first, joined)
+                self._add(key, joined.double().square().sum(0))
+            elif kind == "b.":
+                self._add(key, joined.double().square().sum((0, 1)) / SIGN_DRAWS)
+            elif name == EMBEDDED:
+                flat = joined.reshape(-1, joined.shape[-1])
+                self._add("embedded", (flat.T @ flat) / SIGN_DRAWS)
+            else:
+                v = self._sums.setdefault(f"v.{name}", np.zeros(self.tokens, dtype=np.float32))
+                v[first : first + joined.shape[-2]] = joined.square().mean((0, 2)).cpu().numpy()
+
+    def _add(self, key: str, value: torch.Tensor) -> None:
+        total = self._sums.setdefault(key, np.zeros(tuple(value.shape), dtype=np.float64))
+        total += value.cpu().numpy()
+
+    def _file(self, name: str) -> np.memmap[Any, Any]:
+        path = self.folder / f"{name}.bin"
+        mode: Any = "r+" if path.exists() else "w+"
+        return np.memmap(
+            path, dtype=np.float16, mode=mode, shape=(self.tokens, self._columns[name])
+        )
+
+    def _write(self, name: str, first: int, joined: torch.Tensor) -> None:
+        if name not in self._scales:
+            largest = float(joined.abs().max()) or 1.0
+            self._scales[name] = float(2.0 ** np.floor(np.log2(largest / 256)))
+        scaled = joined / self._scales[name]
+        if float(scaled.abs().max()) > 65504:
+            raise EdgeDtmError(
+                f"the inputs of {name} differ too much in size between prompts: use other --prompts"
+            )
+        self._file(name)[first : first + len(joined)] = scaled.cpu().numpy()
+
+    def inputs(self, name: str) -> FloatArray:
+        """float32 (tokens, row_length): what the component was fed."""
+        key = input_key(name)
+        return np.asarray(self._file(key), dtype=np.float32) * np.float32(self._scales[key])
+
+    def token_weights(self, name: str) -> FloatArray:
+        """float32 (tokens,): root mean square of the margins' gradient at the component's outputs.
+
+        The square would be the Gauss-Newton weight, but then a few tokens would own the estimate
+        (30 of 4,400 in `attn_v`); the root did better on sequences that were not fitted to.
+        """
+        return np.sqrt(np.asarray(self._sums[f"v.{name}"], dtype=np.float32))
+
+    def input_squares(self, name: str) -> npt.NDArray[np.float64]:
+        """(row_length,): mean square of each input."""
+        return np.asarray(self._sums[f"x.{input_key(name)}"] / self.tokens)
+
+    def gradient_squares(self, name: str) -> npt.NDArray[np.float64]:
+        """(row_length,): mean square of the margins' gradient at each input, through all the
+        matrices that it feeds."""
+        return np.asarray(self._sums[f"b.{input_key(name)}"] / self.tokens)
+
+    def edge_moments(self, name: str, tied: bool) -> torch.Tensor:
+        """Second moments for `token_embd` and `output`, float32 (hidden, hidden): of the rows
+        looked up the gradients at the embedding, of a head's the final hidden states, both in the
+        units in which they add to the cost (a margin has two rows of the head)."""
+        out = torch.zeros((self._columns[FINAL],) * 2)
+        positions = int(self.reference.generated_lengths.sum())
+        if name == EMBEDDED:
+            out += torch.from_numpy(self._sums["embedded"].astype(np.float32))
+        if name == "output" or tied:
+            first = self.edges[:-1] + self.reference.prompt_lengths - 1
+            at = np.concatenate(
+                [
+                    a + np.arange(n)
+                    for a, n in zip(first, self.reference.generated_lengths, strict=True)
+                ]
+            )
+            hidden = torch.from_numpy(self.inputs(name)[at])
+            out += 2 * len(at) * second_moments(hidden, None)
+        return out / positions
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,154 @@
+"""Scales that leave the function alone and make rounding do less harm.
+
+Between two matrices a channel may be multiplied by s in the one and divided by it in the other:
+the gain of a norm against the columns it feeds, rows of `ffn_up` against columns of `ffn_down`,
+rows of `attn_v` against columns of `attn_output`. In a block of n channels that share a scale,
+rounding the inputs to int8 does harm of about max_j (x_j s_j)^2 sum_j (b_j / s_j)^2 and rounding
+the columns of about max_j (w_j / s_j)^2 sum_j (x_j s_j)^2, with x_j the size of an input, b_j of
+the margins' gradient there and w_j of the column. With b proportional to w, both are least (Cauchy
+and Schwarz) where (x_j s_j)^2 ~ (b_j / s_j)^2, so s_j = sqrt(b_j / x_j). That is SmoothQuant's
+(arXiv 2211.10438) and AWQ's (arXiv 2306.00978) idea, with the gradient deciding what matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from edge_dtm.host.calibration import Calibration
+from edge_dtm.host.checkpoint import Checkpoint, ModelConfig
+from edge_dtm.plan import Component
+from edge_dtm.reference import Reference, load_npz, save_npz
+
+FloatArray = npt.NDArray[np.float32]
+Scales = Mapping[str, FloatArray]  # input site, such as `blk.3.ffn_down` -> (row_length,)
+
+STRENGTH = 0.5
+# A channel that is silent on the calibration prompts must not be blown up for ever.
+LARGEST, SMALLEST = 64.0, 1 / 64
+SITES = ("attn_q", "attn_output", "ffn_gate", "ffn_down")
+_SITE_OF = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate"}
+# What makes a site's input, and so is multiplied by the site's scales.
+_SOURCE_OF = {"attn_norm": "attn_q", "attn_v": "attn_output", "ffn_norm": "ffn_gate",
+              "ffn_up": "ffn_down", "output_norm": "output"}  # fmt: skip
+
+
+def channel_scales(
+    input_squares: npt.NDArray[np.float64],
+    gradient_squares: npt.NDArray[np.float64],
+    strength: float = STRENGTH,
+) -> FloatArray:
+    """s = (b / x)^strength with a geometric mean of 1, float32, same shape.
+
+    Both: mean squares, float64. Channels without any input or gradient get 1.
+    """
+    known = (input_squares > 0) & (gradient_squares > 0)
+    out = np.zeros(input_squares.shape)
+    if known.any():
+        ratio = np.log(gradient_squares[known]) - np.log(input_squares[known])
+        out[known] = strength / 2 * (ratio - ratio.mean())
+    return np.exp(np.clip(out, np.log(SMALLEST), np.log(LARGEST))).astype(np.float32)
+
+
+def sites(config: ModelConfig) -> list[str]:
+    """Every input that has scales. A tied head has none: its columns are the embedding's."""
+    blocks = [f"blk.{layer}.{site}" for layer in range(config.layers) for site in SITES]
+    return blocks if config.tied else [*blocks, "output"]
+
+
+def find_scales(calibration: Calibration, config: ModelConfig) -> dict[str, FloatArray]:
+    """The scales of every site of the model."""
+    out = {}
+    for name in sites(config):
+        x, b = calibration.input_squares(name), calibration.gradient_squares(name)
+        if name.endswith("attn_output"):
+            # Query heads of a group read the same value channels.
+            shape = (config.kv_heads, config.heads // config.kv_heads, config.head_dim)
+            s = channel_scales(x.reshape(shape).sum(1), b.reshape(shape).sum(1))
+            out[name] = np.broadcast_to(s[:, None], shape).reshape(-1).astype(np.float32)
+        else:
+            out[name] = channel_scales(x, b)
+    return out
+
+
+def save_scales(path: Path, scales: Scales) -> None:
+    save_npz(path, dict(scales), {"kind": "scales"})
+
+
+def load_scales(path: Path, config: ModelConfig) -> dict[str, FloatArray]:
+    """EdgeDtmError when the file is not what save_scales wrote for such a model."""
+    return load_npz(path, sites(config), "scales")[0]
+
+
+@torch.no_grad()
+def logit_difference(model: Any, reference: Reference) -> float:
+    """Largest difference of the model's logits from the reference's top logits, relative to the
+    largest of these."""
+    device = next(model.parameters()).device
+    worst, largest = 0.0, 0.0
+    for row in range(len(reference)):
+        first, count = int(reference.prompt_lengths[row]) - 1, int(reference.generated_lengths[row])
+        ids = torch.tensor([(reference.prompt(row) + reference.generated(row))[:-1]], device=device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, first : first + count].float()
+        top = torch.from_numpy(reference.top_ids[row, :count].astype(np.int64)).to(device)
+        wanted = torch.from_numpy(reference.top_logits[row, :count]).to(device)
+        worst = max(worst, float((logits.gather(1, top) - wanted).abs().max()))
+        largest = max(largest, float(wanted.abs().max()))
+    return worst / max(largest, 1e-30)
+
+
+def input_scale(scales: Scales, name: str) -> FloatArray | None:
+    """By what a component's inputs are multiplied (and its columns divided), or None."""
+    prefix, dot, part = name.rpartition(".")
+    return scales.get(prefix + dot + _SITE_OF.get(part, part))
+
+
+def output_scale(scales: Scales, name: str, config: ModelConfig) -> FloatArray | None:
+    """By what the component's (or norm's) outputs are multiplied, or None."""
+    prefix, dot, part = name.rpartition(".")
+    s = scales.get(prefix + dot + _SOURCE_OF[part]) if part in _SOURCE_OF else None
+    if s is None or part != "attn_v":
+        return s
+    group = config.heads // config.kv_heads
+    return np.ascontiguousarray(s.reshape(config.kv_heads, group, -1)[:, 0].reshape(-1))
+
+
+class EqualizedCheckpoint(Checkpoint):
+    """A checkpoint with the scales worked in: other tensors, the same function."""
+
+    def __init__(self, original: Checkpoint, scales: Scales) -> None:
+        super().__init__(original.path, original.config)
+        self.original, self.scales = original, scales
+        self.on_grid, self._source_is_hf = original.on_grid, original._source_is_hf
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.original.tokenizer
+
+    def _names(self) -> set[str]:
+        return self.original._names()
+
+    def components(self) -> tuple[Component, ...]:
+        return self.original.components()
+
+    def check(self, progress: Any = None) -> str:
+        """The original's hash: that is where it comes from."""
+        return self.original.check(progress)
+
+    def _read(self, name: str) -> FloatArray:
+        data = self.original._read(name)
+        stem, _, suffix = name.rpartition(".")
+        out = output_scale(self.scales, stem, self.config)
+        if suffix == "bias":
+            return data if out is None else data * out
+        if data.ndim == 1:  # the gain of a norm
+            return data if out is None else data * out
+        columns = input_scale(self.scales, stem)
+        if columns is not None:
+            data = data / columns
+        return data if out is None else data * out[:, None]

@@ -1,0 +1,115 @@
+"""The blocks that are measured are the blocks that are shipped: kept on disk between the two."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from edge_dtm.errors import EdgeDtmError
+from edge_dtm.host.checkpoint import Checkpoint
+from edge_dtm.host.compensate import Feedback, compensate
+from edge_dtm.host.treat import treat
+from edge_dtm.plan import Component, Treatment
+
+FloatArray = npt.NDArray[np.float32]
+ByteArray = npt.NDArray[np.uint8]
+UNCOMPENSATED = ("F16", "F32", "BF16")  # too fine a grid for feedback to matter
+
+
+def takes_feedback(treatment: Treatment) -> bool:
+    return treatment.type not in UNCOMPENSATED and not treatment.zero_share
+
+
+class Shipped:
+    """A folder with what export needs to write the very blocks whose costs were measured.
+
+    Of block matrices the compensated blocks themselves, one file a component and type; of
+    `token_embd` and `output`, whose blocks are many and of which few are measured, the moments
+    that they are compensated with; of every component the importance for plain rounding.
+    """
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
+        self.folder, self.checkpoint = folder, checkpoint
+
+    def _write(self, name: str, write: Callable[[IO[bytes]], None]) -> None:
+        path = self.folder / name
+        temporary = path.with_name(name + ".tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                write(file)
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise EdgeDtmError(
+                f"{path} could not be written ({error.strerror or error}): free some space"
+            ) from None
+
+    def save(self, component: Component, treatment: Treatment, data: ByteArray) -> None:
+        """data: uint8 (rows, row_bytes), rows as Hugging Face orders them."""
+        rows = self.checkpoint.gguf_rows(component.name, data)
+        self._write(
+            f"{component.name}.{treatment.type}.npy",
+            lambda file: np.save(file, rows, allow_pickle=False),
+        )
+
+    def save_component(
+        self,
+        name: str,
+        importance: FloatArray | None,
+        compensated: Sequence[str],
+        feedback: Feedback | None = None,
+    ) -> None:
+        """The last word about a component, after its blocks.
+
+        importance: float32 (row_length,), or None for columns that are equally important;
+        compensated: types that were measured with error feedback; feedback: what to make their
+        blocks with, where these are not stored.
+        """
+        none = np.zeros(0, dtype=np.float32)
+        self._write(
+            f"{name}.npz",
+            lambda file: np.savez(
+                file,
+                allow_pickle=False,
+                importance=none if importance is None else importance,
+                compensated=np.array(compensated, dtype=np.str_),
+                moments=none if feedback is None else feedback.moments.cpu().numpy(),
+            ),
+        )
+
+    def blocks(self, component: Component, treatment: Treatment) -> ByteArray:
+        """What goes into the GGUF, uint8 (rows, row_bytes) in its row order.
+
+        EdgeDtmError when the folder lacks what was measured.
+        """
+        head, path = (
+            self.folder / f"{component.name}.npz",
+            self.folder / f"{component.name}.{treatment.type}.npy",
+        )
+        try:
+            with np.load(head, allow_pickle=False) as kept:
+                importance, types = kept["importance"], kept["compensated"].tolist()
+                moments = torch.from_numpy(kept["moments"])
+            if takes_feedback(treatment) and treatment.type in types:
+                if len(moments):
+                    feedback = Feedback(moments, 0.0)
+                    weights = torch.from_numpy(self._weights(component))
+                    return compensate(weights, [treatment.type], feedback)[0][0]
+                data: ByteArray = np.load(path, mmap_mode="r", allow_pickle=False)
+                return data
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise EdgeDtmError(
+                f"{self.folder} has lost {component.name} as {treatment} ({error}): run "
+                "edge-dtm compress again with --no-resume"
+            ) from None
+        return treat(self._weights(component), treatment, importance if len(importance) else None)
+
+    def _weights(self, component: Component) -> FloatArray:
+        return self.checkpoint.tensor(component.name + ".weight")
