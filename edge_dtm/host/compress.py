@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class Measured:
 def compress(settings: Settings, stages: Stages) -> Path:
     """Make the bundle in settings.out and return that folder. EdgeDtmError on anything that
     cannot be done, before the long part wherever it can be known."""
-    run = _Run(settings, stages)
+    run = Pipeline(settings, stages)
     run.prepare()
     reference = run.reference()
     table, shipped = run.costs(reference)
@@ -108,7 +108,9 @@ def compress(settings: Settings, stages: Stages) -> Path:
     return settings.out
 
 
-class _Run:
+class Pipeline:
+    """The stages of `compress`, in the order of its body; each leaves its result in `work`."""
+
     def __init__(self, settings: Settings, stages: Stages) -> None:
         self.s, self.stages = settings, stages
         self.work = settings.out / "work"
@@ -166,7 +168,7 @@ class _Run:
                 f"{s.out} has {shutil.disk_usage(self.work).free:,} bytes free, about {needed:,} "
                 "are needed: free some space or choose another folder"
             )
-        self.key = _key(
+        self.key = digest_of(
             {
                 "model": self.checkpoint.check(),
                 "seed": s.seed,
@@ -177,6 +179,53 @@ class _Run:
                 "versions": export.provenance(self.checkpoint)["packages"],
             }
         )
+
+    @classmethod
+    def reopen(
+        cls, settings: Settings, stages: Stages, threads: int | None = None
+    ) -> tuple[Pipeline, Reference]:
+        """The pipeline on the work folder of an earlier run in settings.out, and its reference.
+
+        Seed, tokens and prompts are the earlier run's, whatever settings say of them. EdgeDtmError
+        when there is no work folder of this model.
+        """
+        if not settings.model.exists():
+            raise EdgeDtmError(f"{settings.model} does not exist: give the model it was made from")
+        checkpoint = open_checkpoint(settings.model)
+        with stages(
+            "Checking the checkpoint", sum(c.weights for c in checkpoint.components())
+        ) as advance:
+            sha256 = checkpoint.check(advance)
+        found = []
+        work = settings.out / "work"
+        for path in work.glob("reference-*.npz"):
+            reference = Reference.load(path)
+            if reference.provenance.get("model_sha256") == sha256:
+                found.append((path.stat().st_mtime, path, reference))
+        if not found:
+            raise EdgeDtmError(
+                f"{work} holds no reference of {settings.model.name}: run edge-dtm compress first, "
+                "with the same model, and keep its work folder"
+            )
+        _, path, reference = max(found, key=lambda f: f[0])
+        if len(found) > 1:
+            stages.note(f"{len(found)} references of this model in the work folder: newest taken")
+        settings = replace(
+            settings,
+            tokens=int(reference.provenance["tokens"]),
+            seed=int(reference.provenance["seed"]),
+        )
+        run = cls(settings, stages)
+        # What `prepare` sets, but without the prompts and the budget: those are settled.
+        run.torch_device = choose_device(settings.device)
+        run.checkpoint = run.equalized = checkpoint
+        run.components = checkpoint.components()
+        run.fixed_bytes = export.fixed_bytes(checkpoint)
+        run.f16_bytes = export.f16_plan(checkpoint, run.fixed_bytes).size_bytes
+        run.key = path.stem.removeprefix("reference-")
+        if threads is not None:
+            run.threads, run.run_settings = threads, RunSettings(threads=threads)
+        return run, reference
 
     def _budget(self, context: int, kv_bytes_per_token: int, vocab: int) -> ByteBudget | None:
         """The profile's budget, and self.max_bytes, which --max-bytes overrides."""
@@ -246,7 +295,7 @@ class _Run:
         treatments = [
             candidate_treatments(c, s.types, sparse=s.zero_share > 0) for c in self.components
         ]
-        key = f"{self.key}-{_key([s.types, s.zero_share > 0, s.feedback, s.equalize])}"
+        key = f"{self.key}-{digest_of([s.types, s.zero_share > 0, s.feedback, s.equalize])}"
         results = self.work / f"costs-{key}.jsonl"
         measured, fitted = _calibration_rows(reference)
         activations = Activations(
@@ -338,9 +387,9 @@ class _Run:
             LlamaRunner(path, self.run_settings, context_needed(held_out)) as runner,
         ):
             record = runner.teacher_forced(held_out, advance)
-        return self._judge(record, held_out)
+        return self.judge(record, held_out)
 
-    def _judge(self, record: Record, held_out: Reference, near_tie: float = 0.0) -> Measured:
+    def judge(self, record: Record, held_out: Reference, near_tie: float = 0.0) -> Measured:
         lengths = held_out.generated_lengths
         return Measured(
             record,
@@ -353,7 +402,7 @@ class _Run:
         saved = self.work / f"floor-{self.key}.npz"
         held_out = reference.part(HELD_OUT)
         if saved.is_file():
-            floor = self._judge(Record.load(saved), held_out)
+            floor = self.judge(Record.load(saved), held_out)
         else:
             plan = export.f16_plan(self.checkpoint, self.fixed_bytes)
             path = self.work / "f16.gguf"
@@ -423,7 +472,7 @@ class _Run:
 
     def _export_and_measure(self, plan: Plan, shipped: Shipped, reference: Reference) -> Measured:
         path = self.work / "model.gguf"
-        made = _key([plan.hash, shipped.folder.name])
+        made = digest_of([plan.hash, shipped.folder.name])
         saved, mark = self.work / f"host-{made}.npz", self.work / "model.json"
         if not mark.is_file() or mark.read_text() != made or not _is_plan(path, plan):
             mark.unlink(missing_ok=True)
@@ -441,10 +490,10 @@ class _Run:
             )
         held_out = reference.part(HELD_OUT)
         if saved.is_file():
-            return self._judge(Record.load(saved), held_out, self.near_tie_margin)
+            return self.judge(Record.load(saved), held_out, self.near_tie_margin)
         measured = self.measure(path, reference, "Plan in llama.cpp")
         measured.record.save(saved)
-        return self._judge(measured.record, held_out, self.near_tie_margin)
+        return self.judge(measured.record, held_out, self.near_tie_margin)
 
     def finish(
         self,
@@ -569,7 +618,7 @@ def _is_plan(path: Path, plan: Plan) -> bool:
     return True
 
 
-def _key(data: Any) -> str:
+def digest_of(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
