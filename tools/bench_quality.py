@@ -1,17 +1,24 @@
 """Ours against llama.cpp's own presets (Q4_K_M and the like) at equal file size.
 
-For each preset llama.cpp's quantizer makes a GGUF from an F32 export of the model, once plain and
-once with our importance vectors as its imatrix. Our search then gets the size of that file as its
-limit. All three are replayed teacher-forced in llama.cpp on all held-out sequences, which neither
-the costs nor the importance vectors have seen. The SDT ratio ours / preset with imatrix comes
-with a 95 % bootstrap interval, sequences being resampled together for both.
+For each preset llama.cpp's quantizer makes a GGUF from an F32 export of the original model, once
+plain and once with its importance matrix ("im"). Our search then gets the size of that file as its
+limit. All are replayed teacher-forced in llama.cpp on all held-out sequences, which neither the
+costs nor the importance have seen. What ours is held against at a size is the preset file of least
+SDT, plain or im, that is no larger. The ratio (our SDT - noise floor) / (its SDT - noise floor)
+comes with a 95 % bootstrap interval, sequences being resampled together for all three files.
+How many bytes fewer ours takes at equal SDT is read off the line through our measured points, size
+against the logarithm of SDT.
+
+At the sizes of --ablations parts of the method are left out or replaced, one at a time.
 
 WORK_BUNDLE is a folder that `edge-dtm compress MODEL -o WORK_BUNDLE` made; its `work` folder gives
-the reference, the costs and the importance vectors. Output: a table on the terminal, with --out as
-Markdown, with --json every figure. What was measured stays in WORK_BUNDLE/work/bench, so that a
-second run is quick; GGUF files are removed once they are measured.
+the reference, the costs, the blocks and the importance. Output: tables on the terminal, with --out
+as Markdown, with --figure as a picture, with --json every figure. What was measured stays in
+WORK_BUNDLE/work/bench, so that a second run is quick; GGUF files are removed once they are
+measured.
 
-    python tools/bench_quality.py WORK_BUNDLE --out docs/quality.md --json quality.json
+    python tools/bench_quality.py WORK_BUNDLE --out docs/quality.md --figure docs/quality.png \\
+        --json quality.json
 """
 
 from __future__ import annotations
@@ -21,88 +28,93 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shlex
+import shutil
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
 # The script also runs from a checkout where the package is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from edge_dtm.device.runner import Record, RunSettings, _error_text, _last_errors, _library
+from edge_dtm.device.runner import Record, _error_text, _last_errors, _library
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host import export
-from edge_dtm.host.checkpoint import open_checkpoint
-from edge_dtm.host.compress import Measured, Settings, _key, _Run
-from edge_dtm.host.model import choose_device
+from edge_dtm.host.checkpoint import Checkpoint
+from edge_dtm.host.compress import Measured, Pipeline, Settings, _calibration_rows, digest_of
+from edge_dtm.host.equalize import EqualizedCheckpoint, input_scale
+from edge_dtm.host.figure import Point, draw_comparison
+from edge_dtm.host.sensitivity import Activations, component_costs, edge_costs
+from edge_dtm.host.treat import treated_values
 from edge_dtm.inspect import describe
-from edge_dtm.metrics import divergent_mask, paired_ratio_interval
+from edge_dtm.metrics import BoolArray, Interval, bootstrap, divergent_mask, first_divergent_tokens
 from edge_dtm.paths import default_model_dir
-from edge_dtm.plan import uniform
+from edge_dtm.plan import Component, Plan, Treatment, uniform
 from edge_dtm.profiles import load_profile
 from edge_dtm.progress import Stages
 from edge_dtm.reference import CALIBRATION, HELD_OUT, Reference
 from edge_dtm.report import interval
-from edge_dtm.search import Predictor, search
+from edge_dtm.search import CostTable, Predictor, convex_hull, search
 
-DEFAULT_PRESETS = "Q4_K_M,Q5_K_M,Q6_K,Q8_0"
+SCHEMA_VERSION = 2
+DEFAULT_PRESETS = "Q3_K_M,IQ4_NL,Q4_0,Q4_K_M,Q5_K_M,Q6_K,Q8_0"
+DEFAULT_ABLATIONS = "Q4_K_M,Q6_K"
+WANTED_SEQUENCES = 128
+RANKED_TYPE = "Q4_0"  # what each component alone is measured in for the FDT ranking
+
+Vectors = Mapping[str, npt.NDArray[np.float32]]
 
 
-def open_run(
-    bundle: Path, model: Path, stages: Stages, threads: int | None = None, device: str = "auto"
-) -> tuple[_Run, Reference]:
-    """The stages of `compress` on the work folder of an earlier run, and that run's reference.
+def above_floor(
+    mask: BoolArray, other: BoolArray, floor: BoolArray, lengths: Any, seed: int = 0
+) -> Interval:
+    """(SDT(mask) - SDT(floor)) / (SDT(other) - SDT(floor)) on the same sequences, resampled
+    together. Infinite where `other` diverges no more than the floor."""
+    base = floor.sum(axis=1)
+    ours, theirs = mask.sum(axis=1) - base, other.sum(axis=1) - base
+    return _paired(ours, theirs, seed)
 
-    Seed, tokens and prompts are the earlier run's: they are in its reference, whose file name
-    holds the key under which the work folder keeps everything else.
-    """
-    if not model.exists():
-        raise EdgeDtmError(
-            f"{model} is not there: give --model, or run python tools/make_smollm2.py"
-        )
-    checkpoint = open_checkpoint(model)
-    with stages(
-        "Checking the checkpoint", sum(c.weights for c in checkpoint.components())
-    ) as advance:
-        sha256 = checkpoint.check(advance)
-    found = []
-    for path in (bundle / "work").glob("reference-*.npz"):
-        reference = Reference.load(path)
-        if reference.provenance.get("model_sha256") == sha256:
-            found.append((path.stat().st_mtime, path, reference))
-    if not found:
-        raise EdgeDtmError(
-            f"{bundle / 'work'} holds no reference of {model.name}: run edge-dtm compress first, "
-            "with the same model, and keep its work folder"
-        )
-    _, path, reference = max(found, key=lambda f: f[0])
-    if len(found) > 1:
-        stages.note(f"{len(found)} references of this model in the work folder: newest taken")
-    settings = Settings(
-        model=model,
-        out=bundle,
-        profile=load_profile("raspberrypi"),
-        tokens=int(reference.provenance["tokens"]),
-        seed=int(reference.provenance["seed"]),
-        device=device,
-    )
-    run = _Run(settings, stages)
-    # What run.prepare() sets, but without the prompts and the budget: those are settled.
-    run.torch_device, run.checkpoint = choose_device(device), checkpoint
-    run.components = checkpoint.components()
-    run.fixed_bytes = export.fixed_bytes(checkpoint)
-    run.f16_bytes = export.f16_plan(checkpoint, run.fixed_bytes).size_bytes
-    run.key = path.stem.removeprefix("reference-")
-    if threads is not None:
-        run.threads, run.run_settings = threads, RunSettings(threads=threads)
-    return run, reference
+
+def fdt_ratio(mask: BoolArray, other: BoolArray, lengths: Any, seed: int = 0) -> Interval:
+    """Mean FDT(mask) / mean FDT(other), sequences resampled together."""
+    ours, theirs = (first_divergent_tokens(m, lengths) for m in (mask, other))
+    return _paired(ours, theirs, seed)
+
+
+def _paired(ours: npt.NDArray[Any], theirs: npt.NDArray[Any], seed: int) -> Interval:
+    def ratio(index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        drawn = theirs[index].sum(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(drawn > 0, ours[index].sum(axis=1) / drawn, np.inf)
+
+    low, high = bootstrap(ratio, len(ours), seed)
+    return Interval(float(ratio(np.arange(len(ours))[None])[0]), low, high)
+
+
+def ratio_json(ratio: Interval) -> dict[str, float | None]:
+    """JSON has no infinity: None."""
+    return {k: v if np.isfinite(v) else None for k, v in ratio.to_json().items()}
+
+
+def bytes_at(points: Sequence[tuple[int, float]], sdt: float) -> float | None:
+    """The size at which our files would have that SDT: linear in log SDT between neighbouring
+    points (bytes, SDT), the smallest size if there are several. None outside their range."""
+    ordered = sorted(set(points))
+    for (a, high), (b, low) in pairwise(ordered):
+        if high >= sdt >= low > 0:
+            return b if high == low else a + (b - a) * np.log(high / sdt) / np.log(high / low)
+    return None
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,10 @@ class Candidate:
     sha256: str
     measured: Measured
 
+    @property
+    def sdt(self) -> float:
+        return self.measured.divergence.sdt.value
+
     def to_json(self) -> dict[str, Any]:
         return {
             "size_bytes": self.size_bytes,
@@ -124,12 +140,26 @@ class Candidate:
         }
 
 
+class Variant(Pipeline):
+    """The pipeline with other settings on the same work folder and the same captured gradients."""
+
+    def __init__(self, run: Pipeline, **changes: Any) -> None:
+        self.__dict__.update(run.__dict__)
+        self.s = replace(run.s, **changes)
+        self.equalized = run.checkpoint
+
+    def _save_imatrix(self, calibration: Any) -> None:
+        """Nothing: it is the original model's. Captured again it could differ in a last bit, and
+        what was measured with it would be out of date."""
+
+
 class Bench:
     """Makes GGUFs and measures them; each file and each record once."""
 
-    def __init__(self, run: _Run, reference: Reference, importance: export.Importance) -> None:
-        self.run, self.reference, self.importance = run, reference, importance
+    def __init__(self, run: Pipeline, reference: Reference) -> None:
+        self.run, self.reference = run, reference
         self.held_out = reference.part(HELD_OUT)
+        self.lengths = self.held_out.generated_lengths
         self.folder = run.work / "bench"
         self.folder.mkdir(exist_ok=True)
         self.weights = sum(c.weights for c in run.components)
@@ -137,17 +167,12 @@ class Bench:
             "model": run.checkpoint.check(),
             "packages": export.provenance(run.checkpoint)["packages"],
             "fixed_bytes": run.fixed_bytes,
-            "importance": {
-                k: hashlib.sha256(np.ascontiguousarray(v).data).hexdigest()
-                for k, v in importance.items()
-                if v is not None
-            },
         }
-        self.source = self.folder / f"f32-{_key(self.common)}.gguf"
+        self.sources: dict[str, Path] = {}
 
     def candidate(self, title: str, what: Any, make: Callable[[Path], None]) -> Candidate:
-        """what: JSON that, with the model and the importance vectors, settles the file's bytes."""
-        made = self.folder / f"made-{_key([self.common, what])}.json"
+        """what: JSON that, with the model, settles the file's bytes."""
+        made = self.folder / f"made-{digest_of([self.common, what])}.json"
         facts = json.loads(made.read_text()) if made.is_file() else None
         record = self._record(facts["sha256"]) if facts else None
         if facts is None or record is None or not record.is_file():
@@ -164,60 +189,120 @@ class Bench:
                 if not record.is_file():
                     measured = self.run.measure(gguf, self.reference, f"{title}: replay")
                     measured.record.save(record)
-                temporary = made.with_suffix(".tmp")
-                temporary.write_text(json.dumps(facts))
-                temporary.replace(made)
+                _write_json(made, facts)
             finally:
                 gguf.unlink(missing_ok=True)
-        measured = self.run._judge(Record.load(record), self.held_out)
+        measured = self.run.judge(Record.load(record), self.held_out)
         return Candidate(facts["size_bytes"], facts["types"], facts["sha256"], measured)
 
     def _record(self, sha256: str) -> Path:
         settings = {k: v for k, v in self.run.run_settings.to_json().items() if k != "threads"}
         llama = self.common["packages"]["llama-cpp-python"]
-        return self.folder / f"record-{_key([sha256, self.run.key, settings, llama])}.npz"
+        return self.folder / f"record-{digest_of([sha256, self.run.key, settings, llama])}.npz"
 
-    def preset(self, name: str, imatrix: bool) -> Candidate:
-        title = f"{name}{' with imatrix' if imatrix else ''}"
+    def kept(self, name: str, what: Any, make: Callable[[], Any]) -> Any:
+        """JSON that is long in the making, from the folder or made now."""
+        path = self.folder / f"{name}-{digest_of([self.common, self.run.key, what])}.json"
+        if not path.is_file():
+            _write_json(path, make())
+        return json.loads(path.read_text())
+
+    def mask(self, record: Record) -> BoolArray:
+        return divergent_mask(self.held_out.generated_ids, record.ids, self.lengths)
+
+    def floor_mask(self) -> BoolArray:
+        """Of the record that Pipeline.noise_floor leaves."""
+        return self.mask(Record.load(self.run.work / f"floor-{self.run.key}.npz"))
+
+    def preset(
+        self, name: str, vectors: Vectors | None, checkpoint: Checkpoint | None = None
+    ) -> Candidate:
+        """vectors: llama.cpp's importance matrix. checkpoint: instead of the original."""
+        checkpoint = checkpoint or self.run.checkpoint
+        title = f"{name}{' + im' if vectors else ''}"
+        what: list[Any] = ["preset", name]
+        if isinstance(checkpoint, EqualizedCheckpoint):
+            title += ", equalized"
+            what.append(array_digest(checkpoint.scales))
+        if vectors:
+            what.append({"imatrix": array_digest(vectors)})
         return self.candidate(
-            title, ["preset", name, imatrix], partial(self._quantize, name, imatrix)
+            title, what, partial(self._quantize, name, vectors, checkpoint, title)
         )
 
-    def ours(self, title: str, plan: Any) -> Candidate:
+    def ours(
+        self,
+        title: str,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        blocks: export.Importance | export.Blocks,
+        blocks_name: str,
+    ) -> Candidate:
+        """blocks_name: says with the plan which blocks these are."""
+
         def make(path: Path) -> None:
             with self.run.stages(f"{title}: export", self.weights) as advance:
-                export.export_gguf(self.run.checkpoint, plan, path, self.importance, advance)
+                export.export_gguf(checkpoint, plan, path, blocks, advance)
 
-        return self.candidate(title, ["plan", plan.hash], make)
+        return self.candidate(title, ["plan", plan.hash, blocks_name], make)
 
-    def _quantize(self, name: str, imatrix: bool, path: Path) -> None:
-        if not self.source.is_file():
+    def _source(self, checkpoint: Checkpoint) -> Path:
+        """The F32 export that llama.cpp quantizes."""
+        kind = "equalized" if isinstance(checkpoint, EqualizedCheckpoint) else "original"
+        if kind not in self.sources:
+            path = self.folder / f"f32-{kind}.gguf"
             plan = uniform(self.run.components, "F32", self.run.fixed_bytes)
-            with self.run.stages("Exporting F32", self.weights) as advance:
-                export.export_gguf(self.run.checkpoint, plan, self.source, {}, advance)
+            with self.run.stages(f"Exporting F32, {kind}", self.weights) as advance:
+                export.export_gguf(checkpoint, plan, path, {}, advance)
+            self.sources[kind] = path
+        return self.sources[kind]
+
+    def _quantize(
+        self, name: str, vectors: Vectors | None, checkpoint: Checkpoint, title: str, path: Path
+    ) -> None:
+        source = self._source(checkpoint)
         lib = _library()  # sends llama.cpp's log elsewhere
         params = lib.llama_model_quantize_default_params()
         params.ftype, params.nthread = preset_ftype(name), self.run.threads
         params.allow_requantize = False
-        vectors = {k: np.ascontiguousarray(v) for k, v in self.importance.items() if v is not None}
-        if imatrix:
-            entries = (lib.llama_model_imatrix_data * (len(vectors) + 1))()  # the last: no name
-            for entry, (key, data) in zip(entries, vectors.items(), strict=False):
+        arrays = {k: np.ascontiguousarray(v, dtype=np.float32) for k, v in (vectors or {}).items()}
+        if arrays:
+            entries = (lib.llama_model_imatrix_data * (len(arrays) + 1))()  # the last: no name
+            for entry, (key, data) in zip(entries, arrays.items(), strict=False):
                 entry.name = f"{key}.weight".encode()
                 entry.data = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
                 entry.size = data.size
             params.imatrix = ctypes.cast(entries, type(params.imatrix))
         _last_errors.clear()
-        with self.run.stages(f"{name}{' with imatrix' if imatrix else ''}: quantize", 1) as advance:
+        with self.run.stages(f"{title}: quantize", 1) as advance:
             code = lib.llama_model_quantize(
-                os.fsencode(self.source), os.fsencode(path), ctypes.byref(params)
+                os.fsencode(source), os.fsencode(path), ctypes.byref(params)
             )
             advance(1)
         if code:
             raise EdgeDtmError(f"llama.cpp could not make a {name} of this model{_error_text()}")
 
     def close(self) -> None:
-        self.source.unlink(missing_ok=True)
+        """Remove what is large and quick to make again."""
+        for path in self.sources.values():
+            path.unlink(missing_ok=True)
+        for kind in ("activations", "calibration"):  # as Pipeline.costs names them
+            shutil.rmtree(self.run.work / f"{kind}-{self.run.key}", ignore_errors=True)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data))
+    temporary.replace(path)
+
+
+def array_digest(arrays: Vectors) -> str:
+    return digest_of(
+        {
+            k: hashlib.sha256(np.ascontiguousarray(v, dtype=np.float32).data).hexdigest()
+            for k, v in arrays.items()
+        }
+    )
 
 
 def preset_ftype(name: str) -> int:
@@ -227,163 +312,587 @@ def preset_ftype(name: str) -> int:
     return int(value)
 
 
+def why_skipped(name: str, components: Sequence[Component]) -> str | None:
+    """Why a preset cannot be compared on this model, or None."""
+    unfit = [c for c in components if c.row_length % 256]
+    if re.match("Q[23]_K", name) and unfit:
+        return (
+            f"the rows of {len(unfit)} of {len(components)} matrices do not divide by 256, and "
+            "llama.cpp would silently give those a larger type"
+        )
+    return None
+
+
+def best_plan(table: CostTable, max_bytes: int) -> tuple[Plan, bool]:
+    """The plan for max_bytes, or the smallest there is, and whether it is that one."""
+    smallest = table.fixed_bytes + sum(
+        min(
+            c.size_bytes(t)
+            for t, cost in zip(ts, costs, strict=True)
+            if not t.zero_share and np.isfinite(cost)
+        )
+        for c, ts, costs in zip(table.components, table.treatments, table.costs, strict=True)
+    )
+    return search(table, max(max_bytes, smallest)), smallest > max_bytes
+
+
+def equalized_imatrix(vectors: Vectors, equalized: EqualizedCheckpoint) -> dict[str, Any]:
+    """The importance matrix of the equalized model: its inputs are the original's times scales."""
+    out = {}
+    for name, vector in vectors.items():
+        scale = input_scale(equalized.scales, name)
+        out[name] = vector if scale is None else vector * np.square(scale)
+    return out
+
+
+def with_costs(table: CostTable, cost_of: Callable[[Component, Treatment], float]) -> CostTable:
+    """The table with other costs, for the types that our own costs put on the convex hull: of
+    the others there are no blocks."""
+    treatments = []
+    for c, ts, costs in zip(table.components, table.treatments, table.costs, strict=True):
+        dense = [j for j, t in enumerate(ts) if not t.zero_share]
+        hull = convex_hull([c.size_bytes(ts[j]) for j in dense], [costs[j] for j in dense])
+        treatments.append(tuple(ts[dense[i]] for i in hull))
+    return CostTable(
+        table.components,
+        tuple(treatments),
+        tuple(
+            tuple(cost_of(c, t) for t in ts)
+            for c, ts in zip(table.components, treatments, strict=True)
+        ),
+        table.fixed_bytes,
+    )
+
+
+def weight_errors(run: Pipeline, table: CostTable) -> dict[str, dict[str, float]]:
+    """Component -> type -> summed squared error of the original weights, plainly rounded."""
+    out: dict[str, dict[str, float]] = {}
+    with run.stages("Weight errors", sum(c.weights for c in table.components)) as advance:
+        for c, treatments in zip(table.components, table.treatments, strict=True):
+            weights = run.checkpoint.hf_tensor(c.name + ".weight")
+            types = {t.type for t in treatments} | ({RANKED_TYPE} if c.fits(RANKED_TYPE) else set())
+            out[c.name] = {}
+            for kind in sorted(types):
+                error = treated_values(weights, Treatment(kind), None) - weights
+                out[c.name][kind] = float(np.square(error, dtype=np.float64).sum())
+            advance(c.weights)
+    return out
+
+
+def unaware_costs(run: Pipeline, reference: Reference, table: CostTable) -> list[list[float]]:
+    """Costs of plain rounding without importance, as if the inputs were not rounded. (The head's
+    inputs still are: edge_costs has no such switch.)"""
+    measured, _ = _calibration_rows(reference)
+    activations = Activations(
+        run.work / f"activations-{run.key}", reference.rows(measured), run.components
+    )
+    with run.stages("Gradients", len(measured)) as advance:
+        activations.capture(run._model(), run.s.seed, advance)
+    run.__dict__.pop("_loaded", None)
+    costs = []
+    with run.stages("Costs without activations", sum(c.weights for c in run.components)) as advance:
+        for c, ts in zip(table.components, table.treatments, strict=True):
+            weights = run.checkpoint.hf_tensor(c.name + ".weight")
+            if c.in_block:
+                costs.append(
+                    component_costs(
+                        activations, c, ts, weights, run.torch_device, None, exact_inputs=True
+                    )
+                )
+            else:
+                tied = run.checkpoint.config.tied
+                costs.append(edge_costs(activations, c, ts, weights, None, tied)[0])
+            advance(c.weights)
+    return costs
+
+
+def fdt_losses(run: Pipeline, reference: Reference, sequences: int) -> dict[str, float]:
+    """Component -> mean FDT lost, in tokens, with that component alone in RANKED_TYPE."""
+    from bench_sensitivity import Direct
+
+    from edge_dtm.host.activations import activation_kind
+
+    calibration = reference.part(CALIBRATION)
+    part = calibration.rows(np.arange(min(sequences, len(calibration))))
+    unfit = [c.name for c in run.components if not c.fits(RANKED_TYPE)]
+    if unfit:
+        raise EdgeDtmError(
+            f"--fdt-ranking: {RANKED_TYPE} does not fit {', '.join(unfit[:3])}; leave it out"
+        )
+    direct = Direct(run._model(), part)
+    run.__dict__.pop("_loaded", None)
+    edges = np.concatenate([[0], np.cumsum(part.generated_lengths)])
+    out = {}
+    with run.stages("FDT of each component alone", len(run.components)) as advance:
+        for c in run.components:
+            weights = run.checkpoint.hf_tensor(c.name + ".weight")
+            values = treated_values(weights, Treatment(RANKED_TYPE), None)
+            _, other = direct.treated(c, values, activation_kind(RANKED_TYPE))
+            lost = []
+            for a, b in pairwise(edges):
+                at = np.flatnonzero(other[a:b])
+                lost.append(float(b - a - at[0]) if at.size else 0.0)
+            # One that never diverged still comes before nothing at all.
+            out[c.name] = max(float(np.mean(lost)), 0.5 / len(lost))
+            advance(1)
+    return out
+
+
+Blocks = export.Importance | export.Blocks
+# What a variant's files are made with: its costs, the checkpoint, the blocks and their name.
+Method = tuple[CostTable, Checkpoint, Blocks, str]
+
+
+def methods(work: Bench, full: Method, fdt_ranking: int) -> dict[str, Method]:
+    """The variants of the ablations, by what they are called in the tables."""
+    run, reference, table = work.run, work.reference, full[0]
+    out: dict[str, Method] = {}
+    for title, changes in (
+        ("without feedback", {"feedback": False}),
+        ("without equalization", {"equalize": False}),
+        ("without both", {"feedback": False, "equalize": False}),
+    ):
+        other = Variant(run, **changes)
+        costs, shipped = other.costs(reference)
+        out[title] = (costs, other.equalized, shipped.blocks, shipped.folder.name)
+    types = [[str(t) for t in ts] for ts in table.treatments]
+    unaware = work.kept("unaware", types, lambda: unaware_costs(run, reference, table))
+    out["without activations"] = (
+        replace(table, costs=tuple(map(tuple, unaware))), run.checkpoint, {}, "plain",
+    )  # fmt: skip
+    errors = work.kept("errors", types, lambda: weight_errors(run, table))
+    out["weight error as cost"] = (
+        with_costs(table, lambda c, t: errors[c.name][t.type]), *full[1:],
+    )  # fmt: skip
+    if fdt_ranking:
+        losses = work.kept("fdt", fdt_ranking, lambda: fdt_losses(run, reference, fdt_ranking))
+
+        def cost(c: Component, t: Treatment) -> float:
+            error = errors[c.name]
+            return losses[c.name] * error[t.type] / max(error[RANKED_TYPE], 1e-30)
+
+        out["FDT of each alone as cost"] = (with_costs(table, cost), *full[1:])
+    return out
+
+
+def ablations(
+    work: Bench,
+    full: Method,
+    rows: Sequence[tuple[dict[str, Any], Candidate, Candidate]],
+    vectors: Vectors,
+    floor: BoolArray,
+    fdt_ranking: int,
+) -> list[dict[str, Any]]:
+    """rows: for each size its JSON, our file and the best preset with importance matrix."""
+    variants = methods(work, full, fdt_ranking) if rows else {}
+    out = []
+    for row, ours, best in rows:
+        size, name = row["preset"], row["best_imatrix"]
+        candidates = [("full method", ours, row["ours"]["smallest"])]
+        for title, (table, checkpoint, blocks, blocks_name) in variants.items():
+            plan, smallest = best_plan(table, row["limit_bytes"])
+            made = work.ours(f"{size}: {title}", plan, checkpoint, blocks, blocks_name)
+            candidates.append((title, made, smallest))
+        candidates.append((f"{name} + im", best, False))
+        equalized = full[1]
+        if isinstance(equalized, EqualizedCheckpoint):
+            changed = equalized_imatrix(vectors, equalized)
+            made = work.preset(name, changed, equalized)
+            candidates.append((f"{name} + im, equalized", made, False))
+        masks = [work.mask(c.measured.record) for _, c, _ in candidates]
+        for (title, made, smallest), mask in zip(candidates, masks, strict=True):
+            ratio = above_floor(mask, masks[0], floor, work.lengths)
+            out.append(
+                {
+                    "preset": size,
+                    "variant": title,
+                    "smallest": smallest,
+                    **made.to_json(),
+                    "sdt_ratio_to_full": ratio_json(ratio),
+                }
+            )
+    return out
+
+
 def bench(
-    bundle: Path, model: Path, presets: list[str], threads: int | None, stages: Stages
-) -> Any:
+    bundle: Path,
+    model: Path,
+    presets: list[str],
+    ablation_sizes: list[str],
+    fdt_ranking: int,
+    threads: int | None,
+    stages: Stages,
+) -> dict[str, Any]:
     """Everything, as what --json writes."""
     for name in presets:
         preset_ftype(name)
-    run, reference = open_run(bundle, model, stages, threads)
-    table, importance = run.costs(reference)
-    calibration = reference.part(CALIBRATION)
-    predictor = Predictor(calibration.margins, calibration.generated_lengths)
-    floor = run.noise_floor(reference, importance)
-    held_out = reference.part(HELD_OUT)
-    results = []
-    work = Bench(run, reference, importance)
+    lost = [n for n in ablation_sizes if n not in presets]
+    if lost:
+        raise EdgeDtmError(f"--ablations: {', '.join(lost)} must be among --presets too")
+    settings = Settings(model=model, out=bundle, profile=load_profile("raspberrypi"))
+    run, reference = Pipeline.reopen(settings, stages, threads)
+    reasons = {n: why_skipped(n, run.components) for n in presets}
+    skipped = [{"preset": n, "reason": why} for n, why in reasons.items() if why]
+    presets = [n for n in presets if not reasons[n]]
+    for s in skipped:
+        stages.note(f"{s['preset']} is skipped: {s['reason']}")
+    if not presets:
+        raise EdgeDtmError("no preset is left to compare with: name others with --presets")
+    run.keep_activations = True  # for the variants; close() removes them
+    work = Bench(run, reference)
+    for note in too_few(len(work.held_out)):
+        stages.note(note)
     try:
+        table, shipped = run.costs(reference)
+        full: Method = (table, run.equalized, shipped.blocks, shipped.folder.name)
+        vectors, imatrix_tokens = run.imatrix()
+        calibration = reference.part(CALIBRATION)
+        predictor = Predictor(calibration.margins, calibration.generated_lengths)
+        noise_floor = run.noise_floor(reference)
+        floor = work.floor_mask()
+        files = {(n, im): work.preset(n, vectors if im else None) for n in presets for im in (0, 1)}
+        results, ours_of = [], {}
         for name in presets:
-            plain, matrix = work.preset(name, False), work.preset(name, True)
-            plan = search(table, min(plain.size_bytes, matrix.size_bytes))
-            ours = work.ours(f"Ours at {name}'s size", plan)
-            masks = [
-                divergent_mask(
-                    held_out.generated_ids, c.measured.record.ids, held_out.generated_lengths
-                )
-                for c in (ours, matrix, plain)
-            ]
-            ratio, plain_ratio = (
-                paired_ratio_interval(masks[0], m, held_out.generated_lengths) for m in masks[1:]
+            limit = min(files[name, 0].size_bytes, files[name, 1].size_bytes)
+            plan, smallest = best_plan(table, limit)
+            ours = ours_of[name] = work.ours(f"Ours at {name}'s size", plan, *full[1:])
+            within = [k for k, f in files.items() if f.size_bytes <= limit]
+            best = min(within, key=lambda k: (files[k].sdt, files[k].size_bytes))
+            best_im = min(
+                (k for k in within if k[1]), default=(name, 1), key=lambda k: files[k].sdt
             )
+            masks = [work.mask(c.measured.record) for c in (ours, files[best])]
             results.append(
                 {
                     "preset": name,
-                    "plain": plain.to_json(),
-                    "imatrix": matrix.to_json(),
-                    "ours": {**ours.to_json(), "plan_sha256": plan.hash},
+                    "limit_bytes": limit,
+                    "plain": files[name, 0].to_json(),
+                    "imatrix": files[name, 1].to_json(),
+                    "ours": {**ours.to_json(), "plan_sha256": plan.hash, "smallest": smallest},
                     "predicted": predictor.predict(table.cost(plan)).to_json(),
-                    "sdt_ratio_to_imatrix": ratio.to_json(),
-                    "sdt_ratio_to_plain": plain_ratio.to_json(),
+                    "best": {
+                        "preset": best[0],
+                        "file": "imatrix" if best[1] else "plain",
+                        **files[best].to_json(),
+                    },
+                    "best_imatrix": best_im[0],
+                    "sdt_ratio": ratio_json(above_floor(*masks, floor, work.lengths)),
+                    "fdt_ratio": ratio_json(fdt_ratio(*masks, work.lengths)),
                 }
             )
+        points = [(c.size_bytes, c.sdt) for c in ours_of.values()]
+        for r in results:
+            size = bytes_at(points, r["best"]["sdt"]["value"])
+            r["our_bytes_at_equal_sdt"] = None if size is None else round(size)
+        left_out = ablations(
+            work,
+            full,
+            [
+                (r, ours_of[r["preset"]], files[r["best_imatrix"], 1])
+                for r in results
+                if r["preset"] in ablation_sizes
+            ],
+            vectors,
+            floor,
+            fdt_ranking,
+        )
     finally:
         work.close()
     return {
+        "schema_version": SCHEMA_VERSION,
         "model": reference.provenance["model"],
         "model_sha256": reference.provenance["model_sha256"],
         "packages": reference.provenance["packages"],
         "seed": run.s.seed,
         "tokens_per_prompt": run.s.tokens,
-        "sequences": len(held_out),
-        "positions": int(held_out.generated_lengths.sum()),
+        "sequences": len(work.held_out),
+        "positions": int(work.lengths.sum()),
         "calibration_sequences": len(calibration),
+        "imatrix_tokens": imatrix_tokens,
         "f16_bytes": run.f16_bytes,
-        "noise_floor": floor,
+        "noise_floor": noise_floor,
+        "skipped": skipped,
         "presets": results,
+        "ablations": left_out,
+        "fdt_ranking_sequences": min(fdt_ranking, len(calibration)),
         "units": {"sdt": "share", "fdt": "tokens", "size": "bytes"},
     }
 
 
+def load_other(path: Path) -> dict[str, Any]:
+    """What an earlier run wrote with --json. EdgeDtmError when it is not that."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema {data['schema_version']}, not {SCHEMA_VERSION}")
+        section(data)
+        return dict(data)
+    except OSError as error:
+        raise EdgeDtmError(f"--with: {path} cannot be read ({error.strerror or error})") from None
+    except (ValueError, LookupError, TypeError) as error:
+        raise EdgeDtmError(
+            f"--with: {path} is not what --json writes ({error!r}): measure that model again"
+        ) from None
+
+
+FILES = (("plain", "preset"), ("imatrix", "preset + im"), ("ours", "ours"))
+SMALLEST = "†"  # marks a file of ours that is larger than asked for
 HEAD = (
-    "preset", "bytes", "preset SDT", "FDT", "preset+im SDT", "FDT", "our bytes", "our SDT", "FDT",
-    "predicted SDT", "SDT ratio ours / preset+im",
+    "size of", "bytes", "best preset", "its SDT", "FDT", "our bytes", "our SDT", "FDT",
+    "predicted SDT", "ratio above the floor", "FDT ratio", "fewer bytes at equal SDT",
 )  # fmt: skip
-FILES = (("plain", "preset"), ("imatrix", "preset+im"), ("ours", "ours"))
+
+
+def name_of(best: Mapping[str, Any]) -> str:
+    return f"{best['preset']}{' + im' if best['file'] == 'imatrix' else ''}"
+
+
+def ratio_text(q: Mapping[str, float | None]) -> str:
+    v, low, high = ("inf" if q[k] is None else f"{q[k]:.2f}" for k in ("value", "low", "high"))
+    return f"{v} ({low} to {high})"
+
+
+def fewer_text(r: Mapping[str, Any]) -> str:
+    size, ours = r["best"]["size_bytes"], r["our_bytes_at_equal_sdt"]
+    return "-" if ours is None else f"{size - ours:,} ({(size - ours) / size:.1%})"
+
+
+def ours_bytes(data: Mapping[str, Any]) -> str:
+    return f"{data['size_bytes']:,}{SMALLEST if data['smallest'] else ''}"
 
 
 def rows(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    out = []
-    for r in data["presets"]:
-        cells = [r["preset"], f"{r['imatrix']['size_bytes']:,}"]
-        for key in ("plain", "imatrix", "ours"):
-            if key == "ours":
-                cells.append(f"{r['ours']['size_bytes']:,}")
-            cells += [f"{r[key]['sdt']['value']:.2%}", f"{r[key]['fdt']['value']:.1f}"]
-        q = r["sdt_ratio_to_imatrix"]
-        cells.append(f"{r['predicted']['sdt']:.2%}")
-        cells.append(ratio_text(q))
-        out.append(tuple(cells))
-    return out
+    return [
+        (
+            r["preset"],
+            f"{r['limit_bytes']:,}",
+            name_of(r["best"]),
+            f"{r['best']['sdt']['value']:.2%}",
+            f"{r['best']['fdt']['value']:.1f}",
+            ours_bytes(r["ours"]),
+            f"{r['ours']['sdt']['value']:.2%}",
+            f"{r['ours']['fdt']['value']:.1f}",
+            f"{r['predicted']['sdt']:.2%}",
+            ratio_text(r["sdt_ratio"]),
+            ratio_text(r["fdt_ratio"]),
+            fewer_text(r),
+        )
+        for r in data["presets"]
+    ]
 
 
-def terminal_table(data: Mapping[str, Any]) -> Table:
-    """A line a file, so that it fits 80 columns."""
-    table = Table(box=None, pad_edge=False)
-    heads = ("preset", "file", "bytes", "SDT", "FDT", "predicted\nSDT", "SDT ratio\nours / this")
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i > 1 else "left", no_wrap=True)
+def terminal_tables(data: Mapping[str, Any]) -> list[Table]:
+    """A line a file, then a line a size, then a line a variant, so that each fits 80 columns."""
+
+    def table(title: str, heads: Sequence[str], left: int) -> Table:
+        out = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False)
+        for i, head in enumerate(heads):
+            out.add_column(head, justify="right" if i >= left else "left", no_wrap=True)
+        return out
+
+    files = table("Files", ("size of", "file", "bytes", "SDT", "FDT", "predicted\nSDT"), 2)
+    sizes = table(
+        "Ours against the best preset of that size or smaller",
+        ("size of", "best preset", "SDT ratio\nabove the floor", "FDT\nratio", "fewer bytes\nat equal SDT"),
+        2,
+    )  # fmt: skip
     for r in data["presets"]:
         for key, title in FILES:
-            q = r.get(f"sdt_ratio_to_{key}")
-            table.add_row(
+            f = r[key]
+            files.add_row(
                 r["preset"] if key == "plain" else "",
                 title,
-                f"{r[key]['size_bytes']:,}",
-                f"{r[key]['sdt']['value']:.2%}",
-                f"{r[key]['fdt']['value']:.1f}",
+                ours_bytes(f) if key == "ours" else f"{f['size_bytes']:,}",
+                f"{f['sdt']['value']:.2%}",
+                f"{f['fdt']['value']:.1f}",
                 f"{r['predicted']['sdt']:.2%}" if key == "ours" else "",
-                ratio_text(q) if q else "",
                 end_section=key == "ours",
             )
-    return table
+        fdt = r["fdt_ratio"]["value"]
+        sizes.add_row(
+            r["preset"], name_of(r["best"]), ratio_text(r["sdt_ratio"]),
+            "inf" if fdt is None else f"{fdt:.2f}", fewer_text(r),
+        )  # fmt: skip
+    left_out = table(
+        "Ablations", ("size of", "variant", "bytes", "SDT", "FDT", "SDT ratio to full\nabove the floor"), 2
+    )  # fmt: skip
+    for cells in ablation_rows(data, interval_of=lambda f, k: _short(f, k)):
+        left_out.add_row(*cells)
+    return [files, sizes, *([left_out] if data["ablations"] else [])]
 
 
-def ratio_text(q: Mapping[str, float]) -> str:
-    return f"{q['value']:.2f} ({q['low']:.2f} to {q['high']:.2f})"
+def _short(data: Mapping[str, Any], key: str) -> str:
+    return f"{data[key]['value']:.2%}" if key == "sdt" else f"{data[key]['value']:.1f}"
+
+
+def ablation_rows(
+    data: Mapping[str, Any], interval_of: Callable[[Mapping[str, Any], str], str]
+) -> list[tuple[str, ...]]:
+    return [
+        (
+            a["preset"],
+            a["variant"],
+            ours_bytes(a),
+            interval_of(a, "sdt"),
+            interval_of(a, "fdt"),
+            ratio_text(a["sdt_ratio_to_full"]),
+        )
+        for a in data["ablations"]
+    ]
+
+
+def too_few(sequences: int) -> list[str]:
+    if sequences >= WANTED_SEQUENCES:
+        return []
+    return [
+        f"warning: only {sequences} held-out sequences, {WANTED_SEQUENCES} are wanted: the intervals "
+        "are wide; run edge-dtm compress with more prompts"
+    ]
 
 
 def notes(data: Mapping[str, Any]) -> list[str]:
     f = data["noise_floor"]
-    return [
+    out = [
         f"Noise floor (F16 in llama.cpp, {data['f16_bytes']:,} bytes): SDT {interval(f['sdt'], True)}, "
         f"mean FDT {interval(f['fdt'], False)}.",
         f"{data['sequences']} held-out sequences, {data['positions']:,} generated tokens, at most "
         f"{data['tokens_per_prompt']} a sequence; brackets: 95 % bootstrap over sequences.",
+        *too_few(data["sequences"]),
+        *(f"{s['preset']} was skipped: {s['reason']}." for s in data["skipped"]),
     ]
+    if any(x["smallest"] for x in (*(r["ours"] for r in data["presets"]), *data["ablations"])):
+        out.append(
+            f"{SMALLEST} There is no plan of ours that is as small: this is the smallest, which is "
+            "larger than what it is compared with."
+        )
+    return out
 
 
-def markdown(data: Mapping[str, Any], commands: list[str]) -> str:
+INTRODUCTION = (
+    "SDT: share of tokens whose argmax differs from the original's, smaller is better. FDT: mean "
+    "position of the first that differs, larger is better. im: llama.cpp's quantizer was given an "
+    "importance matrix made on the calibration prompts. Ours: the best plan the search finds in the "
+    "preset's file size. Best preset: the file of least SDT among all presets, plain and im, of "
+    "that size or smaller. Ratio above the floor: (our SDT - noise floor) / (best preset's SDT - "
+    "noise floor), sequences resampled together; below 1 means fewer divergent tokens. FDT ratio: "
+    "our mean FDT / the best preset's; above 1 is better. Fewer bytes at equal SDT: best preset's "
+    "file less the size at which ours would have its SDT, by linear interpolation of the size over "
+    "log SDT between our measured points; - outside their range."
+)
+ABLATION_TEXT = (
+    "Ablations. Each variant searches its own plan for the same size; ratio: (its SDT - noise floor) "
+    "/ (full method's SDT - noise floor), above 1 means more divergent tokens than the full method. "
+    "Without activations: plain rounding without importance, costs as if inputs were not rounded "
+    "(except the head's), not equalized. Weight error as cost: the squared error of the plainly "
+    "rounded weights decides the types. As cost and of each alone: blocks of the full method, types "
+    "from those it has blocks for. Equalized: the same preset made from our equalized checkpoint, "
+    "the importance matrix scaled likewise."
+)
+
+
+def section(data: Mapping[str, Any]) -> list[str]:
+    """The Markdown lines about one model."""
     packages = ", ".join(f"{k} {v}" for k, v in data["packages"].items())
     lines = [
-        f"# {data['model']}: ours against llama.cpp's presets at equal size",
-        "",
-        "SDT: share of tokens whose argmax differs from the original's, smaller is better. FDT: "
-        "mean position of the first that differs, larger is better. im: llama.cpp's quantizer was "
-        "given our importance vectors as its imatrix. Ours: the best plan the search finds in the "
-        "preset's file size. A ratio below 1 means fewer divergent tokens than the preset.",
+        f"## {data['model']}",
         "",
         f"| {' | '.join(HEAD)} |",
-        f"|---|{'---:|' * (len(HEAD) - 1)}",
+        f"|---|---:|---|{'---:|' * (len(HEAD) - 3)}",
         *(f"| {' | '.join(row)} |" for row in rows(data)),
         "",
         *(line for note in notes(data) for line in (note, "")),
-        "Intervals of each SDT and mean FDT:",
+    ]
+    if data["ablations"]:
+        ranking = data["fdt_ranking_sequences"]
+        extra = (
+            f" FDT of each alone as cost: mean FDT lost on {ranking} calibration sequences with that "
+            f"matrix alone in {RANKED_TYPE}, scaled to other types by the weight error."
+        )
+        lines += [
+            ABLATION_TEXT + (extra if ranking else ""),
+            "",
+            "| size of | variant | bytes | SDT | mean FDT | ratio to full, above the floor |",
+            "|---|---|---:|---:|---:|---:|",
+            *(
+                f"| {' | '.join(cells)} |"
+                for cells in ablation_rows(data, lambda f, k: interval(f[k], k == "sdt"))
+            ),
+            "",
+        ]
+    lines += [
+        "Every file, with intervals of its SDT and mean FDT:",
         "",
-        "| preset | file | SDT | mean FDT | tensors of each type |",
-        "|---|---|---:|---:|---|",
+        "| size of | file | bytes | SDT | mean FDT | tensors of each type |",
+        "|---|---|---:|---:|---:|---|",
     ]
     for r in data["presets"]:
         for key, title in FILES:
             kinds = sorted(r[key]["tensors_of_type"].items(), key=lambda item: -item[1])
+            size = ours_bytes(r[key]) if key == "ours" else f"{r[key]['size_bytes']:,}"
             lines.append(
-                f"| {r['preset']} | {title} | {interval(r[key]['sdt'], True)} | "
+                f"| {r['preset']} | {title} | {size} | {interval(r[key]['sdt'], True)} | "
                 f"{interval(r[key]['fdt'], False)} | {', '.join(f'{n} {t}' for t, n in kinds)} |"
             )
-    lines += ["", f"Versions: {packages}. Made with:", "", *(f"    {c}" for c in commands), ""]
-    return "\n".join(lines)
+    commands = data["commands"]
+    return [
+        *lines,
+        "",
+        f"Versions: {packages}. Made with:",
+        "",
+        *(f"    {c}" for c in commands),
+        "",
+    ]
+
+
+def markdown(models: Sequence[Mapping[str, Any]], figure: str | None = None) -> str:
+    """figure: the picture's place relative to this file."""
+    lines = ["# Ours against llama.cpp's presets at equal size", "", INTRODUCTION, ""]
+    if figure is not None:
+        lines += [f"![File size against SDT and mean FDT]({figure})", ""]
+    return "\n".join([*lines, *(line for data in models for line in section(data))])
+
+
+def series(data: Mapping[str, Any]) -> tuple[str, dict[str, list[Point]], tuple[float, float]]:
+    """One model's points for draw_comparison."""
+    points = {
+        title: [
+            (r[key]["size_bytes"], r[key]["sdt"]["value"], r[key]["fdt"]["value"])
+            for r in data["presets"]
+        ]
+        for key, title in FILES
+    }
+    floor = data["noise_floor"]
+    return str(data["model"]), points, (floor["sdt"]["value"], floor["fdt"]["value"])
 
 
 def _commands(args: argparse.Namespace, data: Mapping[str, Any]) -> list[str]:
     """How to make it again; folders by their names only, since they differ between machines."""
-    name = args.bundle.resolve().name
-    model = "" if args.model is None else f" {args.model.resolve().name}"
-    option = "" if args.model is None else f" --model {args.model.resolve().name}"
-    given = f" --out {args.out.name}" if args.out.is_absolute() else f" --out {args.out}"
-    return [
-        f"edge-dtm compress{model} -o {name} --tokens {data['tokens_per_prompt']} "
-        f"--seed {data['seed']}",
-        f"python tools/bench_quality.py {name}{option} --presets {shlex.quote(args.presets)}{given}",
+
+    def shown(path: Path) -> str:
+        return shlex.quote(path.name if path.is_absolute() else str(path))
+
+    name = shlex.quote(args.bundle.resolve().name)
+    given = None if args.model is None else shlex.quote(args.model.resolve().name)
+    options = [] if given is None else [f"--model {given}"]
+    options.append(f"--presets {shlex.quote(args.presets)}")
+    options.append(f"--ablations {shlex.quote(args.ablations or 'none')}")
+    if args.fdt_ranking:
+        options.append(f"--fdt-ranking {args.fdt_ranking}")
+    options += [
+        f"--{key} {shown(path)}"
+        for key in ("out", "figure", "json")
+        if (path := getattr(args, key)) is not None
     ]
+    options += [f"--with {shown(path)}" for path in args.others]
+    return [
+        f"edge-dtm compress{'' if given is None else f' {given}'} -o {name} "
+        f"--tokens {data['tokens_per_prompt']} --seed {data['seed']}",
+        f"python tools/bench_quality.py {name} {' '.join(options)}",
+    ]
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(p.strip() for p in text.split(",") if p.strip()))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -393,27 +902,74 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("bundle", metavar="WORK_BUNDLE", type=Path)
     parser.add_argument("--model", type=Path, help="HF folder or GGUF [default: SmolLM2]")
     parser.add_argument("--presets", default=DEFAULT_PRESETS, help=f"[default: {DEFAULT_PRESETS}]")
+    parser.add_argument(
+        "--ablations",
+        metavar="SIZES",
+        help="presets at whose sizes the variants are measured, or none "
+        f"[default: those of {DEFAULT_ABLATIONS} that are among --presets]",
+    )
+    parser.add_argument(
+        "--fdt-ranking",
+        metavar="N",
+        type=int,
+        default=0,
+        help="also rank by the FDT of each component alone on N calibration sequences, which takes "
+        "one pass over them a component [default: 0, left out]",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads of llama.cpp [default: all]")
     parser.add_argument("--json", type=Path, help="also write every figure as JSON")
-    parser.add_argument("--out", type=Path, help="also write the table as Markdown")
+    parser.add_argument("--out", type=Path, help="also write the tables as Markdown")
+    parser.add_argument("--figure", type=Path, help="also draw size against SDT and FDT, as PNG")
+    parser.add_argument(
+        "--with",
+        dest="others",
+        metavar="OTHER.json",
+        type=Path,
+        action="append",
+        default=[],
+        help="add another model, from what --json wrote for it, to --out and --figure; repeatable",
+    )
     args = parser.parse_args(argv)
-    presets = list(dict.fromkeys(p.strip() for p in args.presets.split(",") if p.strip()))
+    presets = _names(args.presets)
     if not presets:
         parser.error("--presets names none")
+    if args.fdt_ranking < 0:
+        parser.error("--fdt-ranking must be 0 or more")
+    if args.ablations is None:
+        args.ablations = ",".join(n for n in _names(DEFAULT_ABLATIONS) if n in presets)
+    sizes = [] if args.ablations == "none" else _names(args.ablations)
+    if args.fdt_ranking and not sizes:
+        parser.error("--fdt-ranking needs --ablations")
+    if args.others and args.out is None and args.figure is None:
+        parser.error("--with needs --out or --figure")
     stages = Stages()
     try:
-        data = bench(args.bundle, args.model or default_model_dir(), presets, args.threads, stages)
+        for path in (args.json, args.out, args.figure):
+            if path is not None and not path.parent.is_dir():
+                raise EdgeDtmError(f"{path.parent} is no folder: make it or write elsewhere")
+        others = [load_other(path) for path in args.others]
+        data = bench(
+            args.bundle, args.model or default_model_dir(), presets, sizes, args.fdt_ranking,
+            args.threads, stages,
+        )  # fmt: skip
     except EdgeDtmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    data["commands"] = _commands(args, data)
     console = Console()
-    console.print(terminal_table(data))
+    for table in terminal_tables(data):
+        console.print(table)
     for note in notes(data):
         console.print(note, highlight=False, soft_wrap=True)
     if args.json is not None:
         args.json.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if args.figure is not None:
+        draw_comparison([series(d) for d in (data, *others)], args.figure)
     if args.out is not None:
-        args.out.write_text(markdown(data, _commands(args, data)), encoding="utf-8")
+        link = None
+        if args.figure is not None:
+            link = Path(os.path.relpath(args.figure, args.out.parent)).as_posix()
+        args.out.write_text(markdown([data, *others], link), encoding="utf-8")
     return 0
 
 

@@ -1,13 +1,15 @@
 """The sensitivity's costs (gradients times local error) against measuring them directly.
 
-Some block matrices, spread over layers and kinds, get each type in turn: the treated weights are
-put into the torch model, the matrix's input is rounded as the device's kernel would, the model
-runs teacher-forced on calibration sequences, and the mean-square change of the top-1/top-2 margin
-is noted, with the SDT. The same costs are then computed the way `edge-dtm compress` does, on the
-same sequences, with a stopwatch on both.
+Some block matrices, spread over layers and kinds, get each type in turn: the values of the blocks
+that ship are put into the torch model (the equalized one), the matrix's input is rounded as the
+device's kernel would, the model runs teacher-forced on calibration sequences, and the mean-square
+change of the top-1/top-2 margin is noted, with the SDT. The same costs are then computed the way
+`edge-dtm compress` does, on the same sequences, with a stopwatch on both. Pairs of matrix and type
+that no plan can choose, since they lie above the convex hull of bytes and cost, have no blocks
+where error feedback was kept; they are left out, and counted.
 
 WORK_BUNDLE is a folder that `edge-dtm compress MODEL -o WORK_BUNDLE` made; its `work` folder gives
-the reference, the cost table and the importance vectors. Output: rank correlation and ratio of the
+the reference, the cost table and the blocks. Output: rank correlation and ratio of the
 costs to the direct measurement, and the time of both, measured on the sample and extrapolated to
 all block matrices, all treatments and all of the sequences the sensitivity stage uses.
 
@@ -32,20 +34,23 @@ from rich.table import Table
 
 # The script also runs from a checkout where the package is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench_quality import open_run
-
+from edge_dtm import ggml
 from edge_dtm.errors import EdgeDtmError
-from edge_dtm.host import compress
 from edge_dtm.host.activations import activation_kind, round_activations
-from edge_dtm.host.model import module_name
-from edge_dtm.host.sensitivity import BATCH_SEQUENCES, Activations, component_costs
-from edge_dtm.host.treat import prune_order, treated_values
+from edge_dtm.host.capture import BATCH_SEQUENCES
+from edge_dtm.host.checkpoint import _to_hf_rows
+from edge_dtm.host.compress import Pipeline, Settings, _calibration_rows
+from edge_dtm.host.equalize import EqualizedCheckpoint
+from edge_dtm.host.model import load_model, module_name
+from edge_dtm.host.sensitivity import Activations, component_costs
+from edge_dtm.host.shipped import Shipped
+from edge_dtm.host.treat import treated_values
 from edge_dtm.paths import default_model_dir
 from edge_dtm.plan import Component, Treatment
+from edge_dtm.profiles import load_profile
 from edge_dtm.progress import Stages
-from edge_dtm.reference import CALIBRATION, Reference
+from edge_dtm.reference import Reference
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
@@ -83,6 +88,20 @@ def sample(components: Sequence[Component], count: int, seed: int) -> list[Compo
     return [c for c in components if c.name in names]
 
 
+def shipped_values(
+    shipped: Shipped, component: Component, treatment: Treatment
+) -> npt.NDArray[np.float32] | None:
+    """What the blocks that ship stand for, float32 (rows, row_length), rows in HF's order; None
+    where there are no blocks, since no plan can choose that treatment."""
+    try:
+        data = shipped.blocks(component, treatment)
+    except EdgeDtmError:
+        return None
+    values = ggml.dequantize(treatment.type, data, component.row_length)
+    heads = shipped.checkpoint._rotated_heads(component.name + ".weight")
+    return _to_hf_rows(values, heads) if heads else values
+
+
 class Direct:
     """Teacher-forced runs of the torch model on some sequences."""
 
@@ -111,20 +130,26 @@ class Direct:
             )
 
     @torch.no_grad()
-    def run(self) -> tuple[FloatArray, FloatArray]:
-        """Margins float64 and whether the argmax is another, bool, at all generated positions."""
+    def run(self, head_kind: str | None = None) -> tuple[FloatArray, FloatArray]:
+        """Margins float64 and whether the argmax is another, bool, at all generated positions.
+        head_kind: how the head's inputs are rounded, None for not at all."""
         head, margins, other = self.model.lm_head.weight, [], []
         for ids, at, top, generated in self.batches:
             # Padding stands to the right, where causal attention never looks back from.
             hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
-            logits = hidden[at[0], at[1]] @ head.T
+            hidden = hidden[at[0], at[1]]
+            if head_kind is not None:
+                hidden = round_activations(hidden, head_kind)
+            logits = hidden @ head.T
             two = logits.gather(1, top)
             margins.append((two[:, 0] - two[:, 1]).double().cpu())
             other.append((logits.argmax(-1) != generated).cpu())
         return torch.cat(margins).numpy(), torch.cat(other).numpy()
 
     def treated(self, component: Component, values: FloatArray, kind: str) -> Any:
-        """`run` with other weights in one matrix and its input rounded."""
+        """`run` with other weights in one matrix and its input rounded. values: float32, HF rows."""
+        if not component.in_block:
+            return self._treated_edge(component, values, kind)
         module = self.modules[module_name(component.name)]
         original = module.weight.data
 
@@ -140,6 +165,21 @@ class Direct:
             module.weight.data = original
             handle.remove()
 
+    def _treated_edge(self, component: Component, values: FloatArray, kind: str) -> Any:
+        """`treated` of `token_embd`, whose rows are looked up, and of the head; a tied embedding
+        is both."""
+        looked_up = component.name == "token_embd"
+        is_head = not looked_up or self.model.config.tie_word_embeddings
+        modules = [self.model.model.embed_tokens] * looked_up + [self.model.lm_head] * is_head
+        original = [m.weight.data for m in modules]
+        try:
+            for module in modules:
+                module.weight.data = torch.from_numpy(values).to(self.device)
+            return self.run(kind if is_head else None)
+        finally:
+            for module, data in zip(modules, original, strict=True):
+                module.weight.data = data
+
 
 def bench(
     bundle: Path,
@@ -151,31 +191,38 @@ def bench(
     stages: Stages,
 ) -> dict[str, Any]:
     """Everything, as what --json writes."""
-    run, reference = open_run(bundle, model_path, stages, device=device)
-    table, importance = run.costs(reference)
-    all_calibration = reference.part(CALIBRATION)
-    whole = all_calibration.rows(np.arange(min(compress.GRADIENT_SEQUENCES, len(all_calibration))))
+    settings = Settings(
+        model=model_path, out=bundle, profile=load_profile("raspberrypi"), device=device
+    )
+    run, reference = Pipeline.reopen(settings, stages)
+    table, shipped = run.costs(reference)
+    whole = reference.rows(_calibration_rows(reference)[0])
     part = whole.rows(np.arange(min(sequences, len(whole))))
     chosen = sample(run.components, count, run.s.seed)
     index = {c.name: i for i, c in enumerate(run.components)}
-    pairs = [(c, Treatment(t)) for c in chosen for t in types if c.fits(t)]
-    missing = {t.type for c, t in pairs if t not in table.treatments[index[c.name]]}
-    if missing or not pairs:
+    wanted = [(c, Treatment(t)) for c in chosen for t in types if c.fits(t)]
+    missing = {t.type for c, t in wanted if t not in table.treatments[index[c.name]]}
+    if missing or not wanted:
         raise EdgeDtmError(
             f"--types {','.join(types)}: {', '.join(sorted(missing)) or 'none of them'} "
             f"{'has no costs in the work folder' if missing else 'fits the matrices'}"
         )
-    model = run._model()
-    weights = {c.name: run.checkpoint.hf_tensor(c.name + ".weight") for c in chosen}
+    pairs = [(c, t) for c, t in wanted if shipped_values(shipped, c, t) is not None]
+    if not pairs:
+        raise EdgeDtmError(f"--types {','.join(types)}: none of them can be in a plan; name others")
+    if len(pairs) < len(wanted):
+        stages.note(f"{len(wanted) - len(pairs)} of {len(wanted)} pairs left out: never in a plan")
+    weights = {c.name: run.equalized.hf_tensor(c.name + ".weight") for c in chosen}
 
-    direct = Direct(model, part)
+    direct = Direct(load_model(run.equalized, run.torch_device), part)
     direct.run()  # the first run is slower; not timed
     base, base_other = direct.run()
     rows, quantize_s, forward_s = [], 0.0, 0.0
     with stages("Direct measurement", len(pairs)) as advance:
         for component, treatment in pairs:
             start = time.perf_counter()
-            values = treated_values(weights[component.name], treatment, importance[component.name])
+            values = shipped_values(shipped, component, treatment)
+            assert values is not None
             middle = time.perf_counter()
             margins, other = direct.treated(component, values, activation_kind(treatment.type))
             end = time.perf_counter()
@@ -192,34 +239,51 @@ def bench(
             )
             advance(1)
 
+    del direct
+
+    def values_of(
+        c: Component, choices: Sequence[Treatment]
+    ) -> dict[Treatment, npt.NDArray[np.float32]]:
+        """Of the blocks that ship where there are some, of plain rounding elsewhere."""
+        out, use = {}, activations.importance(c.name)
+        for t in choices:
+            values = shipped_values(shipped, c, t)
+            out[t] = treated_values(weights[c.name], t, use) if values is None else values
+        return out
+
     # All block matrices are captured, as the stage does; costs are timed for the chosen ones only,
     # but with all of their treatments.
     blocks = [c for c in run.components if c.in_block]
     folder = run.work / "bench" / "activations"
     activations = Activations(folder, part, run.components)
     activations.remove()
+    if isinstance(run.equalized, EqualizedCheckpoint):
+        activations.scales, activations.config = run.equalized.scales, run.checkpoint.config
     costs: dict[str, list[float]] = {}
     try:
+        model = run._model()  # not timed; the original, since that is what the stage captures
         start = time.perf_counter()
         with stages("Gradients of the same sequences", len(part)) as advance:
             activations.capture(model, run.s.seed, advance)
+        run.__dict__.pop("_loaded", None)
         capture_s = time.perf_counter() - start
         start = time.perf_counter()
         with stages("Costs of the same matrices", len(chosen)) as advance:
             for c in chosen:
+                choices = table.treatments[index[c.name]]
+                known = {
+                    t: torch.from_numpy(v).to(run.torch_device)
+                    for t, v in values_of(c, choices).items()
+                }
                 costs[c.name] = component_costs(
-                    activations, c, table.treatments[index[c.name]], weights[c.name],
-                    run.torch_device, activations.importance(c.name),
-                )  # fmt: skip
+                    activations, c, choices, weights[c.name], run.torch_device, None, known
+                )
                 advance(1)
         costs_s = time.perf_counter() - start
-        # The part of it that does not grow with the tokens: quantizing with every treatment.
+        # The part of it that does not grow with the tokens: the values of every treatment.
         start = time.perf_counter()
         for c in chosen:
-            use = activations.importance(c.name)
-            order = prune_order(weights[c.name], use)
-            for treatment in table.treatments[index[c.name]]:
-                treated_values(weights[c.name], treatment, use, order)
+            values_of(c, table.treatments[index[c.name]])
         fixed_s = min(time.perf_counter() - start, costs_s)
     finally:
         activations.remove()
@@ -250,6 +314,7 @@ def bench(
         "block_treatments": sum(treatments),
         "base_sdt": float(base_other.mean()),
         "pairs": rows,
+        "pairs_left_out": len(wanted) - len(pairs),
         "agreement": {name: agreement(rows, name, types) for name in ("table", "same_sequences")},
         "seconds_measured": {
             "direct_quantize": quantize_s,
@@ -308,7 +373,8 @@ def show(data: Mapping[str, Any], console: Console) -> None:
 
     say(
         f"{data['model']}: {data['components']} of {data['block_components']} block matrices, "
-        f"{len(data['pairs'])} pairs of matrix and type, {data['sequences']} sequences, "
+        f"{len(data['pairs'])} pairs of matrix and type ({data['pairs_left_out']} more are never in a "
+        f"plan), {data['sequences']} sequences, "
         f"{data['positions']:,} positions; torch on {data['device']}, {data['threads']} threads"
     )
     titles = {
@@ -344,7 +410,8 @@ def show(data: Mapping[str, Any], console: Console) -> None:
     )
     say(
         "(quantizing grows with treated weights, forward passes with treatments and tokens, gradients "
-        "with tokens, the rest of the costs with weights and tokens; embedding and head are left out)"
+        "with tokens, the rest of the costs with weights and tokens; embedding and head are left out, "
+        "and so is making blocks with error feedback, which both need)"
     )
 
 

@@ -23,12 +23,14 @@ from edge_dtm.plan import Component
 from edge_dtm.reference import Reference
 
 FloatArray = npt.NDArray[np.float32]
+OUTPUT_SEQUENCES = 32
 SIGN_DRAWS = 1  # the weights of tokens need less certainty than a cost does
 
 
 class Calibration:
     """Files in a folder: inputs float16 (tokens, row_length) divided by a power of two a file,
-    and small sums: token weights float32 (tokens,) a component, the mean squares of the margins'
+    of the first OUTPUT_SEQUENCES also the gradients at the outputs, float16 (tokens, rows), and
+    small sums: token weights float32 (tokens,) a component, the mean squares of the margins'
     gradient at its outputs; for every input the summed squares of input and gradient a column.
     """
 
@@ -38,14 +40,16 @@ class Calibration:
         self.edges = np.concatenate([[0], np.cumsum(lengths)])
         self.tokens = int(self.edges[-1])
         self._columns = {input_key(c.name): c.row_length for c in components}
-        self._names = [c.name for c in components if c.in_block]
+        self._rows = {c.name: c.rows for c in components if c.in_block}
+        self.output_tokens = int(self.edges[min(OUTPUT_SEQUENCES, len(reference))])
         self._sums: dict[str, npt.NDArray[Any]] = {}
         self._done, self._scales = 0, {}  # type: int, dict[str, float]
         self._load()
 
     @property
     def size_bytes(self) -> int:
-        return 2 * self.tokens * sum(self._columns.values())
+        inputs = self.tokens * sum(self._columns.values())
+        return 2 * (inputs + self.output_tokens * sum(self._rows.values()))
 
     def check_disk(self) -> None:
         """EdgeDtmError when the files would not fit the disk."""
@@ -78,7 +82,7 @@ class Calibration:
         self.check_disk()
         if progress and self._done:
             progress(self._done)
-        capture = Capture(model, self.reference, [f"g.{n}" for n in self._names])
+        capture = Capture(model, self.reference, [f"g.{n}" for n in self._rows])
         try:
             for start in range(self._done, len(self.reference), BATCH_SEQUENCES):
                 stop = min(start + BATCH_SEQUENCES, len(self.reference))
@@ -96,7 +100,7 @@ class Calibration:
             kind, name = key[:2], key[2:]
             joined = torch.cat(parts, dim=-2)
             if kind == "x.":
-                self._write(name, first, joined)
+                self._write(key, first, joined)
                 self._add(key, joined.double().square().sum(0))
             elif kind == "b.":
                 self._add(key, joined.double().square().sum((0, 1)) / SIGN_DRAWS)
@@ -106,33 +110,45 @@ class Calibration:
             else:
                 v = self._sums.setdefault(f"v.{name}", np.zeros(self.tokens, dtype=np.float32))
                 v[first : first + joined.shape[-2]] = joined.square().mean((0, 2)).cpu().numpy()
+                if first < self.output_tokens:
+                    self._write(key, first, joined[0, : self.output_tokens - first])
 
     def _add(self, key: str, value: torch.Tensor) -> None:
         total = self._sums.setdefault(key, np.zeros(tuple(value.shape), dtype=np.float64))
         total += value.cpu().numpy()
 
-    def _file(self, name: str) -> np.memmap[Any, Any]:
-        path = self.folder / f"{name}.bin"
-        mode: Any = "r+" if path.exists() else "w+"
-        return np.memmap(
-            path, dtype=np.float16, mode=mode, shape=(self.tokens, self._columns[name])
+    def _file(self, key: str) -> np.memmap[Any, Any]:
+        path = self.folder / f"{key}.bin"
+        name, mode = key[2:], "r+" if path.exists() else "w+"
+        shape = (
+            (self.tokens, self._columns[name])
+            if key.startswith("x.")
+            else (self.output_tokens, self._rows[name])
         )
+        return np.memmap(path, dtype=np.float16, mode=mode, shape=shape)  # type: ignore[call-overload, no-any-return]
 
-    def _write(self, name: str, first: int, joined: torch.Tensor) -> None:
-        if name not in self._scales:
+    def _write(self, key: str, first: int, joined: torch.Tensor) -> None:
+        if key not in self._scales:
             largest = float(joined.abs().max()) or 1.0
-            self._scales[name] = float(2.0 ** np.floor(np.log2(largest / 256)))
-        scaled = joined / self._scales[name]
+            self._scales[key] = float(2.0 ** np.floor(np.log2(largest / 256)))
+        scaled = joined / self._scales[key]
         if float(scaled.abs().max()) > 65504:
             raise EdgeDtmError(
-                f"the inputs of {name} differ too much in size between prompts: use other --prompts"
+                f"the inputs or gradients of {key[2:]} differ too much in size between prompts: "
+                "use other --prompts"
             )
-        self._file(name)[first : first + len(joined)] = scaled.cpu().numpy()
+        self._file(key)[first : first + len(joined)] = scaled.cpu().numpy()
+
+    def _read(self, key: str) -> FloatArray:
+        return np.asarray(self._file(key), dtype=np.float32) * np.float32(self._scales[key])
 
     def inputs(self, name: str) -> FloatArray:
         """float32 (tokens, row_length): what the component was fed."""
-        key = input_key(name)
-        return np.asarray(self._file(key), dtype=np.float32) * np.float32(self._scales[key])
+        return self._read(f"x.{input_key(name)}")
+
+    def gradients(self, name: str) -> FloatArray:
+        """float32 (output_tokens, rows): the margins' gradient at the component's outputs."""
+        return self._read(f"g.{name}")
 
     def token_weights(self, name: str) -> FloatArray:
         """float32 (tokens,): root mean square of the margins' gradient at the component's outputs.

@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,9 @@ from edge_dtm.errors import EdgeDtmError
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
 
-DESCENT_SWEEPS = 2
+DESCENT_SWEEPS = 1
+ROW_GROUPS = 24
+SLOW_TYPES = ("IQ4_NL", "Q4_1", "Q5_1")  # ggml searches longer for their scales
 ROWS_AT_ONCE = 192  # a few groups even in narrow matrices, wide enough for the products
 MIN_DAMPING, MAX_DAMPING = 0.03, 5.0
 
@@ -41,6 +44,17 @@ def second_moments(inputs: torch.Tensor, token_weights: torch.Tensor | None) -> 
         return inputs.T @ inputs / len(inputs)
     root = (token_weights / token_weights.sum()).sqrt()[:, None]
     scaled = inputs * root
+    return scaled.T @ scaled
+
+
+def gradient_moments(gradients: torch.Tensor, token_weights: torch.Tensor) -> torch.Tensor:
+    """G = sum_t g_t g_t' / v_t, float32 (rows, rows), v_t being the size of g_t, so that each
+    token counts by its size as it does in `second_moments`.
+
+    gradients: float32 (tokens, rows); token_weights: float32 (tokens,), not negative.
+    """
+    smallest = float(token_weights.max()) * 1e-6 + torch.finfo(torch.float32).tiny
+    scaled = gradients / token_weights.clamp(min=smallest).sqrt()[:, None]
     return scaled.T @ scaled
 
 
@@ -119,20 +133,34 @@ def compensate(
     weights: torch.Tensor,
     types: Sequence[str],
     feedback: Feedback,
+    outputs: Feedback | None = None,
     sweeps: int = DESCENT_SWEEPS,
     threads: int | None = None,
 ) -> list[tuple[ByteArray, torch.Tensor]]:
     """For each GGML type its blocks, uint8 (rows, row_bytes), and the float32 values they stand
     for, (rows, row_length).
 
-    weights: float32 (rows, row_length) on feedback's device. Rows do not depend on each other and
-    are always worked on in the same groups, so the result does not depend on `threads`.
+    weights: float32 (rows, row_length) on feedback's device. outputs: the same of the component's
+    outputs, (rows, rows): then rows make up for each other too. The work is divided the same way
+    whatever `threads`, so the result does not depend on it.
     """
     for type_name in types:
         feedback.prepare(ggml.block_size(type_name))
-    edges = [*range(0, len(weights), ROWS_AT_ONCE), len(weights)]
-    groups = [weights[a:b].contiguous() for a, b in pairwise(edges)]
-    tasks = [(group, t) for t in types for group in groups]
+    rows = len(weights)
+    if outputs is None:
+        edges = [*range(0, rows, ROWS_AT_ONCE), rows]
+        parts = [weights[a:b].contiguous() for a, b in pairwise(edges)]
+    else:
+        outputs.prepare(_group_rows(rows))
+        parts = [weights]
+    tasks = [(part, t) for t in types for part in parts]
+    # Slow types first, so that no thread is left with one of them at the end.
+    order = sorted(range(len(tasks)), key=lambda i: (tasks[i][1] not in SLOW_TYPES, i))
+    done: list[Any] = [None] * len(tasks)
+
+    def work(i: int) -> None:
+        done[i] = _compensate(*tasks[i], feedback, outputs, sweeps)
+
     # One thread a task: ggml and torch would otherwise fight over the cores block by block.
     before = torch.get_num_threads()
     try:
@@ -140,61 +168,118 @@ def compensate(
         with ThreadPoolExecutor(
             threads or os.cpu_count() or 1, initializer=torch.set_num_threads, initargs=(1,)
         ) as pool:
-            done = list(pool.map(lambda task: _rows(task[0], task[1], feedback, sweeps), tasks))
+            list(pool.map(work, order))
     finally:
         torch.set_num_threads(before)
     out = []
     for i in range(len(types)):
-        parts = done[i * len(groups) : (i + 1) * len(groups)]
-        out.append((np.concatenate([p[0] for p in parts]), torch.cat([p[1] for p in parts])))
+        found = done[i * len(parts) : (i + 1) * len(parts)]
+        out.append((np.concatenate([p[0] for p in found]), torch.cat([p[1] for p in found])))
     return out
 
 
+def _group_rows(rows: int) -> int:
+    """Rows that are rounded side by side; few groups keep the many small products of a large
+    matrix affordable."""
+    return 32 * max(1, round(rows / 32 / ROW_GROUPS))
+
+
 @torch.no_grad()
-def _rows(
-    weights: torch.Tensor, type_name: str, feedback: Feedback, sweeps: int
+def _compensate(
+    weights: torch.Tensor,
+    type_name: str,
+    feedback: Feedback,
+    outputs: Feedback | None,
+    sweeps: int,
 ) -> tuple[ByteArray, torch.Tensor]:
-    """compensate for one type and some rows, on the calling thread."""
-    n = weights.shape[1]
-    block = ggml.block_size(type_name)
-    block_bytes = ggml.row_bytes(type_name, block)
-    data = np.empty((len(weights), n // block * block_bytes), dtype=np.uint8)
-    values, error = torch.empty_like(weights), torch.empty_like(weights)
-    moments, blocks = feedback.moments, feedback.blocks(block)
+    """`compensate` for one type, on the calling thread.
 
-    def rounded(target: torch.Tensor, a: int) -> tuple[ByteArray, torch.Tensor]:
-        importance = feedback.importance[a : a + block]
-        part = ggml.quantize(type_name, target.cpu().numpy(), importance, threads=1)
-        found = torch.from_numpy(ggml.dequantize(type_name, part, block, threads=1))
-        return part, found.to(weights.device)
-
-    for i, (passing, _) in enumerate(blocks):
-        here = slice(i * block, (i + 1) * block)
-        target = weights[:, here] - error[:, : here.start] @ passing
-        part, found = rounded(target, here.start)
-        data[:, i * block_bytes : (i + 1) * block_bytes] = part
-        values[:, here] = found
-        error[:, here] = target - found
-    error = weights - values
+    With `outputs` tr(G E H E') is made small, E = w - q, G and H the moments of the margins'
+    gradients at the outputs and of the inputs. Given the errors of other rows, the best real
+    numbers for a group of rows r lie at w_r + G_rr^-1 sum_s G_rs E_s whatever H is (in the first
+    pass: with the rows still to come free to follow), and H decides how to round to these. This
+    is two-sided rounding as in YAQA (arXiv 2505.22988), by groups of rows.
+    """
+    rounder = _Rounder(type_name, feedback, len(weights), weights.device)
+    if outputs is None:
+        here = slice(0, len(weights))
+        rounder.pass_on(weights, here)
+        for _ in range(sweeps):
+            rounder.descend(weights, here)
+        return rounder.data, rounder.values
+    size, moments = _group_rows(len(weights)), outputs.moments
+    groups = outputs.blocks(size)
+    shifted = torch.empty_like(weights)
+    for i, (passing, _) in enumerate(groups):
+        here = slice(i * size, min((i + 1) * size, len(weights)))
+        target = weights[here] - passing.T @ shifted[: here.start]
+        rounder.pass_on(target, here)
+        shifted[here] = target - rounder.values[here]
+    error = weights - rounder.values
     for _ in range(sweeps):
-        for i, (_, inverse) in enumerate(blocks):
-            here = slice(i * block, (i + 1) * block)
+        for i, (_, inverse) in enumerate(groups):
+            here = slice(i * size, min((i + 1) * size, len(weights)))
+            others = moments[here] @ error - moments[here, here] @ error[here]
+            rounder.descend(weights[here] + inverse @ others, here)
+            error[here] = weights[here] - rounder.values[here]
+    return rounder.data, rounder.values
+
+
+class _Rounder:
+    """Blocks and values of one matrix as they come to be, for some rows at a time."""
+
+    def __init__(self, type_name: str, feedback: Feedback, rows: int, device: torch.device) -> None:
+        self.type, self.feedback = type_name, feedback
+        self.block = ggml.block_size(type_name)
+        self.block_bytes = ggml.row_bytes(type_name, self.block)
+        count = feedback.row_length // self.block
+        self.data = np.empty((rows, count * self.block_bytes), dtype=np.uint8)
+        self.values = torch.empty((rows, feedback.row_length), device=device)
+
+    def _round(self, target: torch.Tensor, columns: slice) -> tuple[ByteArray, torch.Tensor]:
+        part = ggml.quantize(
+            self.type, target.cpu().numpy(), self.feedback.importance[columns], threads=1
+        )
+        found = torch.from_numpy(ggml.dequantize(self.type, part, self.block, threads=1))
+        return part, found.to(target.device)
+
+    def pass_on(self, target: torch.Tensor, rows: slice) -> None:
+        """Round rows to `target`, each block's error passed on to the columns behind it."""
+        error = torch.empty_like(target)
+        for i, (passing, _) in enumerate(self.feedback.blocks(self.block)):
+            here = slice(i * self.block, (i + 1) * self.block)
+            moved = target[:, here] - error[:, : here.start] @ passing
+            part, found = self._round(moved, here)
+            self.data[rows, i * self.block_bytes : (i + 1) * self.block_bytes] = part
+            self.values[rows, here] = found
+            error[:, here] = moved - found
+
+    def descend(self, target: torch.Tensor, rows: slice) -> None:
+        """Round each block of the rows again, all others fixed; keep what is better."""
+        moments, values = self.feedback.moments, self.values[rows]
+        error = target - values
+        for i, (_, inverse) in enumerate(self.feedback.blocks(self.block)):
+            here = slice(i * self.block, (i + 1) * self.block)
             own = moments[here, here]
             others = error @ moments[:, here] - error[:, here] @ own
-            target = weights[:, here] + others @ inverse
-            part, found = rounded(target, here.start)
-            old, new = target - values[:, here], target - found
+            moved = target[:, here] + others @ inverse
+            part, found = self._round(moved, here)
+            old, new = moved - values[:, here], moved - found
             better = ((new @ own) * new).sum(1) < ((old @ own) * old).sum(1)
             values[:, here] = torch.where(better[:, None], found, values[:, here])
-            error[:, here] = weights[:, here] - values[:, here]
-            which = better.cpu().numpy()
-            data[which, i * block_bytes : (i + 1) * block_bytes] = part[which]
-    return data, values
+            error[:, here] = target[:, here] - values[:, here]
+            which = np.flatnonzero(better.cpu().numpy())
+            columns = slice(i * self.block_bytes, (i + 1) * self.block_bytes)
+            self.data[rows.start + which, columns] = part[which]
 
 
-def local_error(error: torch.Tensor, moments: torch.Tensor) -> float:
-    """Mean square of the component's output error, summed over rows: sum of diag(E H E').
+def local_error(
+    error: torch.Tensor, moments: torch.Tensor, outputs: torch.Tensor | None = None
+) -> float:
+    """tr(G E H E'): what an error E of the weights does to the component's outputs, G being the
+    moments of the margins' gradient there (None: every output alike).
 
     error: float32 (rows, row_length), treated minus original weights.
     """
-    return float(((error @ moments) * error).sum(dtype=torch.float64))
+    left = error if outputs is None else outputs @ error
+    return float(((error @ moments) * left).sum(dtype=torch.float64))

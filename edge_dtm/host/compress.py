@@ -54,6 +54,7 @@ EXTRA_PROMPTS = 48  # sampled too, but only ever used to fit error feedback and 
 PACKAGED_PROMPTS = 48  # measured besides the user's own
 HELD_OUT_SHARE = 2 / 3
 MEASURED_SEQUENCES = 32  # enough for the ranking; more only narrows each cost (z^2 is a chi^2)
+METHOD = 2  # of the measurement; a change of it makes old costs in a work folder void
 SAME_LOGITS = 1e-3  # relative to the largest: float32 rounding through all layers stays below
 COMPUTE_BUFFER_BYTES = 64 * 2**20  # llama.cpp's graph buffers, besides the logits of one batch
 TARGET_TRIES = 4
@@ -295,7 +296,7 @@ class Pipeline:
         treatments = [
             candidate_treatments(c, s.types, sparse=s.zero_share > 0) for c in self.components
         ]
-        key = f"{self.key}-{digest_of([s.types, s.zero_share > 0, s.feedback, s.equalize])}"
+        key = f"{self.key}-{digest_of([METHOD, s.types, s.zero_share > 0, s.feedback, s.equalize])}"
         results = self.work / f"costs-{key}.jsonl"
         measured, fitted = _calibration_rows(reference)
         activations = Activations(

@@ -39,3 +39,58 @@ def draw_frontier(
     figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
     temporary.replace(path)
+
+
+Point = tuple[int, float, float]  # file size in bytes, SDT (share), mean FDT (tokens)
+
+
+def draw_comparison(
+    models: Sequence[tuple[str, Mapping[str, Sequence[Point]], tuple[float, float]]], path: Path
+) -> None:
+    """File size against measured SDT (log scale) and mean FDT, a row of two panels a model.
+
+    models: name, points of each kind of file by its label, and SDT and mean FDT of the noise
+    floor. Kinds are drawn in their order, the last one, ours, as a line.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    styles = (("s", "tab:gray"), ("^", "tab:orange"), ("o", "tab:blue"))
+    figure, axes = pyplot.subplots(
+        len(models), 2, figsize=(10, 4 * len(models)), layout="constrained", squeeze=False
+    )
+    for (name, series, floor), row in zip(models, axes, strict=True):
+        for which, axis in enumerate(row):
+            for i, ((label, points), (marker, color)) in enumerate(
+                zip(series.items(), styles, strict=False)
+            ):
+                ordered = sorted(points)
+                axis.plot(
+                    [p[0] / 1e6 for p in ordered],
+                    [p[1 + which] for p in ordered],
+                    marker,
+                    color=color,
+                    label=label,
+                    linestyle="-" if i == len(series) - 1 else "none",
+                    # Presets that the importance does not change lie on one another.
+                    markerfacecolor="none" if i == 0 else color,
+                    markersize=9 if i == 0 else 6,
+                )
+            axis.axhline(floor[which], color="black", linestyle=":", label="noise floor (F16)")
+            axis.set_title(name)
+            axis.set_xlabel("file size (MB)")
+            axis.grid(alpha=0.3)
+            axis.legend()
+        row[0].set_ylabel("SDT (share of divergent tokens)")
+        row[1].set_ylabel("mean FDT (tokens)")
+        row[0].set_yscale("log", nonpositive="clip")
+        row[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        row[0].yaxis.set_minor_formatter(NullFormatter())
+        row[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    pyplot.close(figure)
+    temporary.replace(path)

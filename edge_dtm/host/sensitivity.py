@@ -33,6 +33,7 @@ from edge_dtm.host.compensate import (
     compensate,
     damping_for,
     effective_tokens,
+    gradient_moments,
     local_error,
     second_moments,
 )
@@ -299,24 +300,35 @@ def fit_component(
     """Importance for plain rounding, float32 (row_length,), and for each treatment whose local
     error on the measured sequences feedback lowers: its blocks and values, in HF's row order."""
     name = component.name
-    scale = input_scale(activations.scales, name)
-    x = torch.from_numpy(calibration.inputs(name)).to(device)
+
+    def on_device(array: FloatArray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    scale, out = input_scale(activations.scales, name), None
+    if activations.config is not None:
+        out = output_scale(activations.scales, name, activations.config)
+    x, v = on_device(calibration.inputs(name)), on_device(calibration.token_weights(name))
     if scale is not None:
-        x *= torch.from_numpy(scale).to(device)
-    v = torch.from_numpy(calibration.token_weights(name)).to(device)
+        x *= on_device(scale)
     moments = second_moments(x, v)
     importance = np.ascontiguousarray(moments.diagonal().cpu().numpy())
     feedback = Feedback(moments, damping_for(effective_tokens(v), component.row_length))
-    x = torch.from_numpy(np.array(activations.inputs(name))).to(device)
-    v = torch.from_numpy(np.square(activations.gradients(name)).mean((0, 2))).sqrt().to(device)
-    judge = second_moments(x, v)
+    g, v = on_device(calibration.gradients(name)), v[: calibration.output_tokens]
+    if out is not None:
+        g /= on_device(out)
+    outputs = Feedback(gradient_moments(g, v), damping_for(effective_tokens(v), component.rows))
+    g = on_device(activations.gradients(name))
+    v = g.square().mean((0, 2)).sqrt()
+    judge = second_moments(on_device(activations.inputs(name)), v)
+    judge_outputs = gradient_moments(g.reshape(-1, component.rows), v.repeat(SIGN_DRAWS))
     which = [t for t in treatments if takes_feedback(t)]
-    w = torch.from_numpy(np.ascontiguousarray(weights)).to(device)
+    w = on_device(weights)
     kept = {}
-    made = compensate(w, [t.type for t in which], feedback)
+    made = compensate(w, [t.type for t in which], feedback, outputs)
     for treatment, (data, values) in zip(which, made, strict=True):
-        plain = torch.from_numpy(treated_values(weights, treatment, importance)).to(device)
-        if local_error(values - w, judge) < local_error(plain - w, judge):
+        plain = on_device(treated_values(weights, treatment, importance))
+        with_feedback = local_error(values - w, judge, judge_outputs)
+        if with_feedback < local_error(plain - w, judge, judge_outputs):
             kept[treatment] = (data, values)
     return importance, kept
 
