@@ -141,6 +141,11 @@ def main() -> None:
     help="Go on where an earlier run stopped.",
 )
 @click.option(
+    "--imatrix",
+    type=PATH,
+    help="Importance vectors from llama-imatrix, instead of those measured here.",
+)
+@click.option(
     "--feedback/--no-feedback",
     default=True,
     show_default=True,
@@ -283,6 +288,37 @@ def pack(bundle: Path, output: Path | None) -> None:
     with stages("Packing", _folder_bytes(bundle)) as advance:
         run(bundle, target, progress=advance)
     click.echo(f"{target}: {target.stat().st_size:,} bytes")
+
+
+@main.command()
+@click.argument("bundle", type=PATH)
+@click.option("-o", "--output", type=PATH, help="The folder to make [default: BUNDLE-recipe].")
+def recipe(bundle: Path, output: Path | None) -> None:
+    """What llama.cpp's own llama-quantize needs to give every tensor the plan's type: a
+    --tensor-type-file and our importance matrix. Its blocks are plainly rounded, though."""
+    from edge_dtm.imatrix import write_imatrix
+    from edge_dtm.plan import Plan
+    from edge_dtm.reference import load_imatrix
+    from edge_dtm.tensor_types import quantize_command, write_tensor_types
+
+    plan = Plan.from_json(_read_json(bundle / "plan.json"))
+    found = sorted((bundle / "work").glob("imatrix-*.npz"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise EdgeDtmError(
+            f"{bundle / 'work'} holds no importance vectors: run edge-dtm compress again (an "
+            "unpacked bundle has no work folder)"
+        )
+    vectors, tokens = load_imatrix(found[-1])
+    folder = output or bundle.resolve().with_name(f"{bundle.resolve().name}-recipe")
+    folder.mkdir(parents=True, exist_ok=True)
+    types, matrix = folder / "tensor-types.txt", folder / "imatrix.gguf"
+    write_tensor_types(types, plan)
+    # A power of two lets llama-quantize get back the very vectors (see write_imatrix).
+    write_imatrix(matrix, vectors, 1 << (tokens.bit_length() - 1), ["edge-dtm calibration"])
+    click.echo(f"{types}\n{matrix}\nWith the model as an F32, F16 or BF16 GGUF:\n")
+    click.echo(
+        "  " + quantize_command(plan, types, matrix, Path("MODEL.gguf"), Path("QUANTIZED.gguf"))
+    )
 
 
 @main.command()

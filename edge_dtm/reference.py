@@ -139,3 +139,10 @@ def load_npz(
         raise EdgeDtmError(f"{path} does not exist") from None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise EdgeDtmError(f"{path} is no readable {kind} file ({error}): make it again") from None
+
+
+def load_imatrix(path: Path) -> tuple[dict[str, npt.NDArray[np.float32]], int]:
+    """Component -> mean square of its inputs, float32 (row_length,), and the number of tokens."""
+    _, meta = load_npz(path, [], "imatrix")
+    arrays, _ = load_npz(path, meta["names"], "imatrix")
+    return arrays, int(meta["tokens"])

@@ -29,6 +29,11 @@ def interval(data: Mapping[str, float], percent: bool) -> str:
 def rows(measured: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(what, measured, predicted, noise floor) for each figure."""
     p, f = measured["predicted"], measured["noise_floor"]
+    other = measured.get("packaged_prompts")
+    more = [
+        ("SDT on the packaged prompts", interval(other["sdt"], True), "", ""),
+        ("mean FDT on the packaged prompts", interval(other["fdt"], False), "", ""),
+    ] if other else []  # fmt: skip
     return [
         ("SDT, share of divergent tokens", interval(measured["sdt"], True),
          f"{p['sdt']:.2%}".replace("%", " %"), interval(f["sdt"], True)),
@@ -38,6 +43,7 @@ def rows(measured: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
          f"{f['identical_share']:.1%}"),
         ("perplexity on the original's text", f"{measured['perplexity']:.4f}", "",
          f"{f['perplexity']:.4f}"),
+        *more,
     ]  # fmt: skip
 
 
@@ -62,6 +68,15 @@ def markdown(
         "|---|---|---|---|",
         *(f"| {' | '.join(r)} |" for r in rows(measured)),
         "",
+        *(
+            [
+                f"The prompts are the user's own ({details['prompts']}). The packaged prompts "
+                f"({measured['packaged_prompts']['sequences']} sequences) were not calibrated on.",
+                "",
+            ]
+            if measured.get("packaged_prompts")
+            else []
+        ),
         f"The original's own perplexity on that text is {measured['original_perplexity']:.4f}. "
         f"{measured['near_tie_share']:.2%} of the positions diverge where the original itself was "
         f"undecided (margin up to {measured['near_tie_margin']:.3f}, the noise floor's own).",

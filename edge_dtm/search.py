@@ -8,8 +8,9 @@ sigma^2 = sum of costs, and a token flips where a normal change of that size exc
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from math import erfc, sqrt
 from typing import Any
 
@@ -208,15 +209,50 @@ def _plan(table: CostTable, choice: Sequence[int]) -> Plan:
     )
 
 
+def _with_fixed_edges(table: CostTable, reward: float = 0.0) -> Iterator[CostTable]:
+    """The table once for each choice of treatments of `token_embd` and `output`.
+
+    In a small model a step of the embedding is a tenth of the file. A greedy walk that meets such
+    a step too early or too late strays far from the optimum; tried one by one it cannot.
+    """
+    hulls = _hulls(table, reward)
+    edges = [i for i, c in enumerate(table.components) if not c.in_block]
+    for chosen in product(*(hulls[i] for i in edges)):
+        treatments, costs = list(table.treatments), list(table.costs)
+        for i, j in zip(edges, chosen, strict=True):
+            treatments[i], costs[i] = (treatments[i][j],), (costs[i][j],)
+        yield CostTable(table.components, tuple(treatments), tuple(costs), table.fixed_bytes)
+
+
 def _within(table: CostTable, max_bytes: int, reward: float) -> Plan:
+    best: tuple[float, Plan] | None = None
+    smallest = None
+    for fixed in _with_fixed_edges(table, reward):
+        size, plan = _walk(fixed, max_bytes, reward)
+        smallest = size if smallest is None else min(smallest, size)
+        if plan is None:
+            continue
+        net = fixed.cost(plan) - reward * sum(
+            c.zeros(t) for c, t in zip(plan.components, plan.treatments, strict=True)
+        )
+        if best is None or net < best[0]:
+            best = (net, plan)
+    if best is None:
+        assert smallest is not None
+        raise EdgeDtmError(
+            f"the smallest plan takes {smallest:,} bytes, the budget is {max_bytes:,}: raise "
+            f"--max-bytes by {smallest - max_bytes:,} or allow smaller --types"
+        )
+    return best[1]
+
+
+def _walk(table: CostTable, max_bytes: int, reward: float) -> tuple[int, Plan | None]:
+    """The smallest size, and the greedy plan within max_bytes if that is not too large."""
     hulls = _hulls(table, reward)
     choice = [hull[0] for hull in hulls]
-    size = _plan(table, choice).size_bytes
+    smallest = size = _plan(table, choice).size_bytes
     if size > max_bytes:
-        raise EdgeDtmError(
-            f"the smallest plan takes {size:,} bytes, the budget is {max_bytes:,}: raise "
-            f"--max-bytes by {size - max_bytes:,} or allow smaller --types"
-        )
+        return smallest, None
     blocked: set[int] = set()
     for step in _steps(table, hulls, reward):
         if step.component in blocked:
@@ -227,11 +263,11 @@ def _within(table: CostTable, max_bytes: int, reward: float) -> Plan:
             continue
         choice[step.component] = step.treatment
         size += step.extra_bytes
-    return _plan(table, choice)
+    return smallest, _plan(table, choice)
 
 
 def search(table: CostTable, max_bytes: int, zero_share: float = 0.0) -> Plan:
-    """The plan of least summed cost within max_bytes, optimal up to one step.
+    """The plan of least summed cost within max_bytes, optimal up to one step of a block matrix.
 
     zero_share: average share of zeros wanted over the block matrices; met exactly up to one
     weight a row of one component. EdgeDtmError when no plan fits.
@@ -302,35 +338,23 @@ def _trim_zeros(table: CostTable, plan: Plan, zero_share: float) -> Plan:
 
 
 def frontier(table: CostTable, predictor: Predictor) -> list[FrontierPoint]:
-    """Every plan the greedy walk passes, from the smallest file to the largest."""
-    table = table.restricted(_types(table), sparse=False)
-    hulls = _hulls(table)
-    start = _plan(table, [hull[0] for hull in hulls])
-    size, cost = start.size_bytes, table.cost(start)
-    points = [_point(size, cost, predictor)]
-    for step in _steps(table, hulls):
-        size, cost = size + step.extra_bytes, cost - step.gain
-        points.append(_point(size, cost, predictor))
-    return points
+    """The best plan of every size that the greedy walks pass, from the smallest to the largest."""
+    found = []
+    for fixed in _with_fixed_edges(table.restricted(_types(table), sparse=False)):
+        hulls = _hulls(fixed)
+        start = _plan(fixed, [hull[0] for hull in hulls])
+        size, cost = start.size_bytes, fixed.cost(start)
+        found.append((size, cost))
+        for step in _steps(fixed, hulls):
+            size, cost = size + step.extra_bytes, cost - step.gain
+            found.append((size, cost))
+    best: list[tuple[int, float]] = []
+    for size, cost in sorted(found):
+        if not best or cost < best[-1][1]:
+            best.append((size, cost))
+    return [_point(size, cost, predictor) for size, cost in best]
 
 
 def _point(size: int, cost: float, predictor: Predictor) -> FrontierPoint:
     p = predictor.predict(cost)
     return FrontierPoint(size, p.sigma, p.sdt, p.fdt)
-
-
-def smallest_meeting(
-    points: Sequence[FrontierPoint], max_sdt: float | None, min_fdt: float | None
-) -> FrontierPoint:
-    """The smallest predicted file with SDT at most max_sdt and mean FDT at least min_fdt.
-
-    EdgeDtmError with the best that can be had when none does.
-    """
-    for point in points:
-        if (max_sdt is None or point.sdt <= max_sdt) and (min_fdt is None or point.fdt >= min_fdt):
-            return point
-    best = points[-1]
-    raise EdgeDtmError(
-        f"no plan meets the target: the best has a predicted SDT of {best.sdt:.2%} and mean FDT "
-        f"of {best.fdt:.1f} at {best.size_bytes:,} bytes; relax --max-sdt/--min-fdt or allow more --types"
-    )

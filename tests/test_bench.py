@@ -186,6 +186,16 @@ def test_quality(
     both = out.read_text()
     sections = text.split("## tiny")
     assert both.count("## tiny") == 2 and both.endswith(sections[1])
+    # What llama.cpp would not make as its name says is left out, and that is said.
+    real = quality.why_skipped
+    monkeypatch.setattr(
+        quality, "why_skipped", lambda n, c: "odd rows" if n == "Q3_K_M" else real(n, c)
+    )
+    capsys.readouterr()
+    assert quality.main(arguments) == 0
+    assert [r["preset"] for r in json.loads(result.read_text())["presets"]] == ["Q4_K_M", "Q8_0"]
+    for said in (out.read_text(), capsys.readouterr().out):
+        assert "Q3_K_M was skipped: odd rows." in said
     other.write_text(json.dumps({"schema_version": 1}))
     assert quality.main([*arguments, "--with", str(other)]) == 1
     assert "other.json" in capsys.readouterr().err
@@ -358,12 +368,12 @@ def test_ratio_above_floor_against_a_slow_loop() -> None:
 
     everything = list(range(17))
     for found, slow in (
-        (quality.above_floor(ours, theirs, floor, lengths), sdt_ratio),
+        (quality.above_floor(ours, theirs, floor), sdt_ratio),
         (quality.fdt_ratio(ours, theirs, lengths), fdt_ratio),
     ):
         assert found.value == pytest.approx(slow(everything))
         assert [found.low, found.high] == pytest.approx(interval(slow))
-    none = quality.ratio_json(quality.above_floor(ours, floor, floor, lengths))
+    none = quality.ratio_json(quality.above_floor(ours, floor, floor))
     assert none["value"] is None
     assert quality.ratio_text(none) == "inf (inf to inf)"
 

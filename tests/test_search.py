@@ -12,12 +12,10 @@ from edge_dtm.errors import EdgeDtmError
 from edge_dtm.plan import Component, Plan, Treatment, candidate_treatments
 from edge_dtm.search import (
     CostTable,
-    FrontierPoint,
     Predictor,
     convex_hull,
     frontier,
     search,
-    smallest_meeting,
 )
 
 TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q5_0", "Q4_0")
@@ -342,24 +340,3 @@ def test_frontier_is_monotone_and_met_by_the_search(table):
     for point in points:
         found = search(table, point.size_bytes)
         assert table.cost(found) == pytest.approx(point.sigma**2, abs=1e-9)
-
-
-POINTS = [
-    FrontierPoint(100, 3.0, 0.30, 2.0),
-    FrontierPoint(200, 2.0, 0.20, 5.0),
-    FrontierPoint(300, 1.0, 0.10, 9.0),
-]
-
-
-@pytest.mark.parametrize(
-    ("max_sdt", "min_fdt", "size"),
-    [(None, None, 100), (0.2, None, 200), (None, 5.1, 300), (0.2, 6.0, 300), (0.25, 1.0, 200)],
-)
-def test_smallest_meeting(max_sdt, min_fdt, size):
-    assert smallest_meeting(POINTS, max_sdt, min_fdt).size_bytes == size
-
-
-@pytest.mark.parametrize(("max_sdt", "min_fdt"), [(0.05, None), (None, 10.0), (0.1, 9.5)])
-def test_no_plan_meets_the_target(max_sdt, min_fdt):
-    with pytest.raises(EdgeDtmError, match="best has a predicted SDT of 10"):
-        smallest_meeting(POINTS, max_sdt, min_fdt)

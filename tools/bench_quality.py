@@ -36,6 +36,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,7 @@ RANKED_TYPE = "Q4_0"  # what each component alone is measured in for the FDT ran
 Vectors = Mapping[str, npt.NDArray[np.float32]]
 
 
-def above_floor(
-    mask: BoolArray, other: BoolArray, floor: BoolArray, lengths: Any, seed: int = 0
-) -> Interval:
+def above_floor(mask: BoolArray, other: BoolArray, floor: BoolArray, seed: int = 0) -> Interval:
     """(SDT(mask) - SDT(floor)) / (SDT(other) - SDT(floor)) on the same sequences, resampled
     together. Infinite where `other` diverges no more than the floor."""
     base = floor.sum(axis=1)
@@ -113,7 +112,7 @@ def bytes_at(points: Sequence[tuple[int, float]], sdt: float) -> float | None:
     ordered = sorted(set(points))
     for (a, high), (b, low) in pairwise(ordered):
         if high >= sdt >= low > 0:
-            return b if high == low else a + (b - a) * np.log(high / sdt) / np.log(high / low)
+            return b if high == low else a + (b - a) * log(high / sdt) / log(high / low)
     return None
 
 
@@ -468,8 +467,8 @@ def methods(work: Bench, full: Method, fdt_ranking: int) -> dict[str, Method]:
         losses = work.kept("fdt", fdt_ranking, lambda: fdt_losses(run, reference, fdt_ranking))
 
         def cost(c: Component, t: Treatment) -> float:
-            error = errors[c.name]
-            return losses[c.name] * error[t.type] / max(error[RANKED_TYPE], 1e-30)
+            error: dict[str, float] = errors[c.name]
+            return float(losses[c.name]) * error[t.type] / max(error[RANKED_TYPE], 1e-30)
 
         out["FDT of each alone as cost"] = (with_costs(table, cost), *full[1:])
     return out
@@ -501,7 +500,7 @@ def ablations(
             candidates.append((f"{name} + im, equalized", made, False))
         masks = [work.mask(c.measured.record) for _, c, _ in candidates]
         for (title, made, smallest), mask in zip(candidates, masks, strict=True):
-            ratio = above_floor(mask, masks[0], floor, work.lengths)
+            ratio = above_floor(mask, masks[0], floor)
             out.append(
                 {
                     "preset": size,
@@ -551,7 +550,8 @@ def bench(
         noise_floor = run.noise_floor(reference)
         floor = work.floor_mask()
         files = {(n, im): work.preset(n, vectors if im else None) for n in presets for im in (0, 1)}
-        results, ours_of = [], {}
+        results: list[dict[str, Any]] = []
+        ours_of: dict[str, Candidate] = {}
         for name in presets:
             limit = min(files[name, 0].size_bytes, files[name, 1].size_bytes)
             plan, smallest = best_plan(table, limit)
@@ -561,7 +561,7 @@ def bench(
             best_im = min(
                 (k for k in within if k[1]), default=(name, 1), key=lambda k: files[k].sdt
             )
-            masks = [work.mask(c.measured.record) for c in (ours, files[best])]
+            mine, theirs = (work.mask(c.measured.record) for c in (ours, files[best]))
             results.append(
                 {
                     "preset": name,
@@ -576,8 +576,8 @@ def bench(
                         **files[best].to_json(),
                     },
                     "best_imatrix": best_im[0],
-                    "sdt_ratio": ratio_json(above_floor(*masks, floor, work.lengths)),
-                    "fdt_ratio": ratio_json(fdt_ratio(*masks, work.lengths)),
+                    "sdt_ratio": ratio_json(above_floor(mine, theirs, floor)),
+                    "fdt_ratio": ratio_json(fdt_ratio(mine, theirs, work.lengths)),
                 }
             )
         points = [(c.size_bytes, c.sdt) for c in ours_of.values()]
@@ -827,7 +827,7 @@ def section(data: Mapping[str, Any]) -> list[str]:
     ]
     for r in data["presets"]:
         for key, title in FILES:
-            kinds = sorted(r[key]["tensors_of_type"].items(), key=lambda item: -item[1])
+            kinds = sorted(r[key]["tensors_of_type"].items(), key=lambda i: (-i[1], i[0]))
             size = ours_bytes(r[key]) if key == "ours" else f"{r[key]['size_bytes']:,}"
             lines.append(
                 f"| {r['preset']} | {title} | {size} | {interval(r[key]['sdt'], True)} | "

@@ -217,7 +217,8 @@ def bench(
     direct = Direct(load_model(run.equalized, run.torch_device), part)
     direct.run()  # the first run is slower; not timed
     base, base_other = direct.run()
-    rows, quantize_s, forward_s = [], 0.0, 0.0
+    rows: list[dict[str, Any]] = []
+    quantize_s, forward_s = 0.0, 0.0
     with stages("Direct measurement", len(pairs)) as advance:
         for component, treatment in pairs:
             start = time.perf_counter()
@@ -333,7 +334,9 @@ def replayed(reference: Reference) -> int:
     return int((reference.prompt_lengths + reference.generated_lengths - 1).sum())
 
 
-def agreement(rows: Sequence[Mapping[str, Any]], name: str, types: Sequence[str]) -> list[dict]:
+def agreement(
+    rows: Sequence[Mapping[str, Any]], name: str, types: Sequence[str]
+) -> list[dict[str, Any]]:
     """Rank correlation and ratio over all pairs (first) and those of each type."""
     out = []
     for kind in ("all", *types):

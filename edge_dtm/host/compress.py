@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_dtm import bundle, report
+from edge_dtm import bundle, report, target
 from edge_dtm.device.runner import LlamaRunner, Record, RunSettings, context_needed, replay_tokens
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host import export
@@ -33,20 +33,27 @@ from edge_dtm.host.prompts import Prompt, packaged_prompts, read_prompts, sample
 from edge_dtm.host.sensitivity import Activations, read_costs, sensitivity
 from edge_dtm.host.shipped import Shipped
 from edge_dtm.host.tokenizer import NASTY_STRINGS, tokenization_mismatches
+from edge_dtm.imatrix import check_imatrix, read_imatrix
 from edge_dtm.inspect import describe
 from edge_dtm.metrics import Divergence, compare, divergent_mask, perplexity
 from edge_dtm.plan import CANDIDATE_TYPES, Plan, Treatment, candidate_treatments
 from edge_dtm.profiles import ByteBudget, DeviceProfile, byte_budget
 from edge_dtm.progress import Stages
-from edge_dtm.reference import CALIBRATION, EXTRA, HELD_OUT, PACKAGED, Reference, load_npz, save_npz
+from edge_dtm.reference import (
+    CALIBRATION,
+    EXTRA,
+    HELD_OUT,
+    PACKAGED,
+    Reference,
+    load_imatrix,
+    save_npz,
+)
 from edge_dtm.search import (
     CostTable,
-    FrontierPoint,
     Prediction,
     Predictor,
     frontier,
     search,
-    smallest_meeting,
 )
 
 SAMPLED_PROMPTS = 40
@@ -57,7 +64,6 @@ MEASURED_SEQUENCES = 32  # enough for the ranking; more only narrows each cost (
 METHOD = 2  # of the measurement; a change of it makes old costs in a work folder void
 SAME_LOGITS = 1e-3  # relative to the largest: float32 rounding through all layers stays below
 COMPUTE_BUFFER_BYTES = 64 * 2**20  # llama.cpp's graph buffers, besides the logits of one batch
-TARGET_TRIES = 4
 # Healthy ARM kernels differ from x86 in up to 8 % of the argmaxes (Q4_0) at a KL of 0.008 nats
 # (measured under emulation, see docs); these bounds leave room above that.
 MAX_SDT_VS_HOST, MAX_KL_VS_HOST = 0.12, 0.05
@@ -82,6 +88,7 @@ class Settings:
     resume: bool = True
     feedback: bool = True
     equalize: bool = True
+    imatrix: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,8 @@ def compress(settings: Settings, stages: Stages) -> Path:
     )
     floor = run.noise_floor(reference)
     plan, point, measured = run.best(table, predictor, shipped, reference)
-    run.finish(table, predictor, plan, point, measured, floor, reference)
+    packaged = run.on_packaged_prompts(reference)
+    run.finish(table, predictor, plan, point, measured, floor, reference, packaged)
     return settings.out
 
 
@@ -117,6 +125,7 @@ class Pipeline:
         self.work = settings.out / "work"
         self.threads = os.cpu_count() or 1
         self.keep_activations = False
+        self.imatrix_vectors: dict[str, npt.NDArray[np.float32]] | None = None
         self.run_settings = RunSettings(threads=self.threads)
 
     def prepare(self) -> None:
@@ -139,6 +148,9 @@ class Pipeline:
                 f"none of --types {','.join(s.types)} divides the rows of {len(unfit)} components "
                 f"({', '.join(unfit[:3])}, ...): add a type with blocks of 32, for example Q8_0"
             )
+        if s.imatrix is not None:
+            self.imatrix_vectors = read_imatrix(s.imatrix)
+            check_imatrix(self.imatrix_vectors, self.components)
         _check_folder(s.out)
         tokenizer = self.checkpoint.tokenizer
         self.prompts: list[Prompt] = (
@@ -296,7 +308,7 @@ class Pipeline:
         treatments = [
             candidate_treatments(c, s.types, sparse=s.zero_share > 0) for c in self.components
         ]
-        key = f"{self.key}-{digest_of([METHOD, s.types, s.zero_share > 0, s.feedback, s.equalize])}"
+        key = f"{self.key}-{self._method()}"
         results = self.work / f"costs-{key}.jsonl"
         measured, fitted = _calibration_rows(reference)
         activations = Activations(
@@ -334,6 +346,7 @@ class Pipeline:
                     advance,
                     calibration if s.feedback else None,
                     shipped,
+                    self.imatrix_vectors,
                 )
             known = read_costs(results)
         if not self.keep_activations:
@@ -346,6 +359,14 @@ class Pipeline:
             self.fixed_bytes,
         )
         return table, shipped
+
+    def _method(self) -> str:
+        """What the costs depend on besides model, prompts and seed."""
+        s, given = self.s, self.imatrix_vectors or {}
+        vectors = {k: hashlib.sha256(v.tobytes()).hexdigest() for k, v in given.items()}
+        return digest_of(
+            [METHOD, s.types, s.zero_share > 0, s.feedback, s.equalize, sorted(vectors.items())]
+        )
 
     def _equalized(self, calibration: Calibration, some: Reference) -> Checkpoint:
         """The checkpoint with its scales, from the work folder or found and proved now."""
@@ -380,9 +401,11 @@ class Pipeline:
         """The importance vectors and the tokens they are from; `costs` makes them."""
         return load_imatrix(self.work / f"imatrix-{self.key}.npz")
 
-    def measure(self, path: Path, reference: Reference, title: str) -> Measured:
-        """Replay the held-out part in llama.cpp, teacher-forced."""
-        held_out = reference.part(HELD_OUT)
+    def measure(
+        self, path: Path, reference: Reference, title: str, part: int = HELD_OUT
+    ) -> Measured:
+        """Replay the held-out (or another) part in llama.cpp, teacher-forced."""
+        held_out = reference.part(part)
         with (
             self.stages(title, replay_tokens(held_out)) as advance,
             LlamaRunner(path, self.run_settings, context_needed(held_out)) as runner,
@@ -412,6 +435,7 @@ class Pipeline:
             floor = self.measure(path, reference, "Noise floor in llama.cpp")
             floor.record.save(saved)
             path.unlink()
+        self.floor = floor
         mask = divergent_mask(held_out.generated_ids, floor.record.ids, held_out.generated_lengths)
         ties = held_out.margins[mask]
         self.near_tie_margin = float(np.percentile(ties, 95)) if ties.size else 0.0
@@ -429,47 +453,53 @@ class Pipeline:
         shipped: Shipped,
         reference: Reference,
     ) -> tuple[Plan, Prediction, Measured]:
-        """The plan, exported to the work folder and measured; with a target, the next size is
-        tried when the measurement misses it."""
+        """The plan, exported to the work folder and measured; with a target, the smallest that was
+        measured to meet it."""
         s = self.s
         allowed = table.restricted(s.types, sparse=s.zero_share > 0)
-        targeted = s.max_sdt is not None or s.min_fdt is not None
-        points = frontier(allowed, predictor) if targeted else []
-        want_sdt, want_fdt = s.max_sdt, s.min_fdt
-        for attempt in range(TARGET_TRIES):
-            limit = self._target_bytes(points, want_sdt, want_fdt) if targeted else self.max_bytes
-            plan = search(allowed, limit, s.zero_share)
-            prediction = predictor.predict(table.cost(plan))
-            measured = self._export_and_measure(plan, shipped, reference)
-            found = measured.divergence
-            missed_sdt = s.max_sdt is not None and found.sdt.value > s.max_sdt
-            missed_fdt = s.min_fdt is not None and found.fdt.value < s.min_fdt
-            if not missed_sdt and not missed_fdt:
-                return plan, prediction, measured
-            # Ask the predictor for as much more as it was wrong by, and a little.
-            if want_sdt is not None and missed_sdt:
-                want_sdt = min(want_sdt, prediction.sdt) * s.max_sdt / found.sdt.value * 0.98  # type: ignore[operator]
-            if want_fdt is not None and missed_fdt:
-                want_fdt = max(want_fdt, prediction.fdt) * s.min_fdt / found.fdt.value * 1.02  # type: ignore[operator]
-            self.stages.note(
-                f"try {attempt + 1}: measured SDT {found.sdt.value:.2%}, mean FDT "
-                f"{found.fdt.value:.1f}, which misses the target; trying a larger file"
-            )
-        raise EdgeDtmError(
-            f"the target was missed {TARGET_TRIES} times, last with SDT {found.sdt.value:.2%} and "
-            f"mean FDT {found.fdt.value:.1f} at {plan.size_bytes:,} bytes: relax the target"
-        )
 
-    def _target_bytes(
-        self, points: Sequence[FrontierPoint], max_sdt: float | None, min_fdt: float | None
-    ) -> int:
-        point = smallest_meeting(points, max_sdt, min_fdt)
-        if point.size_bytes > self.max_bytes:
-            raise EdgeDtmError(
-                f"the target needs about {point.size_bytes:,} bytes, the budget is "
-                f"{self.max_bytes:,}: raise --max-bytes or relax --max-sdt/--min-fdt"
+        def measured_plan(limit: int) -> tuple[Plan, Prediction, Measured]:
+            plan = search(allowed, limit, s.zero_share)
+            return (
+                plan,
+                predictor.predict(table.cost(plan)),
+                self._export_and_measure(plan, shipped, reference),
             )
-        return point.size_bytes
+
+        goal = target.Target(s.max_sdt, s.min_fdt)
+        if goal == target.Target():
+            return measured_plan(self.max_bytes)
+
+        def attempt(limit: int) -> target.Attempt:
+            plan, predicted, measured = measured_plan(limit)
+            d = measured.divergence
+            made = target.Attempt(
+                plan.size_bytes, predicted.sdt, predicted.fdt, d.sdt.value, d.fdt.value
+            )
+            verdict = "meets" if goal.met(made.sdt, made.fdt) else "misses"
+            self.stages.note(
+                f"{made.size_bytes:,} bytes: SDT {report.interval(d.sdt.to_json(), True)}, mean "
+                f"FDT {report.interval(d.fdt.to_json(), False)}: {verdict} the target"
+            )
+            return made
+
+        best, tried = target.smallest(frontier(allowed, predictor), goal, attempt, self.max_bytes)
+        if best is None:
+            floor = self.floor.divergence
+            closest = tried[-1] if tried else None
+            raise EdgeDtmError(
+                f"no plan within {self.max_bytes:,} bytes has {goal}: "
+                + (
+                    f"{closest.size_bytes:,} bytes have a measured SDT of {closest.sdt:.2%} and a "
+                    f"mean FDT of {closest.fdt:.1f}; "
+                    if closest
+                    else ""
+                )
+                + f"the uncompressed F16 file in llama.cpp has {floor.sdt.value:.2%} and "
+                f"{floor.fdt.value:.1f} (the noise floor); relax --max-sdt/--min-fdt, raise "
+                "--max-bytes or allow more --types"
+            )
+        return measured_plan(best.size_bytes)
 
     def _export_and_measure(self, plan: Plan, shipped: Shipped, reference: Reference) -> Measured:
         path = self.work / "model.gguf"
@@ -496,6 +526,22 @@ class Pipeline:
         measured.record.save(saved)
         return self.judge(measured.record, held_out, self.near_tie_margin)
 
+    def on_packaged_prompts(self, reference: Reference) -> Measured | None:
+        """With prompts of the user's own: the same file on the packaged prompts, none of which
+        were calibrated on, to show what the plan gave up outside the user's domain."""
+        packaged = reference.part(PACKAGED)
+        if not len(packaged):
+            return None
+        made = (self.work / "model.json").read_text()
+        saved = self.work / f"packaged-{made}.npz"
+        if saved.is_file():
+            return self.judge(Record.load(saved), packaged, self.near_tie_margin)
+        found = self.measure(
+            self.work / "model.gguf", reference, "Packaged prompts in llama.cpp", PACKAGED
+        )
+        found.record.save(saved)
+        return self.judge(found.record, packaged, self.near_tie_margin)
+
     def finish(
         self,
         table: CostTable,
@@ -505,6 +551,7 @@ class Pipeline:
         measured: Measured,
         floor: Mapping[str, Any],
         reference: Reference,
+        packaged: Measured | None = None,
     ) -> None:
         """Put the bundle's files in their place, the manifest last."""
         s, out = self.s, self.s.out
@@ -541,6 +588,7 @@ class Pipeline:
             "size_bytes": plan.size_bytes,
             "f16_bytes": self.f16_bytes,
             "zero_share": plan.zero_share,
+            "packaged_prompts": None if packaged is None else packaged.divergence.to_json(),
             "run_settings": self.run_settings.to_json(),
         }
         details = {
@@ -557,6 +605,7 @@ class Pipeline:
             ),
             "error_feedback": s.feedback,
             "equalization": s.equalize,
+            "imatrix": s.imatrix.name if s.imatrix else "our own",
             "held_out_sequences": len(held_out),
         }
         thresholds = bundle.Thresholds(
@@ -596,13 +645,6 @@ def _calibration_rows(reference: Reference) -> tuple[npt.NDArray[Any], npt.NDArr
     cut = MEASURED_SEQUENCES if len(rows) > 1.5 * MEASURED_SEQUENCES else -(-len(rows) * 2 // 3)
     fitted = np.concatenate([rows[cut:], extra])
     return rows[:cut], fitted if len(fitted) else rows
-
-
-def load_imatrix(path: Path) -> tuple[dict[str, npt.NDArray[np.float32]], int]:
-    """Component -> mean square of its inputs, float32 (row_length,), and the number of tokens."""
-    _, meta = load_npz(path, [], "imatrix")
-    arrays, _ = load_npz(path, meta["names"], "imatrix")
-    return arrays, int(meta["tokens"])
 
 
 def _is_plan(path: Path, plan: Plan) -> bool:

@@ -296,9 +296,11 @@ def fit_component(
     treatments: Sequence[Treatment],
     weights: FloatArray,
     device: torch.device,
+    vector: FloatArray | None = None,
 ) -> tuple[FloatArray, dict[Treatment, tuple[npt.NDArray[np.uint8], torch.Tensor]]]:
     """Importance for plain rounding, float32 (row_length,), and for each treatment whose local
-    error on the measured sequences feedback lowers: its blocks and values, in HF's row order."""
+    error on the measured sequences feedback lowers: its blocks and values, in HF's row order.
+    vector: importance in place of our own."""
     name = component.name
 
     def on_device(array: FloatArray) -> torch.Tensor:
@@ -313,6 +315,11 @@ def fit_component(
     moments = second_moments(x, v)
     importance = np.ascontiguousarray(moments.diagonal().cpu().numpy())
     feedback = Feedback(moments, damping_for(effective_tokens(v), component.row_length))
+    if vector is not None:
+        importance = vector
+        feedback.importance = vector / max(float(vector.mean()), 1e-30) + np.float32(
+            damping_for(effective_tokens(v), component.row_length)
+        )
     g, v = on_device(calibration.gradients(name)), v[: calibration.output_tokens]
     if out is not None:
         g /= on_device(out)
@@ -357,21 +364,32 @@ def sensitivity(
     progress: Progress = None,
     calibration: Calibration | None = None,
     shipped: Shipped | None = None,
+    imatrix: Mapping[str, FloatArray] | None = None,
 ) -> list[list[float]]:
     """Costs of all components, one line of `results` (JSONL) a component as soon as it is known;
     lines that are there already are not measured again. progress: called with weights done.
 
     read: GGUF name -> float32 weights in HF layout. calibration: round with error feedback fitted
     to it, where that helps. shipped: keeps the blocks that a plan may choose, and what export
-    needs for the others.
+    needs for the others. imatrix: importance vectors of the original model that take the place
+    of our own, component -> float32 (row_length,).
     """
     known = read_costs(results)
     with results.open("a") as file:
         for component, choices in zip(components, treatments, strict=True):
             record = known.get(component.name)
             if record is None or len(record["costs"]) != len(choices):
+                vector = imatrix.get(component.name) if imatrix else None
                 record = _measure(
-                    activations, component, choices, read, device, tied, calibration, shipped
+                    activations,
+                    component,
+                    choices,
+                    read,
+                    device,
+                    tied,
+                    calibration,
+                    shipped,
+                    vector,
                 )
                 known[component.name] = record
                 file.write("\n" * (file.tell() > 0) + json.dumps(record))
@@ -390,16 +408,22 @@ def _measure(
     tied: bool,
     calibration: Calibration | None,
     shipped: Shipped | None,
+    vector: FloatArray | None,
 ) -> dict[str, Any]:
     """One component's line of the results."""
     weights = read(component.name + ".weight")
-    importance = component_importance(activations, component, tied)
+    if vector is None:
+        importance = component_importance(activations, component, tied)
+    else:
+        scale = input_scale(activations.scales, component.name)
+        importance = vector if scale is None else vector * scale * scale
+        vector = importance
     feedback = None
     if component.in_block:
         kept: dict[Treatment, tuple[npt.NDArray[np.uint8], torch.Tensor]] = {}
         if calibration:
             importance, kept = fit_component(
-                calibration, activations, component, choices, weights, device
+                calibration, activations, component, choices, weights, device, vector
             )
         values = {t: v for t, (_, v) in kept.items()}
         costs = component_costs(
