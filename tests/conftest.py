@@ -1,23 +1,32 @@
-"""Shared fixtures: a tiny Llama with random weights, its own greedy reference, a bundle of both.
+"""Shared fixtures: a tiny Llama with random weights, its own greedy reference, a bundle of both;
+and for the host side a tiny trained one with what the measuring stages take from it.
 
-No torch here: the device tests must run without it.
+No torch at import: the device tests must run without it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import shutil
+import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from edge_dtm.bundle import Thresholds, write_manifest
 from edge_dtm.device.runner import LlamaRunner, Record, RunSettings, tokenize
-from edge_dtm.reference import HELD_OUT, PADDING, TOP_K, Reference
+from edge_dtm.reference import CALIBRATION, HELD_OUT, PADDING, TOP_K, Reference
 
+if TYPE_CHECKING:
+    from edge_dtm.plan import Component
+
+ROOT = Path(__file__).resolve().parents[1]
 HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, CONTEXT = 256, 2, 4, 2, 512, 512
 TEXTS = [
     "the cat",
@@ -184,3 +193,109 @@ def tiny_bundle(_tiny_bundle: Path, tmp_path: Path) -> Path:
 def seal() -> Callable[..., None]:
     """Write the manifest of a spoilt tiny bundle anew: seal(folder, thresholds=, measured=)."""
     return seal_bundle
+
+
+# --- the host side --------------------------------------------------------------------------
+
+STEPS = 60  # enough for margins and gradients like those of a trained model
+SEED, TOKENS = 3, 20
+STARTS = [
+    "The baker went to the market and",
+    "Anna has three red apples.",
+    "def count_items(items):",
+    "Once upon a time",
+    "1. Wash the",
+    "The weather in Oslo",
+    "Dear Clara,",
+    "{",
+]
+
+
+@cache
+def load_script(name: str) -> ModuleType:
+    """A script of tools/, which is no package, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[name] = found
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.fixture(scope="session")
+def tool() -> Callable[[str], ModuleType]:
+    """tool("make_tiny_llama"): a script of tools/ as a module."""
+    return load_script
+
+
+@pytest.fixture(scope="session")
+def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # One for all test modules that ask for it under this name.
+    folder = tmp_path_factory.getbasetemp() / "tiny-trained"
+    if not folder.exists():
+        load_script("make_tiny_llama").make_tiny_llama(folder, steps=STEPS)
+    return folder
+
+
+class Made:
+    """A model, its reference on STARTS, and activations and calibration captured once.
+
+    Calibration is captured on the very sequences that are measured, with another seed of signs.
+    """
+
+    def __init__(self, folder: Path, work: Path) -> None:
+        import torch
+
+        from edge_dtm.host.calibration import Calibration
+        from edge_dtm.host.checkpoint import open_checkpoint
+        from edge_dtm.host.generate import generate_reference
+        from edge_dtm.host.model import load_model
+        from edge_dtm.host.prompts import Prompt
+        from edge_dtm.host.sensitivity import Activations
+
+        self.checkpoint = open_checkpoint(folder)
+        self.model = load_model(self.checkpoint, torch.device("cpu"))
+        self.components = self.checkpoint.components()
+        tokenizer = self.checkpoint.tokenizer
+        prompts = [Prompt(tuple(tokenizer.encode(t)), t) for t in STARTS]
+        self.reference: Reference = generate_reference(
+            self.model,
+            prompts,
+            tokens=TOKENS,
+            eos_ids=tokenizer.eos_ids,
+            split=np.full(len(prompts), CALIBRATION, np.uint8),
+            provenance={},
+            parts=work / "parts",
+        )
+        self.activations = Activations(work / "activations", self.reference, self.components)
+        self.activations.capture(self.model, SEED)
+        self.calibration = Calibration(work / "calibration", self.reference, self.components)
+        self.calibration.capture(self.model, SEED + 1)
+
+    def component(self, name: str) -> Component:
+        return next(c for c in self.components if c.name == name)
+
+    def weights(self, name: str) -> np.ndarray[Any, Any]:
+        return self.checkpoint.hf_tensor(name + ".weight")
+
+    def positions(self, row: int) -> slice:
+        """Where in the sequence the margins are."""
+        first = int(self.reference.prompt_lengths[row]) - 1
+        return slice(first, first + int(self.reference.generated_lengths[row]))
+
+    def ids(self, row: int) -> Any:
+        import torch
+
+        return torch.tensor([(self.reference.prompt(row) + self.reference.generated(row))[:-1]])
+
+
+@pytest.fixture(scope="session")
+def made(trained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(trained_folder, tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="session")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("tied") / "hf"
+    load_script("make_tiny_llama").make_tiny_llama(folder, steps=10, tied=True, layers=1)
+    return Made(folder, tmp_path_factory.mktemp("made-tied"))

@@ -191,15 +191,6 @@ def test_inspect_and_profiles(tiny_bundle: Path, tmp_path: Path) -> None:
 # --- compress -------------------------------------------------------------------------------
 
 
-def _tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found
-    spec.loader.exec_module(found)
-    return found
-
-
 @pytest.fixture(scope="session")
 def cli_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("transformers")

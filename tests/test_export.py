@@ -42,15 +42,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 Importance = dict[str, np.ndarray[Any, Any] | None]
 
 
-def _tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found
-    spec.loader.exec_module(found)
-    return found
-
-
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     base, make = tmp_path_factory.mktemp("export"), _tool("make_tiny_llama").make_tiny_llama

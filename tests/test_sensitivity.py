@@ -35,86 +35,7 @@ from edge_dtm.host.treat import treated_values
 from edge_dtm.plan import Component, Treatment
 from edge_dtm.reference import CALIBRATION, Reference
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-SEED, STEPS, TOKENS = 3, 60, 20
-TEXTS = [
-    "The baker went to the market and",
-    "Anna has three red apples.",
-    "def count_items(items):",
-    "Once upon a time",
-    "1. Wash the",
-    "The weather in Oslo",
-    "Dear Clara,",
-    "{",
-]
-
-
-def _tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found
-    spec.loader.exec_module(found)
-    return found
-
-
-class _Made:
-    """A model, its reference on TEXTS, and activations captured once."""
-
-    def __init__(self, folder: Path, work: Path) -> None:
-        self.checkpoint = open_checkpoint(folder)
-        self.model = load_model(self.checkpoint, CPU)
-        self.components = self.checkpoint.components()
-        tokenizer = self.checkpoint.tokenizer
-        prompts = [Prompt(tuple(tokenizer.encode(t)), t) for t in TEXTS]
-        self.reference = generate_reference(
-            self.model,
-            prompts,
-            tokens=TOKENS,
-            eos_ids=tokenizer.eos_ids,
-            split=np.full(len(prompts), CALIBRATION, np.uint8),
-            provenance={},
-            parts=work / "parts",
-        )
-        self.activations = Activations(work / "activations", self.reference, self.components)
-        self.activations.capture(self.model, SEED)
-
-    def component(self, name: str) -> Component:
-        return next(c for c in self.components if c.name == name)
-
-    def weights(self, name: str) -> np.ndarray[Any, Any]:
-        return self.checkpoint.hf_tensor(name + ".weight")
-
-
-@pytest.fixture(scope="session")
-def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # One for all test modules that ask for it under this name.
-    folder = tmp_path_factory.getbasetemp() / "tiny-trained"
-    if not folder.exists():
-        _tool("make_tiny_llama").make_tiny_llama(folder, steps=STEPS)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def made(trained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> _Made:
-    return _Made(trained_folder, tmp_path_factory.mktemp("sensitivity"))
-
-
-@pytest.fixture(scope="session")
-def tied(tmp_path_factory: pytest.TempPathFactory) -> _Made:
-    folder = tmp_path_factory.mktemp("tied") / "hf"
-    _tool("make_tiny_llama").make_tiny_llama(folder, steps=10, tied=True, layers=1)
-    return _Made(folder, tmp_path_factory.mktemp("sensitivity-tied"))
-
-
-def _positions(reference: Reference, row: int) -> slice:
-    first = int(reference.prompt_lengths[row]) - 1
-    return slice(first, first + int(reference.generated_lengths[row]))
-
-
-def _ids(reference: Reference, row: int) -> torch.Tensor:
-    return torch.tensor([(reference.prompt(row) + reference.generated(row))[:-1]])
 
 
 # --- rounding of inputs ---------------------------------------------------------------------
@@ -164,7 +85,7 @@ def test_half_is_half_and_kinds_are_the_kernels() -> None:
 # --- what is captured -----------------------------------------------------------------------
 
 
-def test_captured_inputs_are_those_of_transformers(made: _Made, trained_folder: Path) -> None:
+def test_captured_inputs_are_those_of_transformers(made: Made, trained_folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(trained_folder, dtype=torch.float32).eval()
@@ -178,14 +99,14 @@ def test_captured_inputs_are_those_of_transformers(made: _Made, trained_folder: 
     edges = made.activations.edges
     for row in range(len(made.reference)):
         with torch.no_grad():
-            theirs(input_ids=_ids(made.reference, row), use_cache=False)
+            theirs(input_ids=made.ids(row), use_cache=False)
         for name, expected in outputs.items():
             x = made.activations.inputs(name)[edges[row] : edges[row + 1]]
             found = torch.from_numpy(x @ made.weights(name).T)
             torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
 
 
-def test_importance_is_the_mean_square_of_inputs(made: _Made) -> None:
+def test_importance_is_the_mean_square_of_inputs(made: Made) -> None:
     x = made.activations.inputs("blk.1.ffn_down").astype(np.float64)
     expected = (x * x).mean(axis=0)
     assert np.allclose(made.activations.importance("blk.1.ffn_down"), expected, rtol=1e-5)
@@ -196,7 +117,7 @@ def test_importance_is_the_mean_square_of_inputs(made: _Made) -> None:
     assert component_importance(made.activations, made.components[0], tied=True) is not None
 
 
-def test_gradients_are_those_of_the_signed_margins(made: _Made) -> None:
+def test_gradients_are_those_of_the_signed_margins(made: Made) -> None:
     """Against a full backward pass from the logits, one sequence alone, without padding."""
     row, names = 2, ["blk.0.attn_k", "blk.1.ffn_up", "blk.2.attn_output"]
     modules = dict(made.model.named_modules())
@@ -207,14 +128,14 @@ def test_gradients_are_those_of_the_signed_margins(made: _Made) -> None:
         )
         for n in names
     ]
-    ids = _ids(made.reference, row)
+    ids = made.ids(row)
     embedded = made.model.model.embed_tokens(ids).detach().requires_grad_(True)
     logits = made.model(inputs_embeds=embedded, use_cache=False).logits[0]
     for handle in handles:
         handle.remove()
     count = int(made.reference.generated_lengths[row])
     top = torch.from_numpy(made.reference.top_ids[row, :count, :2].astype(np.int64))
-    at = logits[_positions(made.reference, row)]
+    at = logits[made.positions(row)]
     margins = at.gather(1, top[:, :1])[:, 0] - at.gather(1, top[:, 1:])[:, 0]
     edges = made.activations.edges
     for draw in range(SIGN_DRAWS):
@@ -230,7 +151,7 @@ def test_gradients_are_those_of_the_signed_margins(made: _Made) -> None:
             assert np.abs(found - gradient[0].numpy()).max() < 2e-3 * size, name
 
 
-def test_capture_goes_on_where_it_stopped(made: _Made, tmp_path: Path) -> None:
+def test_capture_goes_on_where_it_stopped(made: Made, tmp_path: Path) -> None:
     class Stop(Exception):
         pass
 
@@ -243,7 +164,7 @@ def test_capture_goes_on_where_it_stopped(made: _Made, tmp_path: Path) -> None:
     done: list[int] = []
     third = Activations(tmp_path / "a", made.reference, made.components)
     third.capture(made.model, SEED, done.append)
-    assert done == [module.BATCH_SEQUENCES, len(TEXTS) - module.BATCH_SEQUENCES]
+    assert done == [module.BATCH_SEQUENCES, len(STARTS) - module.BATCH_SEQUENCES]
     for c in made.components:
         assert np.array_equal(third.inputs(c.name), made.activations.inputs(c.name))
         if c.name != "output":
@@ -259,7 +180,7 @@ CHOICES += [Treatment("Q8_0", 0.3), Treatment("F16", 0.5)]
 
 
 @pytest.mark.parametrize("name", ["blk.0.attn_v", "blk.1.ffn_gate", "blk.2.ffn_down"])
-def test_costs_are_the_inner_products(made: _Made, name: str) -> None:
+def test_costs_are_the_inner_products(made: Made, name: str) -> None:
     """z = <G, E> with E = X^ W^' - X W' formed as it stands, in float64."""
     weights, component = made.weights(name), made.component(name)
     importance = made.activations.importance(name)
@@ -276,7 +197,7 @@ def test_costs_are_the_inner_products(made: _Made, name: str) -> None:
         assert cost == pytest.approx(expected, rel=0.02), treatment
 
 
-def _margin_change(made: _Made, before: list[torch.Tensor]) -> float:
+def _margin_change(made: Made, before: list[torch.Tensor]) -> float:
     """Mean square of what the margins are now, less what they were."""
     total = 0.0
     for row, old in enumerate(before):
@@ -285,15 +206,15 @@ def _margin_change(made: _Made, before: list[torch.Tensor]) -> float:
 
 
 @torch.no_grad()
-def _margins(made: _Made, row: int) -> torch.Tensor:
-    logits = made.model(input_ids=_ids(made.reference, row), use_cache=False).logits[0]
-    at = logits[_positions(made.reference, row)]
+def _margins(made: Made, row: int) -> torch.Tensor:
+    logits = made.model(input_ids=made.ids(row), use_cache=False).logits[0]
+    at = logits[made.positions(row)]
     top = torch.from_numpy(made.reference.top_ids[row, : len(at), :2].astype(np.int64))
     return at.gather(1, top[:, :1])[:, 0] - at.gather(1, top[:, 1:])[:, 0]
 
 
 @pytest.mark.parametrize("types", [("Q8_0", "Q6_K"), ("Q4_K", "Q4_0")])
-def test_costs_are_the_margins_real_change(made: _Made, types: tuple[str, ...]) -> None:
+def test_costs_are_the_margins_real_change(made: Made, types: tuple[str, ...]) -> None:
     before = [_margins(made, row) for row in range(len(made.reference))]
     modules = dict(made.model.named_modules())
     predicted, real = [], []
@@ -328,7 +249,7 @@ def _spearman(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
 
 @pytest.mark.parametrize("kind", ["made", "tied"])
 def test_costs_of_the_head_are_exact(kind: str, request: pytest.FixtureRequest) -> None:
-    m: _Made = request.getfixturevalue(kind)
+    m: Made = request.getfixturevalue(kind)
     is_tied = kind == "tied"
     name = "token_embd" if is_tied else "output"
     weights = m.weights(name)
@@ -342,16 +263,16 @@ def test_costs_of_the_head_are_exact(kind: str, request: pytest.FixtureRequest) 
         for row in range(len(m.reference)):
             with torch.no_grad():
                 hidden = m.model.model(
-                    input_ids=_ids(m.reference, row), use_cache=False
+                    input_ids=m.ids(row), use_cache=False
                 ).last_hidden_state[0]
-            at = hidden[_positions(m.reference, row)]
+            at = hidden[m.positions(row)]
             rounded = round_activations(at, activation_kind(treatment.type)).numpy()
             old_logits, new_logits = at.numpy() @ weights.T, rounded @ new.T
             top = m.reference.top_ids[row, : len(at), :2]
             change = np.take_along_axis(new_logits - old_logits, top, 1)
             expected += float(np.square(change[:, 0] - change[:, 1], dtype=np.float64).sum())
             a, b = m.activations.edges[row : row + 2]
-            error = (new - weights)[_ids(m.reference, row)[0].numpy()]
+            error = (new - weights)[m.ids(row)[0].numpy()]
             z = (gradients[:, a:b] * error).sum((1, 2))
             looked_up += float((z**2).sum() / SIGN_DRAWS)
         positions = int(m.reference.generated_lengths.sum())
@@ -359,7 +280,7 @@ def test_costs_of_the_head_are_exact(kind: str, request: pytest.FixtureRequest) 
         assert cost == pytest.approx(wanted, rel=0.01)
 
 
-def test_cost_of_looked_up_rows_is_the_real_change(made: _Made) -> None:
+def test_cost_of_looked_up_rows_is_the_real_change(made: Made) -> None:
     before = [_margins(made, row) for row in range(len(made.reference))]
     weights = made.weights("token_embd")
     treatment = Treatment("Q8_0")
@@ -377,7 +298,7 @@ def test_cost_of_looked_up_rows_is_the_real_change(made: _Made) -> None:
 
 
 @pytest.fixture
-def reading(made: _Made) -> tuple[list[str], Any]:
+def reading(made: Made) -> tuple[list[str], Any]:
     read: list[str] = []
 
     def get(name: str) -> np.ndarray[Any, Any]:
@@ -388,7 +309,7 @@ def reading(made: _Made) -> tuple[list[str], Any]:
 
 
 def test_a_cut_results_file_is_gone_on_with(
-    made: _Made, tmp_path: Path, reading: tuple[list[str], Any]
+    made: Made, tmp_path: Path, reading: tuple[list[str], Any]
 ) -> None:
     read, get = reading
     components = made.components[:8]
@@ -416,7 +337,7 @@ def test_a_cut_results_file_is_gone_on_with(
 
 
 def test_other_choices_are_measured_anew(
-    made: _Made, tmp_path: Path, reading: tuple[list[str], Any]
+    made: Made, tmp_path: Path, reading: tuple[list[str], Any]
 ) -> None:
     read, get = reading
     components, results = made.components[2:4], tmp_path / "costs.jsonl"

@@ -455,7 +455,7 @@ def methods(work: Bench, full: Method, fdt_ranking: int) -> dict[str, Method]:
         costs, shipped = other.costs(reference)
         out[title] = (costs, other.equalized, shipped.blocks, shipped.folder.name)
     types = [[str(t) for t in ts] for ts in table.treatments]
-    unaware = work.kept("unaware", types, lambda: unaware_costs(run, reference, table))
+    unaware = work.kept("unaware", [types, full[3]], lambda: unaware_costs(run, reference, table))
     out["without activations"] = (
         replace(table, costs=tuple(map(tuple, unaware))), run.checkpoint, {}, "plain",
     )  # fmt: skip
