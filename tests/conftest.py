@@ -223,12 +223,6 @@ def load_script(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def tool() -> Callable[[str], ModuleType]:
-    """tool("make_tiny_llama"): a script of tools/ as a module."""
-    return load_script
-
-
-@pytest.fixture(scope="session")
 def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # One for all test modules that ask for it under this name.
     folder = tmp_path_factory.getbasetemp() / "tiny-trained"

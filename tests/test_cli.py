@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -10,12 +9,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner, Result
+from conftest import load_script
 
 from edge_dtm.cli import EXIT_ERROR, EXIT_USAGE, EXIT_VERIFIED_AND_FAILED, Bytes, main
 
@@ -194,7 +193,7 @@ def test_inspect_and_profiles(tiny_bundle: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="session")
 def cli_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("transformers")
-    out: Path = _tool("make_tiny_llama").make_tiny_llama(
+    out: Path = load_script("make_tiny_llama").make_tiny_llama(
         tmp_path_factory.mktemp("cli") / "hf", steps=0, layers=1, shards=2
     )
     return out

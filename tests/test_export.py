@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import math
 import resource
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from conftest import load_script
 
 from edge_dtm.device.runner import LlamaRunner, RunSettings
 from edge_dtm.errors import EdgeDtmError
@@ -33,7 +31,6 @@ from edge_dtm.host.treat import treated_values
 from edge_dtm.inspect import describe
 from edge_dtm.plan import CANDIDATE_TYPES, SPARSE_LEVELS, SPARSE_TYPES, Plan, Treatment, uniform
 
-ROOT = Path(__file__).resolve().parents[1]
 VARIANTS: dict[str, dict[str, Any]] = {
     "sentencepiece": {"layers": 2},
     "bpe_tied": {"tokenizer": "bpe", "tied": True, "layers": 1},
@@ -44,7 +41,7 @@ Importance = dict[str, np.ndarray[Any, Any] | None]
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
-    base, make = tmp_path_factory.mktemp("export"), _tool("make_tiny_llama").make_tiny_llama
+    base, make = tmp_path_factory.mktemp("export"), load_script("make_tiny_llama").make_tiny_llama
     return {
         name: open_checkpoint(make(base / name, steps=1, **options))
         for name, options in VARIANTS.items()

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import json
-import sys
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from conftest import SEED, STARTS, Made
 
 from edge_dtm import ggml
 from edge_dtm.host import sensitivity as module
 from edge_dtm.host.activations import activation_kind, round_activations
-from edge_dtm.host.checkpoint import open_checkpoint
-from edge_dtm.host.generate import generate_reference
-from edge_dtm.host.model import load_model, module_name
-from edge_dtm.host.prompts import Prompt
+from edge_dtm.host.model import module_name
 from edge_dtm.host.sensitivity import (
     SIGN_DRAWS,
     Activations,
@@ -32,8 +27,7 @@ from edge_dtm.host.sensitivity import (
     sensitivity,
 )
 from edge_dtm.host.treat import treated_values
-from edge_dtm.plan import Component, Treatment
-from edge_dtm.reference import CALIBRATION, Reference
+from edge_dtm.plan import Treatment
 
 CPU = torch.device("cpu")
 
@@ -255,7 +249,10 @@ def test_costs_of_the_head_are_exact(kind: str, request: pytest.FixtureRequest) 
     weights = m.weights(name)
     importance = m.activations.importance(name)
     treatments = [Treatment("Q8_0"), Treatment("Q4_K")]
-    found = edge_costs(m.activations, m.component(name), treatments, weights, importance, is_tied)
+    found, kept = edge_costs(
+        m.activations, m.component(name), treatments, weights, importance, is_tied
+    )
+    assert kept == [False, False]
     gradients = m.activations.gradients("token_embd").astype(np.float64)
     for treatment, cost in zip(treatments, found, strict=True):
         new = treated_values(weights, treatment, importance)
@@ -284,7 +281,7 @@ def test_cost_of_looked_up_rows_is_the_real_change(made: Made) -> None:
     before = [_margins(made, row) for row in range(len(made.reference))]
     weights = made.weights("token_embd")
     treatment = Treatment("Q8_0")
-    (cost,) = edge_costs(
+    (cost,), _ = edge_costs(
         made.activations, made.component("token_embd"), [treatment], weights, None, False
     )
     embedding = made.model.model.embed_tokens

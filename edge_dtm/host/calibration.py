@@ -40,6 +40,7 @@ class Calibration:
         self.edges = np.concatenate([[0], np.cumsum(lengths)])
         self.tokens = int(self.edges[-1])
         self._columns = {input_key(c.name): c.row_length for c in components}
+        self.vocab = max((c.rows for c in components if not c.in_block), default=0)
         self._rows = {c.name: c.rows for c in components if c.in_block}
         self.output_tokens = int(self.edges[min(OUTPUT_SEQUENCES, len(reference))])
         self._sums: dict[str, npt.NDArray[Any]] = {}
@@ -109,7 +110,9 @@ class Calibration:
                 self._add("embedded", (flat.T @ flat) / SIGN_DRAWS)
             else:
                 v = self._sums.setdefault(f"v.{name}", np.zeros(self.tokens, dtype=np.float32))
-                v[first : first + joined.shape[-2]] = joined.square().mean((0, 2)).cpu().numpy()
+                squares = joined.square()
+                v[first : first + joined.shape[-2]] = squares.mean((0, 2)).cpu().numpy()
+                self._add(f"r.{name}", squares.double().sum((0, 1)) / SIGN_DRAWS)
                 if first < self.output_tokens:
                     self._write(key, first, joined[0, : self.output_tokens - first])
 
@@ -166,6 +169,10 @@ class Calibration:
         """(row_length,): mean square of the margins' gradient at each input, through all the
         matrices that it feeds."""
         return np.asarray(self._sums[f"b.{input_key(name)}"] / self.tokens)
+
+    def output_squares(self, name: str) -> npt.NDArray[np.float64]:
+        """(rows,): mean square of the margins' gradient at each of the component's outputs."""
+        return np.asarray(self._sums[f"r.{name}"] / self.tokens)
 
     def edge_moments(self, name: str, tied: bool) -> torch.Tensor:
         """Second moments for `token_embd` and `output`, float32 (hidden, hidden): of the rows

@@ -53,9 +53,14 @@ def gradient_moments(gradients: torch.Tensor, token_weights: torch.Tensor) -> to
 
     gradients: float32 (tokens, rows); token_weights: float32 (tokens,), not negative.
     """
-    smallest = float(token_weights.max()) * 1e-6 + torch.finfo(torch.float32).tiny
-    scaled = gradients / token_weights.clamp(min=smallest).sqrt()[:, None]
+    scaled = scaled_gradients(gradients, token_weights)
     return scaled.T @ scaled
+
+
+def scaled_gradients(gradients: torch.Tensor, token_weights: torch.Tensor) -> torch.Tensor:
+    """g_t / sqrt(v_t), float32 (tokens, rows)."""
+    smallest = float(token_weights.max()) * 1e-6 + torch.finfo(torch.float32).tiny
+    return gradients / token_weights.clamp(min=smallest).sqrt()[:, None]
 
 
 def effective_tokens(token_weights: torch.Tensor) -> float:
@@ -274,12 +279,13 @@ class _Rounder:
 
 
 def local_error(
-    error: torch.Tensor, moments: torch.Tensor, outputs: torch.Tensor | None = None
+    error: torch.Tensor, moments: torch.Tensor, gradients: torch.Tensor | None = None
 ) -> float:
-    """tr(G E H E'): what an error E of the weights does to the component's outputs, G being the
-    moments of the margins' gradient there (None: every output alike).
+    """tr(G E H E'): what an error E of the weights does to the component's outputs, G = g' g being
+    the moments of the margins' gradients g there (None: every output alike).
 
-    error: float32 (rows, row_length), treated minus original weights.
+    error: float32 (rows, row_length), treated minus original weights; gradients: float32 (tokens,
+    rows), each token's scaled as for `gradient_moments`.
     """
-    left = error if outputs is None else outputs @ error
-    return float(((error @ moments) * left).sum(dtype=torch.float64))
+    seen = error if gradients is None else gradients @ error
+    return float(((seen @ moments) * seen).sum(dtype=torch.float64))

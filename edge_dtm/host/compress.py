@@ -26,6 +26,7 @@ from edge_dtm.host.equalize import (
     load_scales,
     logit_difference,
     save_scales,
+    sites,
 )
 from edge_dtm.host.generate import check_lengths, generate_reference, split_rows
 from edge_dtm.host.model import choose_device, load_model
@@ -61,7 +62,7 @@ EXTRA_PROMPTS = 48  # sampled too, but only ever used to fit error feedback and 
 PACKAGED_PROMPTS = 48  # measured besides the user's own
 HELD_OUT_SHARE = 2 / 3
 MEASURED_SEQUENCES = 32  # enough for the ranking; more only narrows each cost (z^2 is a chi^2)
-METHOD = 2  # of the measurement; a change of it makes old costs in a work folder void
+METHOD = 3  # of the measurement; a change of it makes old costs in a work folder void
 SAME_LOGITS = 1e-3  # relative to the largest: float32 rounding through all layers stays below
 COMPUTE_BUFFER_BYTES = 64 * 2**20  # llama.cpp's graph buffers, besides the logits of one batch
 # Healthy ARM kernels differ from x86 in up to 8 % of the argmaxes (Q4_0) at a KL of 0.008 nats
@@ -370,10 +371,11 @@ class Pipeline:
 
     def _equalized(self, calibration: Calibration, some: Reference) -> Checkpoint:
         """The checkpoint with its scales, from the work folder or found and proved now."""
-        path, config = self.work / f"scales-{self.key}.npz", self.checkpoint.config
+        path, config = self.work / f"scales-{METHOD}-{self.key}.npz", self.checkpoint.config
         if path.is_file():
             return EqualizedCheckpoint(self.checkpoint, load_scales(path, config))
-        scales = find_scales(calibration, config)
+        with self.stages("Equalization", len(sites(config))) as advance:
+            scales = find_scales(calibration, self.checkpoint, advance)
         equalized = EqualizedCheckpoint(self.checkpoint, scales)
         self.__dict__.pop("_loaded", None)
         with self.stages("Checking the equalized model", 1):
