@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -39,12 +40,7 @@ class _Direct:
             kept: dict[str, torch.Tensor] = {}
             handles = []
             for name in blocks:
-
-                def hook(_: Any, args: Any, out: torch.Tensor, name: str = name) -> None:
-                    kept[f"g.{name}"] = out
-                    if name == input_key(name):
-                        kept[f"b.{name}"] = args[0]
-
+                hook = partial(self._keep, kept, name)
                 handles.append(modules[module_name(name)].register_forward_hook(hook))
             handles.append(
                 made.model.lm_head.register_forward_hook(
@@ -69,6 +65,12 @@ class _Direct:
                 parts.setdefault(key[2:], []).append(gradient[0].double().numpy())
                 if key.startswith("b."):
                     self.x.setdefault(key[2:], []).append(kept[key][0].detach().double().numpy())
+
+    @staticmethod
+    def _keep(kept: dict[str, torch.Tensor], name: str, _: Any, args: Any, out: Any) -> None:
+        kept[f"g.{name}"] = out
+        if name == input_key(name):
+            kept[f"b.{name}"] = args[0]
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +123,7 @@ def test_gradients_are_those_of_the_first_sequences(
             _close(found, np.concatenate(direct.g[c.name][:OUTPUTS]), 2e-3)
 
 
-def test_sums_are_those_of_autograd(
-    made: Made, calibration: Calibration, direct: _Direct
-) -> None:
+def test_sums_are_those_of_autograd(made: Made, calibration: Calibration, direct: _Direct) -> None:
     for c in made.components:
         key = input_key(c.name)
         x, b = np.concatenate(direct.x[key]), np.concatenate(direct.b[key])
@@ -140,9 +140,7 @@ def test_moments_of_the_ends(made: Made, calibration: Calibration, direct: _Dire
     states, once for either row of a margin."""
     positions = int(made.reference.generated_lengths.sum())
     g = np.concatenate(direct.g["token_embd"])
-    h = np.concatenate(
-        [direct.x["final_hidden"][r][made.positions(r)] for r in range(len(STARTS))]
-    )
+    h = np.concatenate([direct.x["final_hidden"][r][made.positions(r)] for r in range(len(STARTS))])
     assert len(h) == positions
     looked_up, head = g.T @ g / positions, 2 * h.T @ h / positions
     for name, tied, expected in (

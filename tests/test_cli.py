@@ -276,6 +276,38 @@ def test_bad_options(compress: Compress, cli_folder: Path, tmp_path: Path) -> No
     _usage(_run("nosuch"), "nosuch")
 
 
+def test_imatrix_files_that_do_not_fit(
+    compress: Compress, cli_folder: Path, tmp_path: Path
+) -> None:
+    """Known before anything is made or measured."""
+    import numpy as np
+
+    from edge_dtm.host.checkpoint import open_checkpoint
+    from edge_dtm.imatrix import write_imatrix
+
+    components = open_checkpoint(cli_folder).components()
+    right = {c.name: np.ones(c.row_length, np.float32) for c in components}
+    wrong = right | {"blk.0.ffn_down": np.ones(256, np.float32)}
+    few = {n: v for n, v in right.items() if n != "blk.0.attn_q"}
+    path = tmp_path / "i.gguf"
+    for vectors, word in ((wrong, "blk.0.ffn_down (256 values, not 512)"), (few, "blk.0.attn_q")):
+        write_imatrix(path, vectors, 512, ["a"])
+        _error(compress(cli_folder, "--imatrix", path), "does not fit this model", word)
+    path.write_bytes(path.read_bytes()[:200])
+    _error(compress(cli_folder, "--imatrix", path), "no whole imatrix file")
+    _error(compress(cli_folder, "--imatrix", tmp_path / "none"), "none does not exist")
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_of_what_is_no_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
+    _error(_run("recipe", tmp_path / "none"), "plan.json does not exist")
+    _error(_run("recipe", tiny_bundle), "not a plan")  # its plan is {}
+    plan = {"schema_version": 1, "fixed_bytes": 0, "components": []}
+    (tiny_bundle / "plan.json").write_text(json.dumps(plan))
+    _error(_run("recipe", tiny_bundle, "-o", tmp_path / "r"), "no importance vectors")
+    assert not (tmp_path / "r").exists()
+
+
 def test_cuda_without_a_gpu(compress: Compress, cli_folder: Path) -> None:
     import torch
 

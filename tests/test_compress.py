@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,17 +18,26 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import gguf
 from click.testing import CliRunner, Result
 
 from edge_dtm.cli import main
+from edge_dtm.device.runner import LlamaRunner, RunSettings
 from edge_dtm.host import compress as module
 from edge_dtm.host import generate, sensitivity
+from edge_dtm.host.checkpoint import Checkpoint, open_checkpoint
+from edge_dtm.host.equalize import EqualizedCheckpoint, load_scales
+from edge_dtm.host.prompts import packaged_prompts
+from edge_dtm.host.sensitivity import read_costs
+from edge_dtm.host.shipped import Shipped
+from edge_dtm.host.treat import treat
+from edge_dtm.imatrix import read_imatrix
 from edge_dtm.inspect import describe
 from edge_dtm.plan import Plan
-from edge_dtm.reference import Reference
+from edge_dtm.reference import PACKAGED, Reference, load_imatrix
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, TOKENS, MAX_BYTES = 60, 24, 1_600_000
+TOKENS, MAX_BYTES = 24, 1_600_000
 BUNDLE = {"manifest.json", "model.gguf", "reference.npz", "host.npz", "plan.json", "report.md"}
 LINES = [
     "The baker went to the market and",
@@ -60,6 +67,8 @@ def _small_runs() -> Iterator[None]:
     """Few prompts, several batches of them, and one thread, as _PROGRAM has it too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SAMPLED_PROMPTS", 4)
+        patch.setattr(module, "EXTRA_PROMPTS", 4)
+        patch.setattr(module, "PACKAGED_PROMPTS", 6)
         patch.setattr(generate, "BATCH_SEQUENCES", 4)
         patch.setattr(os, "cpu_count", lambda: 1)
         yield
@@ -202,7 +211,10 @@ def test_sparsity_is_the_average_asked_for(
 ) -> None:
     options = ("--sparsity", "0.25", "--max-bytes", "6M")
     text = _run(*_arguments(trained_folder, prompts_file, measured, *options)).stderr
-    assert "Sensitivity: taken from the work folder" in text
+    # Costs of zeros were not measured before, hence all are measured again.
+    assert "Greedy reference: taken from the work folder" in text
+    assert "Sensitivity: taken from the work folder" not in text
+    assert len(list((measured / "work").glob("costs-*.jsonl"))) == 2
     plan = _plan(measured)
     assert plan.zero_share == pytest.approx(0.25, abs=1e-3)
     masked = {name for name, t in plan.by_name().items() if t.zero_share}
@@ -229,18 +241,218 @@ def test_target_makes_a_smaller_file_that_meets_it(
     _run("verify", "--threads", "1", measured)
 
 
+# --- error feedback, equalization, importance -----------------------------------------------
+
+
+def _shipped(folder: Path, checkpoint: Checkpoint) -> Shipped:
+    (only,) = (folder / "work").glob("shipped-*")
+    return Shipped(only, checkpoint)
+
+
+def _equalized(folder: Path, model: Path) -> Checkpoint:
+    checkpoint = open_checkpoint(model)
+    (scales,) = (folder / "work").glob("scales-*.npz")
+    return EqualizedCheckpoint(checkpoint, load_scales(scales, checkpoint.config))
+
+
+def _tensors(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Raw blocks as gguf-py reads them, uint8 (rows, row_bytes)."""
+    return {
+        t.name.removesuffix(".weight"): t.data.view(np.uint8).reshape(t.shape[-1], -1)
+        for t in gguf.GGUFReader(path).tensors
+        if len(t.shape) > 1
+    }
+
+
+def _costs(folder: Path) -> dict[str, dict[str, float]]:
+    plan = json.loads((folder / "plan.json").read_text())
+    return {c["name"]: c["costs"] for c in plan["costs"]}
+
+
+def test_the_file_holds_the_measured_blocks(bundle: Path, trained_folder: Path) -> None:
+    plan, tensors = _plan(bundle), _tensors(bundle / "model.gguf")
+    shipped = _shipped(bundle, _equalized(bundle, trained_folder))
+    assert set(tensors) == set(plan.by_name())
+    files = 0
+    for component, treatment in zip(plan.components, plan.treatments, strict=True):
+        expected = shipped.blocks(component, treatment)
+        assert np.array_equal(tensors[component.name], expected), component.name
+        path = shipped.folder / f"{component.name}.{treatment.type}.npy"
+        if path.exists():
+            files += 1
+            assert np.array_equal(tensors[component.name], np.load(path)), component.name
+    assert files > 0.7 * len(plan.components)
+    # Every block of a file that is not the plan's may still be the choice of another budget.
+    (results,) = (bundle / "work").glob("costs-*.jsonl")
+    known = read_costs(results)
+    assert set(known) == set(plan.by_name())
+    for path in shipped.folder.glob("*.npy"):
+        name, _, kind = path.stem.rpartition(".")
+        choices = list(_costs(bundle)[name])
+        assert known[name]["feedback"][choices.index(kind)]
+
+
+def test_stages_leave_their_files(bundle: Path) -> None:
+    left = {p.name.split("-")[0] for p in (bundle / "work").iterdir()}
+    assert left == {"reference", "scales", "imatrix", "costs", "shipped", "floor", "host",
+                    "packaged", "model.json"}  # fmt: skip
+    provenance = _manifest(bundle)["provenance"]
+    assert provenance["error_feedback"] is True and provenance["equalization"] is True
+    assert provenance["imatrix"] == "our own"
+
+
+def test_norms_are_the_equalized_ones(bundle: Path, trained_folder: Path) -> None:
+    equalized, back = _equalized(bundle, trained_folder), open_checkpoint(bundle / "model.gguf")
+    changed = 0
+    for name, _ in equalized.vectors():
+        assert np.array_equal(back.tensor(name), equalized.tensor(name)), name
+        changed += not np.array_equal(
+            back.tensor(name), open_checkpoint(trained_folder).tensor(name)
+        )
+    assert changed
+
+
+def test_packaged_prompts_are_measured_too(
+    bundle: Path, trained_folder: Path, tiny_settings: RunSettings
+) -> None:
+    """Against a replay of our own of the packaged part of the reference."""
+    (path,) = (bundle / "work").glob("reference-*.npz")
+    reference = Reference.load(path)
+    part = reference.part(PACKAGED)
+    assert len(part) == 6
+    packaged = {p.ids for p in packaged_prompts(open_checkpoint(trained_folder).tokenizer)}
+    for row in range(len(part)):
+        assert tuple(part.prompt(row)) in packaged
+    others = reference.rows(reference.split != PACKAGED)
+    mine = {tuple(others.prompt(row)) for row in range(len(others))}
+    assert not mine & {tuple(part.prompt(row)) for row in range(len(part))}
+    with LlamaRunner(bundle / "model.gguf", tiny_settings, 512) as runner:
+        record = runner.teacher_forced(part)
+    lengths = part.generated_lengths
+    wrong = np.arange(TOKENS) < lengths[:, None]
+    wrong &= record.ids != part.generated_ids
+    found = _manifest(bundle)["measured"]["packaged_prompts"]
+    # Batches of another size may turn a near-tie.
+    assert found["sdt"]["value"] == pytest.approx(wrong.sum() / lengths.sum(), abs=0.02)
+    assert "packaged" in (bundle / "report.md").read_text()
+
+
+def test_plain_rounding(
+    measured: Path, bundle: Path, trained_folder: Path, prompts_file: Path
+) -> None:
+    shutil.rmtree(next((measured / "work").glob("shipped-*")))
+    options = ("--no-feedback", "--no-equalize")
+    text = _run(*_arguments(trained_folder, prompts_file, measured, *options)).stderr
+    assert "Greedy reference: taken from the work folder" in text
+    assert "Sensitivity: taken from the work folder" not in text
+    provenance = _manifest(measured)["provenance"]
+    assert provenance["error_feedback"] is False and provenance["equalization"] is False
+    checkpoint, plan = open_checkpoint(trained_folder), _plan(measured)
+    shipped, tensors = _shipped(measured, checkpoint), _tensors(measured / "model.gguf")
+    assert not list(shipped.folder.glob("*.npy"))
+    for component, treatment in zip(plan.components, plan.treatments, strict=True):
+        with np.load(shipped.folder / f"{component.name}.npz") as kept:
+            importance = kept["importance"] if kept["importance"].size else None
+            assert not kept["compensated"].size and not kept["moments"].size
+        assert (importance is None) == (component.name == "token_embd")
+        weights = checkpoint.tensor(component.name + ".weight")
+        assert np.array_equal(tensors[component.name], treat(weights, treatment, importance))
+    back = open_checkpoint(measured / "model.gguf")
+    for name, _ in checkpoint.vectors():
+        assert np.array_equal(back.tensor(name), checkpoint.tensor(name))
+    _run("verify", "--threads", "1", measured)
+    # What the two are for.
+    plain, ours = (sum(c["Q4_0"] for c in _costs(f).values()) for f in (measured, bundle))
+    assert ours < plain
+
+
+def test_recipe_and_imatrix(
+    measured: Path, trained_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    """The recipe's files hold plan and vectors, and another run takes the vectors."""
+    output = _run("recipe", measured, "-o", tmp_path / "recipe").output
+    matrix, types = tmp_path / "recipe" / "imatrix.gguf", tmp_path / "recipe" / "tensor-types.txt"
+    assert str(matrix) in output and "llama-quantize" in output
+    plan, vectors = _plan(measured), read_imatrix(matrix)
+    own, tokens = load_imatrix(next((measured / "work").glob("imatrix-*.npz")))
+    assert tokens > 100
+    assert set(vectors) == set(own) == set(plan.by_name()) - {"token_embd"}
+    for name, vector in own.items():
+        assert np.array_equal(vectors[name], vector), name
+    lines = types.read_text().splitlines()
+    assert all(any(c.name.split(".")[-1] in line for line in lines) for c in plan.components)
+    shutil.rmtree(next((measured / "work").glob("shipped-*")))
+    options = ("--imatrix", str(matrix), "--no-feedback", "--no-equalize", "--types", "Q4_0,Q8_0")
+    _run(*_arguments(trained_folder, prompts_file, measured, *options))
+    assert _manifest(measured)["provenance"]["imatrix"] == "imatrix.gguf"
+    checkpoint, plan = open_checkpoint(trained_folder), _plan(measured)
+    tensors = _tensors(measured / "model.gguf")
+    for component, treatment in zip(plan.components, plan.treatments, strict=True):
+        weights = checkpoint.tensor(component.name + ".weight")
+        expected = treat(weights, treatment, vectors.get(component.name))
+        assert np.array_equal(tensors[component.name], expected), component.name
+
+
+def test_lost_blocks_are_one_line(measured: Path, trained_folder: Path, prompts_file: Path) -> None:
+    for path in (measured / "work").glob("shipped-*/*.npy"):
+        path.write_bytes(path.read_bytes()[:-7])
+    before = (measured / "manifest.json").read_bytes()
+    options = ("--max-bytes", str(MAX_BYTES - 50_000))
+    result = _run(*_arguments(trained_folder, prompts_file, measured, *options), status=1)
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "has lost blk." in last and "--no-resume" in last
+    assert (measured / "manifest.json").read_bytes() == before
+    assert not (measured / "work" / "model.gguf.tmp").exists()
+
+
+@pytest.mark.parametrize("spoil", ["removed", "cut"])
+def test_lost_scales_are_found_again_or_one_line(
+    measured: Path, bundle: Path, trained_folder: Path, prompts_file: Path, spoil: str
+) -> None:
+    (path,) = (measured / "work").glob("scales-*.npz")
+    if spoil == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-100])
+    arguments = _arguments(trained_folder, prompts_file, measured)
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    if result.exit_code:
+        assert result.stderr.splitlines()[-1].startswith("error: ")
+    else:
+        _same(bundle, measured)
+
+
+def test_a_target_out_of_reach_is_one_line(
+    measured: Path, trained_folder: Path, prompts_file: Path
+) -> None:
+    before = (measured / "manifest.json").read_bytes()
+    options = ("--max-bytes", "1250K", "--max-sdt", "0.000001")
+    result = _run(*_arguments(trained_folder, prompts_file, measured, *options), status=1)
+    lines = result.stderr.splitlines()
+    assert sum("error:" in line for line in lines) == 1
+    last = lines[-1]
+    assert last.startswith("error: no plan within 1,250,000 bytes has an SDT of at most 0.00%")
+    assert "noise floor" in last and "F16" in last and "--max-sdt" in last
+    assert (measured / "manifest.json").read_bytes() == before
+
+
+# --- killed runs ----------------------------------------------------------------------------
+
 # Each moment kills the process itself, as `kill -9` would, right after or within a piece of work.
 _MOMENTS = {
     "reference": "patch(generate, '_decode', 2)",
-    "gradients": "patch(sensitivity._Capture, 'run', 2)",
+    "gradients": "patch(calibration.Calibration, '_take', 1)",
+    "calibration": "patch(calibration.Calibration, '_take', 2)",
+    "scales found": "patch(compress, 'save_scales', 1)",
     "costs": "patch(sensitivity, 'component_costs', 6)",
+    "blocks shipped": "patch(shipped.Shipped, 'save_component', 3)",
     "plan exported": "patch(compress, 'tokenization_mismatches', 1)",
     "bundle half moved": "patch(compress.bundle, 'write_manifest', 1)",
 }
 _PROGRAM = """
 import os, signal, sys
 from edge_dtm.cli import main
-from edge_dtm.host import compress, generate, sensitivity
+from edge_dtm.host import calibration, compress, generate, sensitivity, shipped
 
 def patch(owner, name, call):
     real, count = getattr(owner, name), 0
@@ -253,7 +465,7 @@ def patch(owner, name, call):
     setattr(owner, name, replaced)
 
 os.cpu_count = lambda: 1
-compress.SAMPLED_PROMPTS = 4
+compress.SAMPLED_PROMPTS, compress.EXTRA_PROMPTS, compress.PACKAGED_PROMPTS = 4, 4, 6
 generate.BATCH_SEQUENCES = 4
 {patch}
 main(sys.argv[1:])
@@ -285,7 +497,9 @@ def test_a_run_killed_at_every_stage_ends_in_the_same_bytes(
     left = {
         "reference": "reference-*.parts/000000.npz",
         "gradients": "activations-*/state.json",
+        "calibration": "calibration-*/sums.npz",
         "costs": "costs-*.jsonl",
+        "blocks shipped": "shipped-*/token_embd.npz",
         "plan exported": "model.gguf",
     }
     for moment in _MOMENTS:
@@ -295,6 +509,8 @@ def test_a_run_killed_at_every_stage_ends_in_the_same_bytes(
         if moment == "costs":
             (costs,) = (out / "work").glob("costs-*.jsonl")
             assert len(costs.read_text().splitlines()) == 7  # embedding, head, five of the blocks
+        if moment in ("gradients", "calibration", "scales found"):
+            assert not list((out / "work").glob("scales-*.npz"))
         assert not (out / "manifest.json").exists()
     assert (out / "model.gguf").exists() and (out / "report.md").exists()
     measured: list[str] = []
@@ -311,4 +527,10 @@ def test_a_run_killed_at_every_stage_ends_in_the_same_bytes(
     assert "Greedy reference: taken from the work folder" in text
     assert "Sensitivity: taken from the work folder" in text
     _same(bundle, out)
+    one, two = (next((f / "work").glob("shipped-*")) for f in (bundle, out))
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    for path in one.glob("*.npy"):
+        assert path.read_bytes() == (two / path.name).read_bytes(), path.name
+    for kind in ("activations", "calibration"):
+        assert not list((out / "work").glob(f"{kind}-*"))
     _run("verify", "--threads", "1", out)

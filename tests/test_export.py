@@ -27,9 +27,17 @@ from edge_dtm.host.export import (
     provenance,
     write_measured,
 )
-from edge_dtm.host.treat import treated_values
+from edge_dtm.host.treat import treat, treated_values
 from edge_dtm.inspect import describe
-from edge_dtm.plan import CANDIDATE_TYPES, SPARSE_LEVELS, SPARSE_TYPES, Plan, Treatment, uniform
+from edge_dtm.plan import (
+    CANDIDATE_TYPES,
+    SPARSE_LEVELS,
+    SPARSE_TYPES,
+    Component,
+    Plan,
+    Treatment,
+    uniform,
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "sentencepiece": {"layers": 2},
@@ -253,6 +261,21 @@ def test_a_file_that_is_not_the_plan_is_refused(checkpoint: Checkpoint, tmp_path
     other = Plan(plan.components, (Treatment("Q8_0"), *plan.treatments[1:]), plan.fixed_bytes)
     with pytest.raises(EdgeDtmError, match="token_embd is .*F16.*Q8_0"):
         compare_with_plan(tmp_path / "m", other)
+
+
+def test_blocks_may_come_from_elsewhere(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plan = uniform(checkpoint.components(), "Q8_0", fixed_bytes(checkpoint))
+    importance, asked = _importance(checkpoint), []
+
+    def blocks(component: Component, treatment: Treatment) -> np.ndarray[Any, Any]:
+        asked.append((component, treatment))
+        weights = checkpoint.tensor(component.name + ".weight")
+        return treat(weights, treatment, importance.get(component.name))
+
+    export_gguf(checkpoint, plan, tmp_path / "1", blocks)
+    export_gguf(checkpoint, plan, tmp_path / "2", importance)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    assert asked == list(zip(plan.components, plan.treatments, strict=True))
 
 
 def test_provenance_names_the_weights(checkpoint: Checkpoint) -> None:

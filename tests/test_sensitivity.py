@@ -17,6 +17,7 @@ from conftest import SEED, STARTS, Made
 from edge_dtm import ggml
 from edge_dtm.host import sensitivity as module
 from edge_dtm.host.activations import activation_kind, round_activations
+from edge_dtm.host.compensate import compensate
 from edge_dtm.host.model import module_name
 from edge_dtm.host.sensitivity import (
     SIGN_DRAWS,
@@ -24,10 +25,15 @@ from edge_dtm.host.sensitivity import (
     component_costs,
     component_importance,
     edge_costs,
+    edge_feedback,
+    fit_component,
+    read_costs,
     sensitivity,
 )
-from edge_dtm.host.treat import treated_values
-from edge_dtm.plan import Treatment
+from edge_dtm.host.shipped import Shipped
+from edge_dtm.host.treat import treat, treated_values
+from edge_dtm.plan import Component, Treatment
+from edge_dtm.search import convex_hull
 
 CPU = torch.device("cpu")
 
@@ -259,9 +265,7 @@ def test_costs_of_the_head_are_exact(kind: str, request: pytest.FixtureRequest) 
         expected = looked_up = 0.0
         for row in range(len(m.reference)):
             with torch.no_grad():
-                hidden = m.model.model(
-                    input_ids=m.ids(row), use_cache=False
-                ).last_hidden_state[0]
+                hidden = m.model.model(input_ids=m.ids(row), use_cache=False).last_hidden_state[0]
             at = hidden[m.positions(row)]
             rounded = round_activations(at, activation_kind(treatment.type)).numpy()
             old_logits, new_logits = at.numpy() @ weights.T, rounded @ new.T
@@ -344,3 +348,292 @@ def test_other_choices_are_measured_anew(
     second = sensitivity(made.activations, components, two, get, CPU, False, results)
     assert [costs[0] for costs in second] == pytest.approx([costs[0] for costs in first])
     assert len(read) == 4
+
+
+# --- error feedback -------------------------------------------------------------------------
+
+
+def _hf_rows(data: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """Rows of a GGUF's q or k, whose rotated neighbours lie next to each other, back in halves."""
+    d = len(data) // heads
+    order = [h * d + 2 * i + s for h in range(heads) for s in (0, 1) for i in range(d // 2)]
+    return data[order]
+
+
+@pytest.fixture(scope="module")
+def blocks(made: Made) -> list[Component]:
+    return [c for c in made.components if c.in_block and ".attn_k" not in c.name]
+
+
+def test_costs_of_shipped_blocks_are_the_margins_real_change(
+    made: Made, blocks: list[Component], tmp_path: Path
+) -> None:
+    """The bytes that export would write, put into the model for real."""
+    shipped = Shipped(tmp_path / "shipped", made.checkpoint)
+    types = [Treatment(t) for t in ("Q8_0", "Q5_K", "Q4_0")]
+    results = tmp_path / "costs.jsonl"
+    read = made.checkpoint.hf_tensor
+    costs = sensitivity(
+        made.activations,
+        blocks,
+        [types] * len(blocks),
+        read,
+        CPU,
+        False,
+        results,
+        calibration=made.calibration,
+        shipped=shipped,
+    )
+    known = read_costs(results)
+    assert [known[c.name]["costs"] for c in blocks] == costs
+    kept = [yes for c in blocks for yes in known[c.name]["feedback"]]
+    assert sum(kept) > 0.7 * len(kept)
+    before = [_margins(made, row) for row in range(len(made.reference))]
+    modules = dict(made.model.named_modules())
+    predicted, real, plain = [], [], []
+    for component, own in zip(blocks, costs, strict=True):
+        name = component.name
+        weights, target = made.weights(name), modules[module_name(component.name)]
+        sizes = [component.size_bytes(t) for t in types]
+        hull = convex_hull(sizes, own)
+        importance = made.activations.importance(name)
+        rounded = component_costs(made.activations, component, types, weights, CPU, importance)
+        for j in hull:
+            data = shipped.blocks(component, types[j])
+            new = ggml.dequantize(types[j].type, data, component.row_length)
+            if "attn_q" in name:
+                new = _hf_rows(new, made.checkpoint.config.heads)
+            kind = activation_kind(types[j].type)
+            handle = target.register_forward_pre_hook(
+                lambda _, args, kind=kind: (round_activations(args[0][0], kind)[None],)
+            )
+            target.weight.data = torch.from_numpy(new)
+            predicted.append(own[j])
+            plain.append(rounded[j])
+            real.append(_margin_change(made, before))
+            target.weight.data = torch.from_numpy(weights)
+            handle.remove()
+    assert len(real) >= 2 * len(blocks)
+    assert 0.5 < sum(predicted) / sum(real) < 2
+    assert _spearman(np.array(predicted), np.array(real)) > 0.8
+    # Feedback is for something, both in what is said and in what is.
+    assert sum(real) < 0.8 * sum(plain)
+
+
+def test_a_sparse_plan_finds_its_dense_blocks(
+    made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The search gives zeros back where there are too many, down to a dense Q8_0 or F16, which
+    need not be the best choice of its size; its blocks have to be there all the same."""
+    component = made.component("blk.1.ffn_gate")
+    choices = [Treatment("Q8_0"), Treatment("Q6_K"), Treatment("F16"), Treatment("Q8_0", 0.1)]
+    monkeypatch.setattr(module, "component_costs", lambda *_: [0.3, 0.2, 0.1, 0.4])
+    shipped, results = Shipped(tmp_path / "shipped", made.checkpoint), tmp_path / "costs.jsonl"
+    sensitivity(
+        made.activations,
+        [component],
+        [choices],
+        made.checkpoint.hf_tensor,
+        CPU,
+        False,
+        results,
+        calibration=made.calibration,
+        shipped=shipped,
+    )
+    assert json.loads(results.read_text())["feedback"] == [True, True, False, False]
+    for treatment in choices:
+        assert shipped.blocks(component, treatment).shape[0] == component.rows
+
+
+class _Foreign:
+    """The measured inputs and gradients with signs thrown over their columns: plain rounding does
+    not mind, while what feedback takes to cancel adds up for every other pair of columns."""
+
+    def __init__(self, made: Made, component: Component) -> None:
+        random, a = np.random.default_rng(0), made.activations
+        self.x = a.inputs(component.name) * random.choice([-1, 1], component.row_length)
+        self.g = a.gradients(component.name)[0] * random.choice([-1, 1], component.rows)
+        self.output_tokens = len(self.x)
+
+    def inputs(self, _: str) -> Any:
+        return self.x.astype(np.float32)
+
+    def token_weights(self, _: str) -> Any:
+        return np.ones(len(self.x), np.float32)
+
+    def gradients(self, _: str) -> Any:
+        return self.g.astype(np.float32)
+
+
+FOREIGN = [Treatment(t) for t in ("F16", "Q8_0", "Q4_K", "Q4_0")] + [Treatment("Q8_0", 0.3)]
+
+
+def _local_errors(made: Made, name: str, values: list[np.ndarray[Any, Any]]) -> list[float]:
+    """tr(G E H E') on the measured sequences by its definition, float64."""
+    x = made.activations.inputs(name).astype(np.float64)
+    g = made.activations.gradients(name).astype(np.float64)
+    v = np.sqrt((g**2).mean((0, 2)))
+    h, heard = (x.T * v) @ x / v.sum(), v > 0  # in the last block few tokens are heard of
+    outer = (g[0][heard].T / v[heard]) @ g[0][heard]  # one draw of signs is judged by
+    errors = [new.astype(np.float64) - made.weights(name) for new in values]
+    return [float(np.trace(outer @ e @ h @ e.T)) for e in errors]
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("name", ["blk.0.attn_v", "blk.1.ffn_gate", "blk.2.ffn_down"])
+def test_feedback_is_kept_where_the_local_error_is_smaller(
+    made: Made, monkeypatch: pytest.MonkeyPatch, name: str, foreign: bool
+) -> None:
+    component, weights = made.component(name), made.weights(name)
+    tried: dict[Treatment, tuple[Any, torch.Tensor]] = {}
+
+    def recorded(w: Any, types: Any, *rest: Any) -> Any:
+        out = compensate(w, types, *rest)
+        tried.update({Treatment(t): o for t, o in zip(types, out, strict=True)})
+        return out
+
+    monkeypatch.setattr(module, "compensate", recorded)
+    monkeypatch.setattr(module, "JUDGED_STEP", 1)
+    calibration: Any = made.calibration
+    if foreign:
+        monkeypatch.setattr(module, "damping_for", lambda *_: 0.01)  # trust them fully
+        calibration = _Foreign(made, component)
+    importance, kept = fit_component(
+        calibration, made.activations, component, FOREIGN, weights, CPU
+    )
+    assert {t.type for t in tried} == {"Q8_0", "Q4_K", "Q4_0"}  # neither F16 nor zeros
+    expected = set()
+    for treatment, (_, values) in tried.items():
+        plain = treated_values(weights, treatment, importance)
+        with_feedback, without = _local_errors(made, name, [values.numpy(), plain])
+        assert abs(with_feedback / without - 1) > 1e-4  # no close call
+        if with_feedback < without:
+            expected.add(treatment)
+    assert set(kept) == expected
+    assert (len(kept) < 3) if foreign else kept
+    for treatment, (data, values) in kept.items():
+        found = ggml.dequantize(treatment.type, data, component.row_length)
+        assert np.array_equal(found, values.numpy())
+    if foreign:
+        assert np.allclose(importance, np.square(calibration.x).mean(0), rtol=1e-4)
+
+
+def _worse(w: torch.Tensor, types: Any, *_: Any) -> Any:
+    """Valid blocks, but of weights a tenth too large."""
+    out = []
+    for kind in types:
+        data = ggml.quantize(kind, 1.1 * w.numpy())
+        out.append((data, torch.from_numpy(ggml.dequantize(kind, data, w.shape[1]))))
+    return out
+
+
+def test_else_costs_and_blocks_are_plain_roundings(
+    made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    component, results = made.component("blk.1.ffn_gate"), tmp_path / "costs.jsonl"
+    weights = made.weights(component.name)
+    monkeypatch.setattr(module, "compensate", _worse)
+    shipped = Shipped(tmp_path / "shipped", made.checkpoint)
+    (costs,) = sensitivity(
+        made.activations,
+        [component],
+        [FOREIGN],
+        made.checkpoint.hf_tensor,
+        CPU,
+        False,
+        results,
+        calibration=made.calibration,
+        shipped=shipped,
+    )
+    assert json.loads(results.read_text())["feedback"] == [False] * len(FOREIGN)
+    importance, kept = fit_component(
+        made.calibration, made.activations, component, FOREIGN, weights, CPU
+    )
+    assert kept == {}
+    expected = component_costs(made.activations, component, FOREIGN, weights, CPU, importance)
+    assert costs == expected
+    for treatment in FOREIGN:
+        found = shipped.blocks(component, treatment)
+        assert np.array_equal(found, treat(weights, treatment, importance))
+
+
+@pytest.mark.parametrize("kind", ["made", "tied"])
+def test_feedback_of_the_ends(kind: str, request: pytest.FixtureRequest) -> None:
+    """Kept where it lowers the cost, which is then that of its values put in for real."""
+    m: Made = request.getfixturevalue(kind)
+    is_tied = kind == "tied"
+    name = "token_embd" if is_tied else "output"
+    component, weights = m.component(name), m.weights(name)
+    importance = m.activations.importance(name)
+    choices = [Treatment(t) for t in ("F16", "Q8_0", "Q4_K", "Q4_0")]
+    given = m.activations, component, choices, weights, importance, is_tied
+    plain, none = edge_costs(*given)
+    feedback = edge_feedback(m.calibration, {}, component, is_tied)
+    costs, kept = edge_costs(*given, feedback)
+    assert none == [False] * 4 and kept[0] is False and any(kept)
+    for j, treatment in enumerate(choices):
+        assert (costs[j] < plain[j]) if kept[j] else (costs[j] == plain[j]), treatment
+        if not kept[j]:
+            continue
+        ((_, values),) = compensate(torch.from_numpy(weights), [treatment.type], feedback)
+        new = values.numpy()
+        total = 0.0
+        for row in range(len(m.reference)):
+            with torch.no_grad():
+                hidden = m.model.model(input_ids=m.ids(row), use_cache=False).last_hidden_state[0]
+            at = hidden[m.positions(row)]
+            rounded = round_activations(at, activation_kind(treatment.type)).numpy()
+            top = m.reference.top_ids[row, : len(at), :2]
+            change = np.take_along_axis(rounded @ new.T - at.numpy() @ weights.T, top, 1)
+            total += float(np.square(change[:, 0] - change[:, 1], dtype=np.float64).sum())
+            a, b = m.activations.edges[row : row + 2]
+            error = (new - weights)[m.ids(row)[0].numpy()]
+            z = (m.activations.gradients("token_embd")[:, a:b] * error).sum((1, 2))
+            total += is_tied * float(np.square(z, dtype=np.float64).sum() / SIGN_DRAWS)
+        expected = total / int(m.reference.generated_lengths.sum())
+        assert costs[j] == pytest.approx(expected, rel=0.01), treatment
+
+
+@pytest.mark.parametrize("name", ["output", "token_embd"])
+def test_feedback_of_the_ends_that_does_not_help_is_not_taken(
+    made: Made, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    component, weights = made.component(name), made.weights(name)
+    choices = [Treatment("Q8_0"), Treatment("Q4_0")]
+    given = made.activations, component, choices, weights, None, False
+    plain = edge_costs(*given)[0]
+    monkeypatch.setattr(module, "compensate", _worse)
+    feedback = edge_feedback(made.calibration, {}, component, False)
+    assert edge_costs(*given, feedback) == (plain, [False, False])
+
+
+def test_given_importance_takes_the_place_of_our_own(made: Made, tmp_path: Path) -> None:
+    """An imatrix is of the original model: the equalized one's inputs are larger by the scales."""
+    component = made.component("blk.1.ffn_gate")
+    vector = np.random.default_rng(2).uniform(0.1, 3, 256).astype(np.float32)
+    choices, weights = [Treatment("Q4_0"), Treatment("F16")], made.weights(component.name)
+    scale = np.random.default_rng(3).uniform(0.5, 2, 256).astype(np.float32)
+    for scales, effective in (({}, vector), ({"blk.1.ffn_gate": scale}, vector * scale * scale)):
+        activations = Activations(made.activations.folder, made.reference, made.components)
+        activations.scales, activations.config = scales, made.checkpoint.config
+        for calibration in (None, made.calibration):
+            results = tmp_path / f"{len(scales)}-{calibration is None}.jsonl"
+            shipped = Shipped(results.with_suffix(""), made.checkpoint)
+            (costs,) = sensitivity(
+                activations,
+                [component],
+                [choices],
+                made.checkpoint.hf_tensor,
+                CPU,
+                False,
+                results,
+                calibration=calibration,
+                shipped=shipped,
+                imatrix={component.name: vector},
+            )
+            with np.load(shipped.folder / f"{component.name}.npz") as head:
+                assert np.allclose(head["importance"], effective, rtol=1e-6)
+            if calibration is None:
+                expected = component_costs(activations, component, choices, weights, CPU, effective)
+                assert costs == pytest.approx(expected, rel=1e-6)
+                assert json.loads(results.read_text())["feedback"] == [False, False]

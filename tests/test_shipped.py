@@ -165,9 +165,7 @@ def _lost(shipped: Shipped, made: Made) -> None:
 
 @pytest.mark.parametrize("name", ["blk.0.ffn_up.npz", "blk.0.ffn_up.Q4_0.npy"])
 @pytest.mark.parametrize("left", [None, 0, 5, 0.5, 0.99])
-def test_lost_and_truncated_files(
-    made: Made, kept: Shipped, name: str, left: float | None
-) -> None:
+def test_lost_and_truncated_files(made: Made, kept: Shipped, name: str, left: float | None) -> None:
     path = kept.folder / name
     assert kept.blocks(made.component("blk.0.ffn_up"), KIND).any()
     whole = path.read_bytes()
