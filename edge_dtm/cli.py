@@ -302,13 +302,13 @@ def recipe(bundle: Path, output: Path | None) -> None:
     from edge_dtm.tensor_types import quantize_command, write_tensor_types
 
     plan = Plan.from_json(_read_json(bundle / "plan.json"))
-    found = sorted((bundle / "work").glob("imatrix-*.npz"), key=lambda p: p.stat().st_mtime)
-    if not found:
+    key = _read_json(bundle / "manifest.json").get("provenance", {}).get("work_key")
+    path = bundle / "work" / f"imatrix-{key}.npz"
+    if not path.is_file():
         raise EdgeDtmError(
-            f"{bundle / 'work'} holds no importance vectors: run edge-dtm compress again (an "
-            "unpacked bundle has no work folder)"
+            f"{path} is missing: run edge-dtm compress again (an unpacked bundle has no work folder)"
         )
-    vectors, tokens = load_imatrix(found[-1])
+    vectors, tokens = load_imatrix(path)
     folder = output or bundle.resolve().with_name(f"{bundle.resolve().name}-recipe")
     folder.mkdir(parents=True, exist_ok=True)
     types, matrix = folder / "tensor-types.txt", folder / "imatrix.gguf"

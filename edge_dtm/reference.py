@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -137,7 +138,17 @@ def load_npz(
             return {name: data[name] for name in names}, meta
     except FileNotFoundError:
         raise EdgeDtmError(f"{path} does not exist") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        RuntimeError,
+        AttributeError,
+    ) as error:
         raise EdgeDtmError(f"{path} is no readable {kind} file ({error}): make it again") from None
 
 

@@ -195,4 +195,5 @@ class Calibration:
         return out / positions
 
     def remove(self) -> None:
+        (self.folder / "sums.npz").unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)

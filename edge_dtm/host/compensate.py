@@ -40,7 +40,7 @@ def second_moments(inputs: torch.Tensor, token_weights: torch.Tensor | None) -> 
     an error at that token matters; the mean square of the margins' gradient at the component's
     outputs makes H the input side of the margins' Gauss-Newton matrix. None: all alike.
     """
-    if token_weights is None:
+    if token_weights is None or not float(token_weights.sum()):  # no margin hears of it
         return inputs.T @ inputs / len(inputs)
     root = (token_weights / token_weights.sum()).sqrt()[:, None]
     scaled = inputs * root
@@ -65,7 +65,8 @@ def scaled_gradients(gradients: torch.Tensor, token_weights: torch.Tensor) -> to
 
 def effective_tokens(token_weights: torch.Tensor) -> float:
     """How many equally weighted tokens know as much (Kish's effective sample size)."""
-    return float(token_weights.sum().square() / token_weights.square().sum())
+    squares = float(token_weights.square().sum())
+    return float(token_weights.sum().square()) / squares if squares else float(len(token_weights))
 
 
 def damping_for(tokens: float, row_length: int) -> float:
@@ -80,11 +81,11 @@ def damping_for(tokens: float, row_length: int) -> float:
 class Feedback:
     """One component's damped second moments and their factors, shared by all types.
 
-    moments: float32 (row_length, row_length), on the device that is to do the work. The factors
-    are made in float64. EdgeDtmError when the moments are not finite.
+    moments: float32 (row_length, row_length), on the device that is to do the work; damping: see
+    damping_for, None when they are damped already. The factors are made in float64. EdgeDtmError when the moments are not finite.
     """
 
-    def __init__(self, moments: torch.Tensor, damping: float) -> None:
+    def __init__(self, moments: torch.Tensor, damping: float | None) -> None:
         if not bool(torch.isfinite(moments).all()):
             raise EdgeDtmError(
                 "a component's inputs are not finite on the calibration prompts: the model "
@@ -92,8 +93,9 @@ class Feedback:
             )
         n = len(moments)
         mean = moments.diagonal().double().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        self.moments = (moments.double() / mean).float()
-        self.moments.diagonal().add_(damping)
+        self.moments = moments if damping is None else (moments.double() / mean).float()
+        if damping is not None:
+            self.moments.diagonal().add_(damping)
         self._upper = _inverse_upper_factor(self.moments.double())
         self.importance = np.ascontiguousarray(self.moments.diagonal().cpu().numpy())
         self.row_length = n

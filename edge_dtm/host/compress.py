@@ -319,7 +319,9 @@ class Pipeline:
             self.work / f"calibration-{self.key}", reference.rows(fitted), self.components
         )
         known = read_costs(results)
-        complete = all(c.name in known for c in self.components)
+        complete = all(c.name in known for c in self.components) and (
+            not s.equalize or (self.work / f"scales-{METHOD}-{self.key}.npz").is_file()
+        )
         if complete:
             self.stages.note("Sensitivity: taken from the work folder")
         else:
@@ -608,6 +610,7 @@ class Pipeline:
             "error_feedback": s.feedback,
             "equalization": s.equalize,
             "imatrix": s.imatrix.name if s.imatrix else "our own",
+            "work_key": self.key,
             "held_out_sequences": len(held_out),
         }
         thresholds = bundle.Thresholds(
@@ -645,6 +648,8 @@ def _calibration_rows(reference: Reference) -> tuple[npt.NDArray[Any], npt.NDArr
     extra = np.flatnonzero(reference.split == EXTRA)
     # Of few prompts a third has to do for the fit.
     cut = MEASURED_SEQUENCES if len(rows) > 1.5 * MEASURED_SEQUENCES else -(-len(rows) * 2 // 3)
+    if not len(extra):
+        cut = max(1, min(cut, len(rows) - 1))
     fitted = np.concatenate([rows[cut:], extra])
     return rows[:cut], fitted if len(fitted) else rows
 

@@ -5,10 +5,11 @@ the gain of a norm against the columns it feeds, rows of `ffn_up` against column
 rows of `attn_v` against columns of `attn_output`. In a block of n channels that share a scale,
 rounding the inputs to int8 does harm of about max_j (x_j s_j)^2 sum_j (b_j / s_j)^2 and rounding
 the columns of about max_j (w_j / s_j)^2 sum_j (x_j s_j)^2, with x_j the size of an input, b_j of
-the margins' gradient there and w_j of the column. With b proportional to w, both are least (Cauchy
-and Schwarz) where (x_j s_j)^2 ~ (b_j / s_j)^2, so s_j = sqrt(b_j / x_j). That is SmoothQuant's
-(arXiv 2211.10438) and AWQ's (arXiv 2306.00978) idea, with the gradient deciding what matters. A
-block's scale follows its largest member, not the typical one, so the exponent is tried out.
+the margins' gradient there and w_j of the column. With sums in the place of the largest, and b
+proportional to w, both are least (Cauchy and Schwarz) where (x_j s_j)^2 ~ (b_j / s_j)^2, so
+s_j = sqrt(b_j / x_j). A block's scale does follow its largest member, so that the exponent is
+tried out. That is SmoothQuant's (arXiv 2211.10438) and AWQ's (arXiv 2306.00978) idea, with the
+gradient deciding what matters.
 """
 
 from __future__ import annotations
@@ -173,7 +174,8 @@ def logit_difference(model: Any, reference: Reference) -> float:
         logits = model(input_ids=ids, use_cache=False).logits[0, first : first + count].float()
         top = torch.from_numpy(reference.top_ids[row, :count].astype(np.int64)).to(device)
         wanted = torch.from_numpy(reference.top_logits[row, :count]).to(device)
-        worst = max(worst, float((logits.gather(1, top) - wanted).abs().max()))
+        # Not max(): that passes over NaN.
+        worst = float(np.maximum(worst, float((logits.gather(1, top) - wanted).abs().max())))
         largest = max(largest, float(wanted.abs().max()))
     return worst / max(largest, 1e-30)
 

@@ -41,7 +41,7 @@ from edge_dtm.host.compensate import (
 from edge_dtm.host.equalize import Scales, input_scale, output_scale
 from edge_dtm.host.shipped import Shipped, takes_feedback
 from edge_dtm.host.treat import prune_order, treated_values
-from edge_dtm.plan import Component, Treatment
+from edge_dtm.plan import SPARSE_TYPES, Component, Treatment
 from edge_dtm.reference import Reference
 from edge_dtm.search import convex_hull
 
@@ -171,6 +171,7 @@ class Activations:
         return (total / len(x)).astype(np.float32)
 
     def remove(self) -> None:
+        self._state_file.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -436,7 +437,10 @@ def _measure(
         hull = convex_hull(
             [component.size_bytes(choices[j]) for j in dense], [costs[j] for j in dense]
         )
-        for t in (choices[dense[i]] for i in hull):
+        chosen = {choices[dense[i]] for i in hull}
+        if len(dense) < len(choices):  # zeros may be given back down to the dense type
+            chosen |= {choices[j] for j in dense if choices[j].type in SPARSE_TYPES}
+        for t in sorted(chosen):
             if shipped and t in kept:
                 shipped.save(component, t, kept[t][0])
     else:

@@ -99,7 +99,7 @@ class Shipped:
                 moments = torch.from_numpy(kept["moments"])
             if takes_feedback(treatment) and treatment.type in types:
                 if len(moments):
-                    feedback = Feedback(moments, 0.0)
+                    feedback = Feedback(moments, None)
                     weights = torch.from_numpy(self._weights(component))
                     return compensate(weights, [treatment.type], feedback)[0][0]
                 data: ByteArray = np.load(path, mmap_mode="r", allow_pickle=False)
