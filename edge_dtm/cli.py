@@ -306,7 +306,8 @@ def recipe(bundle: Path, output: Path | None) -> None:
     path = bundle / "work" / f"imatrix-{key}.npz"
     if not path.is_file():
         raise EdgeDtmError(
-            f"{path} is missing: run edge-dtm compress again (an unpacked bundle has no work folder)"
+            f"{bundle / 'work'} holds no importance vectors of this bundle: run edge-dtm compress "
+            "again (an unpacked bundle has no work folder)"
         )
     vectors, tokens = load_imatrix(path)
     folder = output or bundle.resolve().with_name(f"{bundle.resolve().name}-recipe")

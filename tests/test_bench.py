@@ -141,8 +141,10 @@ def test_quality(
     assert all(a["size_bytes"] <= four["limit_bytes"] for a in data["ablations"])
     full = variants["full method"]
     assert full["gguf_sha256"] == four["ours"]["gguf_sha256"]
-    assert full["sdt"]["value"] > data["noise_floor"]["sdt"]["value"]
-    assert full["sdt_ratio_to_full"]["value"] == 1
+    assert full["sdt"]["value"] >= data["noise_floor"]["sdt"]["value"]
+    # On this model the full method may reach the floor, and then a ratio above it is none.
+    reached = full["sdt"]["value"] == data["noise_floor"]["sdt"]["value"]
+    assert full["sdt_ratio_to_full"]["value"] == (None if reached else 1)
     # Other blocks make another file; other costs with the same blocks may find the same plan.
     files_made = {a["gguf_sha256"] for n, a in variants.items() if not n.endswith("as cost")}
     assert len(files_made) == len(variants) - 2

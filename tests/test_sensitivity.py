@@ -413,7 +413,7 @@ def test_costs_of_shipped_blocks_are_the_margins_real_change(
             real.append(_margin_change(made, before))
             target.weight.data = torch.from_numpy(weights)
             handle.remove()
-    assert len(real) >= 2 * len(blocks)
+    assert len(real) > len(blocks)  # most matrices have two or more types on their hull
     assert 0.5 < sum(predicted) / sum(real) < 2
     assert _spearman(np.array(predicted), np.array(real)) > 0.8
     # Feedback is for something, both in what is said and in what is.
