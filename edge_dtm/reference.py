@@ -138,6 +138,7 @@ def load_npz(
             return {name: data[name] for name in names}, meta
     except FileNotFoundError:
         raise EdgeDtmError(f"{path} does not exist") from None
+    # A flipped bit in a zip's head reads as an unknown compression, encryption or version.
     except (
         OSError,
         ValueError,

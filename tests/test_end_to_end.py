@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from conftest import load_script
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -37,15 +35,6 @@ LINES = [
 ]
 
 
-def _tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found
-    spec.loader.exec_module(found)
-    return found
-
-
 def _run(*arguments: str | Path) -> Result:
     result = CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
@@ -55,7 +44,7 @@ def _run(*arguments: str | Path) -> Result:
 @pytest.mark.slow
 def test_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not (default_model_dir() / "config.json").is_file():
-        assert _tool("make_smollm2").main([]) == 0
+        assert load_script("make_smollm2").main([]) == 0
     monkeypatch.setattr(compress, "SAMPLED_PROMPTS", 4)
     prompts, bundle, packed = (tmp_path / n for n in ("p.txt", "bundle", "b.tar.zst"))
     prompts.write_text("\n".join(LINES) + "\n")

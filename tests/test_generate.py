@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -35,24 +32,6 @@ TEXTS = [
     "{",
     "What is two plus two?",
 ]
-
-
-def _tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found
-    spec.loader.exec_module(found)
-    return found
-
-
-@pytest.fixture(scope="session")
-def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # One for all test modules that ask for it under this name.
-    folder = tmp_path_factory.getbasetemp() / "tiny-trained"
-    if not folder.exists():
-        _tool("make_tiny_llama").make_tiny_llama(folder, steps=STEPS)
-    return folder
 
 
 @pytest.fixture(scope="session")

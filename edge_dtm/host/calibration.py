@@ -44,7 +44,8 @@ class Calibration:
         self._rows = {c.name: c.rows for c in components if c.in_block}
         self.output_tokens = int(self.edges[min(OUTPUT_SEQUENCES, len(reference))])
         self._sums: dict[str, npt.NDArray[Any]] = {}
-        self._done, self._scales = 0, {}  # type: int, dict[str, float]
+        self._done = 0
+        self._scales: dict[str, float] = {}
         self._load()
 
     @property

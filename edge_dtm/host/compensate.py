@@ -5,7 +5,8 @@ component's inputs. Block by block with ggml's own quantizer, first in one sweep
 block's error is passed on to the columns not yet rounded (the optimal-brain-surgeon update of
 GPTQ, arXiv 2210.17323, at ggml's block granularity), then in sweeps that round each block again
 with all others fixed and keep the new numbers of a row only where they are better (block
-coordinate descent). The result is ordinary blocks of the GGML type.
+coordinate descent). With the moments of the margins' gradients at the outputs, rows make up for
+each other in the same way. The result is ordinary blocks of the GGML type.
 """
 
 from __future__ import annotations
@@ -37,8 +38,7 @@ def second_moments(inputs: torch.Tensor, token_weights: torch.Tensor | None) -> 
     """H = sum_t v_t x_t x_t' / sum_t v_t, float32 (row_length, row_length).
 
     inputs: float32 (tokens, row_length). token_weights: float32 (tokens,), not negative: how much
-    an error at that token matters; the mean square of the margins' gradient at the component's
-    outputs makes H the input side of the margins' Gauss-Newton matrix. None: all alike.
+    an error at that token matters, see Calibration.token_weights. None: all alike.
     """
     if token_weights is None or not float(token_weights.sum()):  # no margin hears of it
         return inputs.T @ inputs / len(inputs)
@@ -82,7 +82,8 @@ class Feedback:
     """One component's damped second moments and their factors, shared by all types.
 
     moments: float32 (row_length, row_length), on the device that is to do the work; damping: see
-    damping_for, None when they are damped already. The factors are made in float64. EdgeDtmError when the moments are not finite.
+    damping_for, None when they are damped already. The factors are
+    made in float64. EdgeDtmError when the moments are not finite.
     """
 
     def __init__(self, moments: torch.Tensor, damping: float | None) -> None:
