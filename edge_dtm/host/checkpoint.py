@@ -70,6 +70,10 @@ class Checkpoint:
         self.path, self.config = path, config
         self._hash: str | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the files itself."""
+        return open_checkpoint, (self.path,)
+
     # What a source has to provide.
     @property
     def tokenizer(self) -> Tokenizer:

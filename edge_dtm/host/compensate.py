@@ -12,10 +12,10 @@ each other in the same way. The result is ordinary blocks of the GGML type.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +26,10 @@ from edge_dtm.errors import EdgeDtmError
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
+BoolArray = npt.NDArray[np.bool_]
 
 DESCENT_SWEEPS = 1
 ROW_GROUPS = 24
-SLOW_TYPES = ("IQ4_NL", "Q4_1", "Q5_1")  # ggml searches longer for their scales
 ROWS_AT_ONCE = 192  # a few groups even in narrow matrices, wide enough for the products
 MIN_DAMPING, MAX_DAMPING = 0.03, 5.0
 
@@ -152,38 +152,52 @@ def compensate(
     outputs, (rows, rows): then rows make up for each other too. The work is divided the same way
     whatever `threads`, so the result does not depend on it.
     """
+    rows = len(weights)
     for type_name in types:
         feedback.prepare(ggml.block_size(type_name))
-    rows = len(weights)
     if outputs is None:
         edges = [*range(0, rows, ROWS_AT_ONCE), rows]
         parts = [weights[a:b].contiguous() for a, b in pairwise(edges)]
+        batches = [[t] for t in types]
     else:
         outputs.prepare(_group_rows(rows))
         parts = [weights]
-    tasks = [(part, t) for t in types for part in parts]
-    # Slow types first, so that no thread is left with one of them at the end.
-    order = sorted(range(len(tasks)), key=lambda i: (tasks[i][1] not in SLOW_TYPES, i))
-    done: list[Any] = [None] * len(tasks)
+        # Types of one block size go through the many small steps side by side.
+        sizes = sorted({ggml.block_size(t) for t in types})
+        batches = [[t for t in types if ggml.block_size(t) == size] for size in sizes]
+    tasks = [(part, batch) for batch in batches for part in parts]
+    count = threads or os.cpu_count() or 1
+    # torch and threads of our own would fight over the cores.
+    with (
+        one_torch_thread(),
+        ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        if outputs is None:
+            done = list(
+                pool.map(lambda task: _compensate(*task, feedback, None, sweeps, None), tasks)
+            )
+        else:
+            apart = pool if count > 1 else None
+            done = [_compensate(*task, feedback, outputs, sweeps, apart) for task in tasks]
+    found: dict[str, list[tuple[ByteArray, torch.Tensor]]] = {t: [] for t in types}
+    for (_, batch), made in zip(tasks, done, strict=True):
+        for type_name, data, values in zip(batch, *made, strict=True):
+            found[type_name].append((data, values))
+    return [
+        (np.concatenate([d for d, _ in found[t]]), torch.cat([v for _, v in found[t]]))
+        for t in types
+    ]
 
-    def work(i: int) -> None:
-        done[i] = _compensate(*tasks[i], feedback, outputs, sweeps)
 
-    # One thread a task: ggml and torch would otherwise fight over the cores block by block.
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Products on one thread: the same bits whatever else is going on, and cores left to others."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        torch.set_num_threads(1)
-        with ThreadPoolExecutor(
-            threads or os.cpu_count() or 1, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            list(pool.map(work, order))
+        yield
     finally:
         torch.set_num_threads(before)
-    out = []
-    for i in range(len(types)):
-        found = done[i * len(parts) : (i + 1) * len(parts)]
-        out.append((np.concatenate([p[0] for p in found]), torch.cat([p[1] for p in found])))
-    return out
 
 
 def _group_rows(rows: int) -> int:
@@ -195,12 +209,13 @@ def _group_rows(rows: int) -> int:
 @torch.no_grad()
 def _compensate(
     weights: torch.Tensor,
-    type_name: str,
+    types: Sequence[str],
     feedback: Feedback,
     outputs: Feedback | None,
     sweeps: int,
-) -> tuple[ByteArray, torch.Tensor]:
-    """`compensate` for one type, on the calling thread.
+    pool: ThreadPoolExecutor | None,
+) -> tuple[list[ByteArray], torch.Tensor]:
+    """`compensate` for types of one block size; the values are (types, rows, row_length).
 
     With `outputs` tr(G E H E') is made small, E = w - q, G and H the moments of the margins'
     gradients at the outputs and of the inputs. Given the errors of other rows, the best real
@@ -208,77 +223,104 @@ def _compensate(
     pass: with the rows still to come free to follow), and H decides how to round to these. This
     is two-sided rounding as in YAQA (arXiv 2505.22988), by groups of rows.
     """
-    rounder = _Rounder(type_name, feedback, len(weights), weights.device)
+    rounder = _Rounder(types, feedback, len(weights), weights.device, pool)
     if outputs is None:
-        here = slice(0, len(weights))
-        rounder.pass_on(weights, here)
+        here, target = slice(0, len(weights)), weights.expand(len(types), -1, -1)
+        rounder.pass_on(target, here)
         for _ in range(sweeps):
-            rounder.descend(weights, here)
+            rounder.descend(target, here)
         return rounder.data, rounder.values
     size, moments = _group_rows(len(weights)), outputs.moments
     groups = outputs.blocks(size)
-    shifted = torch.empty_like(weights)
+    shifted = torch.empty_like(rounder.values)
     for i, (passing, _) in enumerate(groups):
         here = slice(i * size, min((i + 1) * size, len(weights)))
-        target = weights[here] - passing.T @ shifted[: here.start]
+        target = weights[here] - passing.T @ shifted[:, : here.start]
         rounder.pass_on(target, here)
-        shifted[here] = target - rounder.values[here]
+        shifted[:, here] = target - rounder.values[:, here]
     error = weights - rounder.values
     for _ in range(sweeps):
         for i, (_, inverse) in enumerate(groups):
             here = slice(i * size, min((i + 1) * size, len(weights)))
-            others = moments[here] @ error - moments[here, here] @ error[here]
+            others = moments[here] @ error - moments[here, here] @ error[:, here]
             rounder.descend(weights[here] + inverse @ others, here)
-            error[here] = weights[here] - rounder.values[here]
+            error[:, here] = weights[here] - rounder.values[:, here]
     return rounder.data, rounder.values
 
 
 class _Rounder:
-    """Blocks and values of one matrix as they come to be, for some rows at a time."""
+    """Blocks and values of one matrix as they come to be, for some rows at a time, in several
+    types of one block size. values: (types, rows, row_length)."""
 
-    def __init__(self, type_name: str, feedback: Feedback, rows: int, device: torch.device) -> None:
-        self.type, self.feedback = type_name, feedback
-        self.block = ggml.block_size(type_name)
-        self.block_bytes = ggml.row_bytes(type_name, self.block)
+    def __init__(
+        self,
+        types: Sequence[str],
+        feedback: Feedback,
+        rows: int,
+        device: torch.device,
+        pool: ThreadPoolExecutor | None,
+    ) -> None:
+        self.types, self.feedback, self.pool = types, feedback, pool
+        self.block = ggml.block_size(types[0])
         count = feedback.row_length // self.block
-        self.data = np.empty((rows, count * self.block_bytes), dtype=np.uint8)
-        self.values = torch.empty((rows, feedback.row_length), device=device)
+        self.block_bytes = [ggml.row_bytes(t, self.block) for t in types]
+        self.data = [np.empty((rows, count * n), dtype=np.uint8) for n in self.block_bytes]
+        self.values = torch.empty((len(types), rows, feedback.row_length), device=device)
 
-    def _round(self, target: torch.Tensor, columns: slice) -> tuple[ByteArray, torch.Tensor]:
-        part = ggml.quantize(
-            self.type, target.cpu().numpy(), self.feedback.importance[columns], threads=1
-        )
-        found = torch.from_numpy(ggml.dequantize(self.type, part, self.block, threads=1))
-        return part, found.to(target.device)
+    def _round(self, target: torch.Tensor, columns: slice) -> tuple[list[ByteArray], torch.Tensor]:
+        """target: (types * rows, block). Each type's blocks, and the values in target's shape."""
+        wanted = target.cpu().numpy().reshape(len(self.types), -1, self.block)
+        found = np.empty_like(wanted)
+        importance = self.feedback.importance[columns]
+
+        def work(j: int) -> ByteArray:
+            part = ggml.quantize(self.types[j], wanted[j], importance, threads=1)
+            found[j] = ggml.dequantize(self.types[j], part, self.block, threads=1)
+            return part
+
+        parts = list((self.pool.map if self.pool else map)(work, range(len(self.types))))
+        return parts, torch.from_numpy(found).to(target.device).view(target.shape)
+
+    def _keep(self, parts: list[ByteArray], rows: slice, block: int, which: BoolArray) -> None:
+        """which: (types, rows), those whose new blocks are taken."""
+        for j, (part, n) in enumerate(zip(parts, self.block_bytes, strict=True)):
+            at = np.flatnonzero(which[j])
+            self.data[j][rows.start + at, block * n : (block + 1) * n] = part[at]
 
     def pass_on(self, target: torch.Tensor, rows: slice) -> None:
-        """Round rows to `target`, each block's error passed on to the columns behind it."""
-        error = torch.empty_like(target)
+        """Round rows to `target`, (types, rows, row_length), each block's error passed on to the
+        columns behind it."""
+        shape = target.shape
+        target = target.reshape(-1, shape[-1])
+        error, values = torch.empty_like(target), torch.empty_like(target)
+        everywhere = np.ones(shape[:2], dtype=np.bool_)
         for i, (passing, _) in enumerate(self.feedback.blocks(self.block)):
             here = slice(i * self.block, (i + 1) * self.block)
             moved = target[:, here] - error[:, : here.start] @ passing
-            part, found = self._round(moved, here)
-            self.data[rows, i * self.block_bytes : (i + 1) * self.block_bytes] = part
-            self.values[rows, here] = found
+            parts, found = self._round(moved, here)
+            self._keep(parts, rows, i, everywhere)
+            values[:, here] = found
             error[:, here] = moved - found
+        self.values[:, rows] = values.view(shape)
 
     def descend(self, target: torch.Tensor, rows: slice) -> None:
         """Round each block of the rows again, all others fixed; keep what is better."""
-        moments, values = self.feedback.moments, self.values[rows]
+        moments, shape = self.feedback.moments, target.shape
+        target = target.reshape(-1, shape[-1])
+        values = self.values[:, rows].clone().view(target.shape)
         error = target - values
         for i, (_, inverse) in enumerate(self.feedback.blocks(self.block)):
             here = slice(i * self.block, (i + 1) * self.block)
             own = moments[here, here]
             others = error @ moments[:, here] - error[:, here] @ own
             moved = target[:, here] + others @ inverse
-            part, found = self._round(moved, here)
+            parts, found = self._round(moved, here)
             old, new = moved - values[:, here], moved - found
             better = ((new @ own) * new).sum(1) < ((old @ own) * old).sum(1)
             values[:, here] = torch.where(better[:, None], found, values[:, here])
             error[:, here] = target[:, here] - values[:, here]
-            which = np.flatnonzero(better.cpu().numpy())
-            columns = slice(i * self.block_bytes, (i + 1) * self.block_bytes)
-            self.data[rows.start + which, columns] = part[which]
+            self._keep(parts, rows, i, better.view(shape[:2]).cpu().numpy())
+        self.values[:, rows] = values.view(shape)
 
 
 def local_error(

@@ -204,6 +204,9 @@ class EqualizedCheckpoint(Checkpoint):
         self.original, self.scales = original, scales
         self.on_grid, self._source_is_hf = original.on_grid, original._source_is_hf
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EqualizedCheckpoint, (self.original, self.scales)
+
     @property
     def tokenizer(self) -> Any:
         return self.original.tokenizer

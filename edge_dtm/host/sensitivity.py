@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from edge_dtm.host.compensate import (
 from edge_dtm.host.equalize import Scales, input_scale, output_scale
 from edge_dtm.host.shipped import Shipped, takes_feedback
 from edge_dtm.host.treat import prune_order, treated_values
+from edge_dtm.host.workers import in_workers, worker_count
 from edge_dtm.plan import SPARSE_TYPES, Component, Treatment
 from edge_dtm.reference import Reference
 from edge_dtm.search import convex_hull
@@ -50,6 +52,9 @@ Progress = Callable[[int], None] | None
 
 SIGN_DRAWS = 2
 JUDGED_STEP = 4  # of the measured tokens a quarter is enough to choose between two roundings
+CLEAR = 0.8  # a local error that much smaller on a quarter of the rows needs no look at the rest
+ROW_STEP = 4
+SMALL_WEIGHTS = 10_000_000  # below that, starting processes takes as long as the work
 
 
 class Activations:
@@ -283,7 +288,7 @@ def edge_costs(
     kept = [False] * len(treatments)
     if feedback is not None:
         which = [j for j, t in enumerate(treatments) if takes_feedback(t)]
-        made = compensate(w, [treatments[j].type for j in which], feedback)
+        made = compensate(w, [treatments[j].type for j in which], feedback, threads=1)
         for j, (_, values) in zip(which, made, strict=True):
             better = cost_of(treatments[j], values.numpy())
             if better < costs[j]:
@@ -300,10 +305,11 @@ def fit_component(
     weights: FloatArray,
     device: torch.device,
     vector: FloatArray | None = None,
+    threads: int | None = 1,
 ) -> tuple[FloatArray, dict[Treatment, tuple[npt.NDArray[np.uint8], torch.Tensor]]]:
     """Importance for plain rounding, float32 (row_length,), and for each treatment whose local
     error on the measured sequences feedback lowers: its blocks and values, in HF's row order.
-    vector: importance in place of our own."""
+    vector: importance in place of our own; threads: for rounding, None: all cores."""
     name = component.name
 
     def on_device(array: FloatArray) -> torch.Tensor:
@@ -333,12 +339,20 @@ def fit_component(
     judge_outputs = scaled_gradients(g[0, ::JUDGED_STEP], v[::JUDGED_STEP])
     which = [t for t in treatments if takes_feedback(t)]
     w = on_device(weights)
+
+    def plain_error(treatment: Treatment, step: int) -> float:
+        some = np.ascontiguousarray(weights[::step])
+        error = on_device(treated_values(some, treatment, importance)) - w[::step]
+        return local_error(error, judge, judge_outputs[:, ::step])
+
     kept = {}
-    made = compensate(w, [t.type for t in which], feedback, outputs)
+    made = compensate(w, [t.type for t in which], feedback, outputs, threads=threads)
     for treatment, (data, values) in zip(which, made, strict=True):
-        plain = on_device(treated_values(weights, treatment, importance))
         with_feedback = local_error(values - w, judge, judge_outputs)
-        if with_feedback < local_error(plain - w, judge, judge_outputs):
+        # Plain rounding's errors of different rows are independent: every fourth row tells.
+        if with_feedback < CLEAR * ROW_STEP * plain_error(
+            treatment, ROW_STEP
+        ) or with_feedback < plain_error(treatment, 1):
             kept[treatment] = (data, values)
     return importance, kept
 
@@ -378,45 +392,64 @@ def sensitivity(
     of our own, component -> float32 (row_length,).
     """
     known = read_costs(results)
+    missing = [
+        (component, tuple(choices), imatrix.get(component.name) if imatrix else None)
+        for component, choices in zip(components, treatments, strict=True)
+        if len(known.get(component.name, {"costs": ()})["costs"]) != len(choices)
+    ]
+    if progress and len(missing) < len(components):
+        progress(sum(c.weights for c in components) - sum(c.weights for c, *_ in missing))
+    # The longest first, so that no core is left with it at the end.
+    missing.sort(key=lambda task: -task[0].weights)
+    if device.type == "cpu" and sum(c.weights for c, *_ in missing) > SMALL_WEIGHTS:
+        needed = max(_needed_bytes(c, len(t), activations, calibration) for c, t, _ in missing)
+        workers = worker_count(len(missing), needed)
+    else:
+        workers = 1  # the GPU takes its work from one process
+    context = _Context(activations, read, device, tied, calibration, shipped)
     with results.open("a") as file:
-        for component, choices in zip(components, treatments, strict=True):
-            record = known.get(component.name)
-            if record is None or len(record["costs"]) != len(choices):
-                vector = imatrix.get(component.name) if imatrix else None
-                record = _measure(
-                    activations,
-                    component,
-                    choices,
-                    read,
-                    device,
-                    tied,
-                    calibration,
-                    shipped,
-                    vector,
-                )
-                known[component.name] = record
-                file.write("\n" * (file.tell() > 0) + json.dumps(record))
-                file.flush()
+        for (component, *_), record in in_workers(_measure, context, missing, workers):
+            known[component.name] = record
+            file.write("\n" * (file.tell() > 0) + json.dumps(record))
+            file.flush()
             if progress:
                 progress(component.weights)
     return [known[c.name]["costs"] for c in components]
 
 
+@dataclass(frozen=True)
+class _Context:
+    """What the measurement of every component needs; goes to the worker processes."""
+
+    activations: Activations
+    read: Callable[[str], FloatArray]
+    device: torch.device
+    tied: bool
+    calibration: Calibration | None
+    shipped: Shipped | None
+
+
+def _needed_bytes(
+    component: Component, types: int, activations: Activations, calibration: Calibration | None
+) -> int:
+    """About what one worker holds while it measures the component, half a GB of it libraries."""
+    tokens = int(activations.edges[-1]) * (SIGN_DRAWS + 2)
+    if calibration:
+        tokens = max(tokens, 2 * calibration.tokens)
+    rows, n = (component.rows, component.row_length) if component.in_block else (0, 0)
+    moments = 40 * max(rows, component.row_length) ** 2
+    return 2**29 + 4 * tokens * max(rows, component.row_length) + 16 * types * rows * n + moments
+
+
 def _measure(
-    activations: Activations,
-    component: Component,
-    choices: Sequence[Treatment],
-    read: Callable[[str], FloatArray],
-    device: torch.device,
-    tied: bool,
-    calibration: Calibration | None,
-    shipped: Shipped | None,
-    vector: FloatArray | None,
+    at: _Context, task: tuple[Component, Sequence[Treatment], FloatArray | None]
 ) -> dict[str, Any]:
-    """One component's line of the results."""
-    weights = read(component.name + ".weight")
+    """One component's line of the results. task: component, choices, given importance."""
+    component, choices, vector = task
+    activations, calibration, shipped = at.activations, at.calibration, at.shipped
+    weights = at.read(component.name + ".weight")
     if vector is None:
-        importance = component_importance(activations, component, tied)
+        importance = component_importance(activations, component, at.tied)
     else:
         scale = input_scale(activations.scales, component.name)
         importance = vector if scale is None else vector * scale * scale
@@ -426,11 +459,18 @@ def _measure(
         kept: dict[Treatment, tuple[npt.NDArray[np.uint8], torch.Tensor]] = {}
         if calibration:
             importance, kept = fit_component(
-                calibration, activations, component, choices, weights, device, vector
+                calibration,
+                activations,
+                component,
+                choices,
+                weights,
+                at.device,
+                vector,
+                1 if at.device.type == "cpu" else None,
             )
         values = {t: v for t, (_, v) in kept.items()}
         costs = component_costs(
-            activations, component, choices, weights, device, importance, values
+            activations, component, choices, weights, at.device, importance, values
         )
         compensated = [t in kept for t in choices]
         dense = [j for j, t in enumerate(choices) if not t.zero_share]
@@ -445,9 +485,9 @@ def _measure(
                 shipped.save(component, t, kept[t][0])
     else:
         if calibration:
-            feedback = edge_feedback(calibration, activations.scales, component, tied)
+            feedback = edge_feedback(calibration, activations.scales, component, at.tied)
         costs, compensated = edge_costs(
-            activations, component, choices, weights, importance, tied, feedback
+            activations, component, choices, weights, importance, at.tied, feedback
         )
     if shipped:
         types = [t.type for t, yes in zip(choices, compensated, strict=True) if yes]
