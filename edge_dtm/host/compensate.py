@@ -31,6 +31,7 @@ BoolArray = npt.NDArray[np.bool_]
 DESCENT_SWEEPS = 1
 ROW_GROUPS = 24
 ROWS_AT_ONCE = 192  # a few groups even in narrow matrices, wide enough for the products
+ROWS_A_TASK = 64  # for a thread: a millisecond of ggml's work at most
 MIN_DAMPING, MAX_DAMPING = 0.03, 5.0
 
 
@@ -172,13 +173,13 @@ def compensate(
         one_torch_thread(),
         ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
-        if outputs is None:
-            done = list(
-                pool.map(lambda task: _compensate(*task, feedback, None, sweeps, None), tasks)
-            )
-        else:
-            apart = pool if count > 1 else None
-            done = [_compensate(*task, feedback, outputs, sweeps, apart) for task in tasks]
+        inside = pool if outputs is not None and count > 1 else None
+
+        def work(task: tuple[torch.Tensor, list[str]]) -> tuple[list[ByteArray], torch.Tensor]:
+            part, batch = task
+            return _compensate(part, batch, feedback, outputs, sweeps, inside)
+
+        done = list((pool.map if outputs is None else map)(work, tasks))
     found: dict[str, list[tuple[ByteArray, torch.Tensor]]] = {t: [] for t in types}
     for (_, batch), made in zip(tasks, done, strict=True):
         for type_name, data, values in zip(batch, *made, strict=True):
@@ -273,12 +274,24 @@ class _Rounder:
         found = np.empty_like(wanted)
         importance = self.feedback.importance[columns]
 
-        def work(j: int) -> ByteArray:
-            part = ggml.quantize(self.types[j], wanted[j], importance, threads=1)
-            found[j] = ggml.dequantize(self.types[j], part, self.block, threads=1)
+        rows = wanted.shape[1]
+        step = rows if self.pool is None else ROWS_A_TASK
+        tasks = [
+            (j, slice(a, a + step)) for j in range(len(self.types)) for a in range(0, rows, step)
+        ]
+
+        def work(task: tuple[int, slice]) -> ByteArray:
+            j, here = task
+            part = ggml.quantize(self.types[j], wanted[j, here], importance, threads=1)
+            found[j, here] = ggml.dequantize(self.types[j], part, self.block, threads=1)
             return part
 
-        parts = list((self.pool.map if self.pool else map)(work, range(len(self.types))))
+        made: list[list[ByteArray]] = [[] for _ in self.types]
+        for (j, _), part in zip(
+            tasks, (self.pool.map if self.pool else map)(work, tasks), strict=True
+        ):
+            made[j].append(part)
+        parts = [np.concatenate(m) if len(m) > 1 else m[0] for m in made]
         return parts, torch.from_numpy(found).to(target.device).view(target.shape)
 
     def _keep(self, parts: list[ByteArray], rows: slice, block: int, which: BoolArray) -> None:
