@@ -25,6 +25,19 @@ TOP_K = 8
 # EXTRA: calibration that is only fitted to, never measured on; PACKAGED: the packaged prompts,
 # measured besides the held-out part of the user's own.
 CALIBRATION, HELD_OUT, EXTRA, PACKAGED = 0, 1, 2, 3
+# What numpy raises on a damaged npz file; a flipped bit in a zip's head reads as an unknown
+# compression, encryption or version.
+DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    RuntimeError,
+    AttributeError,
+)
 
 
 @dataclass(frozen=True)
@@ -138,18 +151,7 @@ def load_npz(
             return {name: data[name] for name in names}, meta
     except FileNotFoundError:
         raise EdgeDtmError(f"{path} does not exist") from None
-    # A flipped bit in a zip's head reads as an unknown compression, encryption or version.
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-        RuntimeError,
-        AttributeError,
-    ) as error:
+    except DAMAGED as error:
         raise EdgeDtmError(f"{path} is no readable {kind} file ({error}): make it again") from None
 
 

@@ -303,3 +303,15 @@ def test_what_is_fitted_to_is_not_measured(split: list[int]) -> None:
         assert not measured & fitted
     else:
         assert measured == fitted == own
+
+
+def test_damaged_sums_are_one_line(made: Made, tmp_path: Path) -> None:
+    folder = tmp_path / "calibration"
+    whole = Calibration(folder, made.reference, made.components)
+    whole.capture(made.model, CALIBRATION_SEED)
+    path = folder / "sums.npz"
+    data = path.read_bytes()
+    for bad in (data[: len(data) // 2], b"no zip at all", b""):
+        path.write_bytes(bad)
+        with pytest.raises(EdgeDtmError, match="sums.npz is damaged.*--no-resume"):
+            Calibration(folder, made.reference, made.components)

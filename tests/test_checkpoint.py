@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from conftest import load_script
 from safetensors.torch import load_file, save_file
 
 from edge_dtm.device.runner import LlamaRunner, RunSettings
@@ -31,7 +29,6 @@ from edge_dtm.host.model import load_model, module_name
 from edge_dtm.plan import uniform
 from edge_dtm.reference import HELD_OUT, TOP_K, Reference
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 VARIANTS: dict[str, dict[str, Any]] = {
     "sentencepiece": {},
@@ -41,15 +38,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama3_rope": {"rope_scaling": "llama3"},
 }
 SEQUENCES, TOKENS, PROMPT = 3, 200, 4
-
-
-def _tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found
-    spec.loader.exec_module(found)
-    return found
 
 
 def _edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -76,7 +64,7 @@ def _sharpen(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("checkpoints")
-    make = _tool("make_tiny_llama").make_tiny_llama
+    make = load_script("make_tiny_llama").make_tiny_llama
     out = {}
     for name, options in VARIANTS.items():
         out[name] = make(base / name, steps=2, layers=2, **options)

@@ -1,16 +1,14 @@
 """The checkpoint's tokenizer against llama.cpp with the vocabulary written for it."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import gguf
 import pytest
+from conftest import load_script
 
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host import tokenizer as module
@@ -39,16 +37,6 @@ PROMPTS = [r["prompt"] for r in RECORDS if "prompt" in r]
 CHATS = [r["messages"] for r in RECORDS if "messages" in r]
 
 
-def _tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found  # dataclasses look their module up there
-    spec.loader.exec_module(found)
-    return found
-
-
 def _write(path: Path, add: Callable[[gguf.GGUFWriter], None]) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     add(writer)
@@ -68,14 +56,14 @@ def _edit(folder: Path, name: str, **values: Any) -> None:
 @pytest.fixture(scope="session")
 def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tokenizer") / "sentencepiece"
-    made: Path = _tool("make_tiny_llama").make_tiny_llama(out, steps=1, verbose=False)
+    made: Path = load_script("make_tiny_llama").make_tiny_llama(out, steps=1, verbose=False)
     return made
 
 
 @pytest.fixture(scope="session")
 def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tokenizer") / "bpe"
-    made: Path = _tool("make_tiny_llama").make_tiny_llama(
+    made: Path = load_script("make_tiny_llama").make_tiny_llama(
         out, tokenizer="bpe", steps=1, verbose=False
     )
     return made
@@ -312,7 +300,7 @@ def test_llama_cpp_stays_silent(
 def test_smollm2(tmp_path: Path) -> None:
     folder = default_model_dir()
     if not (folder / "tokenizer.json").is_file():
-        assert _tool("make_smollm2").main([]) == 0
+        assert load_script("make_smollm2").main([]) == 0
     rows = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
     tokenizer = HfTokenizer.from_folder(folder, rows)
     path = _write(tmp_path / "v.gguf", tokenizer.add_metadata)

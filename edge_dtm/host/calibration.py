@@ -20,7 +20,7 @@ from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host.capture import BATCH_SEQUENCES, EMBEDDED, FINAL, Capture, input_key
 from edge_dtm.host.compensate import second_moments
 from edge_dtm.plan import Component
-from edge_dtm.reference import Reference
+from edge_dtm.reference import DAMAGED, Reference
 
 FloatArray = npt.NDArray[np.float32]
 OUTPUT_SEQUENCES = 32
@@ -67,10 +67,15 @@ class Calibration:
         path = self.folder / "sums.npz"
         if not path.is_file():
             return
-        with np.load(path, allow_pickle=False) as data:
-            self._sums = {k: data[k] for k in data.files if k != "state"}
-            state = json.loads(data["state"].tobytes().decode())
-        self._done, self._scales = state["done"], state["scales"]
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                self._sums = {k: data[k] for k in data.files if k != "state"}
+                state = json.loads(data["state"].tobytes().decode())
+            self._done, self._scales = state["done"], state["scales"]
+        except DAMAGED as error:
+            raise EdgeDtmError(
+                f"{path} is damaged ({error}): run edge-dtm compress again with --no-resume"
+            ) from None
 
     def _save(self) -> None:
         state = json.dumps({"done": self._done, "scales": self._scales}).encode()
