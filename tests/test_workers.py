@@ -64,6 +64,18 @@ def test_a_killed_process_is_an_error_in_words() -> None:
         list(in_workers(_die, None, range(6), 2))
 
 
+def _sleep(_: Any, seconds: int) -> int:
+    time.sleep(seconds)
+    return seconds
+
+
+def test_work_nobody_waits_for_is_ended() -> None:
+    """As after Ctrl-C: it would otherwise be waited for."""
+    found = in_workers(_sleep, None, [0, 3600, 3600], 2)
+    assert next(found)[0] == 0
+    found.close()  # type: ignore[attr-defined]
+
+
 def test_no_more_workers_than_memory_cores_and_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(workers, "memory_available_bytes", lambda: 10 * 2**30)

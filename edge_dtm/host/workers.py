@@ -83,15 +83,21 @@ def in_workers(
     method = mp.get_context("forkserver" if "forkserver" in kinds else "spawn")
     if "forkserver" in kinds:
         method.set_forkserver_preload([__name__, function.__module__])
+    before = set(mp.active_children())
     pool = ProcessPoolExecutor(workers, method, _start, (context,))
+    done = False
     try:
         waiting = {pool.submit(_call, function, task): task for task in tasks}
         for future in as_completed(waiting):
             yield waiting[future], future.result()
+        done = True
     except BrokenProcessPool:
         raise EdgeDtmError(
             f"one of {workers} worker processes was killed, probably for want of memory: close "
             "other programs and run again; what was measured is kept"
         ) from None
     finally:
+        if not done:  # nobody wants what is still being worked on
+            for process in set(mp.active_children()) - before:
+                process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
