@@ -46,14 +46,14 @@ class Types(click.ParamType[tuple[str, ...]]):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
-        from edge_dtm.plan import CANDIDATE_TYPES
+        from edge_dtm.plan import ALL_TYPES
 
         names = tuple(n.strip() for n in str(value).split(",") if n.strip())
-        unknown = [n for n in names if n not in CANDIDATE_TYPES]
+        unknown = [n for n in names if n not in ALL_TYPES]
         if unknown or not names:
             self.fail(
                 f"unknown types {', '.join(unknown) or '(none given)'}; choose among "
-                f"{', '.join(CANDIDATE_TYPES)}",
+                f"{', '.join(ALL_TYPES)}",
                 param,
                 ctx,
             )
@@ -121,7 +121,11 @@ def main() -> None:
     default=0.0,
     help="Average share of zeros over the block matrices.",
 )
-@click.option("--types", type=Types(), help="GGML types that may be used, with commas between.")
+@click.option(
+    "--types",
+    type=Types(),
+    help="GGML types that may be used, with commas between [default: all but Q3_K].",
+)
 @click.option("--prompts", type=PATH, help="Text lines, or JSONL with `prompt` or `messages`.")
 @click.option(
     "--tokens",

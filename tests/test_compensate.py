@@ -27,10 +27,10 @@ from edge_dtm.host.compensate import (
     local_error,
     second_moments,
 )
-from edge_dtm.plan import CANDIDATE_TYPES
+from edge_dtm.plan import ALL_TYPES
 
 Array = np.ndarray[Any, Any]
-TYPES = tuple(t for t in CANDIDATE_TYPES if t != "F16")
+TYPES = tuple(t for t in ALL_TYPES if t != "F16")
 SMALL_TYPES = tuple(t for t in TYPES if ggml.block_size(t) == 32)
 
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from edge_dtm.device.runner import _library
 from edge_dtm.errors import EdgeDtmError
-from edge_dtm.plan import CANDIDATE_TYPES, Component, Plan, Treatment, uniform
+from edge_dtm.plan import ALL_TYPES, Component, Plan, Treatment, uniform
 from edge_dtm.tensor_types import quantize_command, tensor_type_file, write_tensor_types
 
 LAYERS, HIDDEN, FFN, VOCAB = 12, 256, 512, 40
-TYPES = (*CANDIDATE_TYPES, "F32", "BF16")
+TYPES = (*ALL_TYPES, "F32", "BF16")
 SHAPES = {
     "attn_q": (HIDDEN, HIDDEN),
     "attn_k": (HIDDEN // 2, HIDDEN),

@@ -61,7 +61,7 @@ from edge_dtm.host.treat import treated_values
 from edge_dtm.inspect import describe
 from edge_dtm.metrics import BoolArray, Interval, bootstrap, divergent_mask, first_divergent_tokens
 from edge_dtm.paths import default_model_dir
-from edge_dtm.plan import Component, Plan, Treatment, uniform
+from edge_dtm.plan import ALL_TYPES, CANDIDATE_TYPES, Component, Plan, Treatment, uniform
 from edge_dtm.profiles import load_profile
 from edge_dtm.progress import Stages
 from edge_dtm.reference import CALIBRATION, HELD_OUT, Reference
@@ -521,14 +521,17 @@ def bench(
     fdt_ranking: int,
     threads: int | None,
     stages: Stages,
+    types: Sequence[str] = CANDIDATE_TYPES,
 ) -> dict[str, Any]:
-    """Everything, as what --json writes."""
+    """Everything, as what --json writes. types: those our plans may use, as `compress` had them."""
     for name in presets:
         preset_ftype(name)
     lost = [n for n in ablation_sizes if n not in presets]
     if lost:
         raise EdgeDtmError(f"--ablations: {', '.join(lost)} must be among --presets too")
-    settings = Settings(model=model, out=bundle, profile=load_profile("raspberrypi"))
+    settings = Settings(
+        model=model, out=bundle, profile=load_profile("raspberrypi"), types=tuple(types)
+    )
     run, reference = Pipeline.reopen(settings, stages, threads)
     reasons = {n: why_skipped(n, run.components) for n in presets}
     skipped = [{"preset": n, "reason": why} for n, why in reasons.items() if why]
@@ -880,6 +883,7 @@ def _commands(args: argparse.Namespace, data: Mapping[str, Any]) -> list[str]:
     name = shlex.quote(args.bundle.resolve().name)
     given = None if args.model is None else shlex.quote(args.model.resolve().name)
     options = [] if given is None else [f"--model {given}"]
+    types = f" --types {args.types}" if args.types else ""
     options.append(f"--presets {shlex.quote(args.presets)}")
     options.append(f"--ablations {shlex.quote(args.ablations or 'none')}")
     if args.fdt_ranking:
@@ -892,8 +896,8 @@ def _commands(args: argparse.Namespace, data: Mapping[str, Any]) -> list[str]:
     options += [f"--with {shown(path)}" for path in args.others]
     return [
         f"edge-dtm compress{'' if given is None else f' {given}'} -o {name} "
-        f"--tokens {data['tokens_per_prompt']} --seed {data['seed']}",
-        f"python tools/bench_quality.py {name} {' '.join(options)}",
+        f"--tokens {data['tokens_per_prompt']} --seed {data['seed']}{types}",
+        f"python tools/bench_quality.py {name} {' '.join(options)}{types}",
     ]
 
 
@@ -908,6 +912,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("bundle", metavar="WORK_BUNDLE", type=Path)
     parser.add_argument("--model", type=Path, help="HF folder or GGUF [default: SmolLM2]")
     parser.add_argument("--presets", default=DEFAULT_PRESETS, help=f"[default: {DEFAULT_PRESETS}]")
+    parser.add_argument("--types", help="those `compress` was given [default: its default]")
     parser.add_argument(
         "--ablations",
         metavar="SIZES",
@@ -943,6 +948,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--fdt-ranking must be 0 or more")
     if args.ablations is None:
         args.ablations = ",".join(n for n in _names(DEFAULT_ABLATIONS) if n in presets)
+    types = _names(args.types) if args.types else list(CANDIDATE_TYPES)
+    if unknown := [t for t in types if t not in ALL_TYPES]:
+        parser.error(f"--types: {', '.join(unknown)} is unknown, known are {', '.join(ALL_TYPES)}")
     sizes = [] if args.ablations == "none" else _names(args.ablations)
     if args.fdt_ranking and not sizes:
         parser.error("--fdt-ranking needs --ablations")
@@ -956,7 +964,7 @@ def main(argv: list[str] | None = None) -> int:
         others = [load_other(path) for path in args.others]
         data = bench(
             args.bundle, args.model or default_model_dir(), presets, sizes, args.fdt_ranking,
-            args.threads, stages,
+            args.threads, stages, types,
         )  # fmt: skip
     except EdgeDtmError as error:
         print(f"error: {error}", file=sys.stderr)
