@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -282,7 +283,8 @@ def _same_words(first: Any, second: Any, reference: Reference, near_tie: float) 
 def test_llama_cpp_says_the_same(
     made: Made, scales: Scales, tmp_path: Path, kind: str, near_tie: float
 ) -> None:
-    equalized = EqualizedCheckpoint(made.checkpoint, scales)
+    # Through a pickle, as it goes to another process.
+    equalized = pickle.loads(pickle.dumps(EqualizedCheckpoint(made.checkpoint, scales)))
     original = _replayed(made.checkpoint, made.reference, tmp_path / "o.gguf", kind)
     found = _replayed(equalized, made.reference, tmp_path / "e.gguf", kind)
     _same_words(original, found, made.reference, near_tie)

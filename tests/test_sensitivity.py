@@ -339,6 +339,37 @@ def test_a_cut_results_file_is_gone_on_with(
         assert read == []
 
 
+def test_processes_measure_the_same(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    components = [made.component(n) for n in ("blk.0.attn_q", "blk.1.ffn_down", "token_embd")]
+    choices = [[Treatment("Q8_0"), Treatment("Q4_0")] for _ in components]
+    found, blocks = [], []
+    for least in (10**9, 0):
+        monkeypatch.setattr(module, "SMALL_WEIGHTS", least)
+        folder = tmp_path / str(least)
+        folder.mkdir()
+        shipped = Shipped(folder / "shipped", made.checkpoint)
+        found.append(
+            sensitivity(
+                made.activations,
+                components,
+                choices,
+                made.checkpoint.hf_tensor,
+                CPU,
+                False,
+                folder / "costs.jsonl",
+                calibration=made.calibration,
+                shipped=shipped,
+            )
+        )
+        blocks.append(
+            {p.name: p.read_bytes() for p in (folder / "shipped").iterdir() if p.suffix == ".npy"}
+        )
+    assert found[0] == found[1]
+    assert blocks[0] and blocks[0] == blocks[1]
+
+
 def test_other_choices_are_measured_anew(
     made: Made, tmp_path: Path, reading: tuple[list[str], Any]
 ) -> None:

@@ -83,8 +83,8 @@ class Feedback:
     """One component's damped second moments and their factors, shared by all types.
 
     moments: float32 (row_length, row_length), on the device that is to do the work; damping: see
-    damping_for, None when they are damped already. The factors are
-    made in float64. EdgeDtmError when the moments are not finite.
+    damping_for, None when they are damped already. The factors are made in float64. EdgeDtmError
+    when the moments are not finite.
     """
 
     def __init__(self, moments: torch.Tensor, damping: float | None) -> None:

@@ -53,7 +53,7 @@ Progress = Callable[[int], None] | None
 SIGN_DRAWS = 2
 JUDGED_STEP = 4  # of the measured tokens a quarter is enough to choose between two roundings
 CLEAR = 0.8  # a local error that much smaller on a quarter of the rows needs no look at the rest
-ROW_STEP = 4
+ROW_STEP = 4  # of the rows a quarter, for that look
 SMALL_WEIGHTS = 10_000_000  # below that, starting processes takes as long as the work
 
 
