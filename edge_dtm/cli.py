@@ -60,6 +60,25 @@ class Types(click.ParamType[tuple[str, ...]]):
         return names
 
 
+class Removal(click.ParamType[float]):
+    """A share, or `auto`, which is the share 0: the search decides."""
+
+    name = "share"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        if value == "auto":
+            return 0.0
+        try:
+            share = float(value)
+        except ValueError:
+            share = -1.0
+        if not 0 < share < 1:
+            self.fail(f"{value!r} is no share: write auto or a number such as 0.1", param, ctx)
+        return share
+
+
 class Group(click.Group):
     """Errors for people: one line on stderr, exit status 1, no traceback."""
 
@@ -116,10 +135,54 @@ def main() -> None:
     help="Smallest file with at least this mean FDT, in tokens.",
 )
 @click.option(
+    "--max-transfer",
+    type=Bytes(),
+    help="Limit of the model's bytes after zstd, where zeros count: N, NM or NG.",
+)
+@click.option(
     "--sparsity",
-    type=click.FloatRange(0, 0.5),
+    type=click.FloatRange(0, 0.95),
     default=0.0,
     help="Average share of zeros over the block matrices.",
+)
+@click.option(
+    "--sparsity-steps",
+    type=click.IntRange(1, 50),
+    default=1,
+    show_default=True,
+    help="Reach --sparsity in so many steps, with --recover after each.",
+)
+@click.option(
+    "--mask-score",
+    type=click.Choice(["activation", "saliency", "magnitude"]),
+    default="activation",
+    show_default=True,
+    help="Which weights of a row become zero first.",
+)
+@click.option(
+    "--remove",
+    type=Removal(),
+    help="Share of the block matrices to remove whole (KV groups, neurons), or `auto`: what the "
+    "search finds worth it.",
+)
+@click.option(
+    "--recover",
+    "recover_steps",
+    type=click.IntRange(0),
+    default=0,
+    metavar="STEPS",
+    help="Train what is left, with zeros and grids held, on the original's own text.",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(["paper-int8", "paper-sparse"]),
+    help="An experiment of arXiv 2311.01544; see docs/sparsity.md.",
+)
+@click.option(
+    "--int8-share",
+    type=click.FloatRange(0, 1),
+    help="With --preset paper-int8: share of the components in Q8_0, the rest is F16 "
+    "[default: 0.8].",
 )
 @click.option(
     "--types",
@@ -167,6 +230,7 @@ def compress(
     output: Path,
     sparsity: float,
     types: tuple[str, ...] | None,
+    preset: str | None,
     **options: Any,
 ) -> None:
     """Measure MODEL (an HF folder or a GGUF), choose a treatment for every matrix, export one
@@ -177,8 +241,16 @@ def compress(
     from edge_dtm.profiles import load_profile
     from edge_dtm.progress import Stages
 
-    if sparsity and (options["max_sdt"] is not None or options["min_fdt"] is not None):
+    types, sparsity = _preset(preset, types, sparsity, options)
+    targets = options["max_sdt"] is not None or options["min_fdt"] is not None
+    if sparsity and targets:
         raise click.UsageError("--sparsity goes with a size, not with --max-sdt or --min-fdt")
+    if options["max_transfer"] is not None and (sparsity or targets):
+        raise click.UsageError(
+            "with --max-transfer the search decides on zeros: it goes with --max-bytes only"
+        )
+    if options["sparsity_steps"] > 1 and not (sparsity and options["recover_steps"]):
+        raise click.UsageError("--sparsity-steps needs --sparsity and --recover")
     device_profile = load_profile(profile)
     if model is None:
         model = default_model_dir()
@@ -201,6 +273,36 @@ def compress(
         ),
         Stages(),
     )
+
+
+def _preset(
+    preset: str | None,
+    types: tuple[str, ...] | None,
+    sparsity: float,
+    options: dict[str, Any],
+) -> tuple[tuple[str, ...] | None, float]:
+    """Types and sparsity, and in `options` the rest of what a preset asks for."""
+    if options["int8_share"] is not None and preset != "paper-int8":
+        raise click.UsageError("--int8-share goes with --preset paper-int8")
+    if preset is None:
+        return types, sparsity
+    if types or options["max_sdt"] is not None or options["min_fdt"] is not None:
+        raise click.UsageError("--preset sets the types; it takes no --types and no target")
+    if options["max_bytes"] is None:
+        options["max_bytes"] = 2**62  # the experiment, not the file, has the limit
+    if preset == "paper-int8":
+        if sparsity:
+            raise click.UsageError("--sparsity goes with --preset paper-sparse")
+        if options["int8_share"] is None:
+            options["int8_share"] = 0.8
+        # As the paper rounds: neither scales nor feedback.
+        options["equalize"] = options["feedback"] = False
+        return ("F16", "Q8_0"), 0.0
+    if not options["recover_steps"]:
+        options["recover_steps"] = 500
+    if options["sparsity_steps"] == 1:
+        options["sparsity_steps"] = 4
+    return ("F16",), sparsity or 0.75
 
 
 @main.command()

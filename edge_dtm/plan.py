@@ -20,7 +20,7 @@ CANDIDATE_TYPES = (
 # Coarser ones have to be asked for: they are worth their bytes only far below 4 bits a weight.
 ALL_TYPES = (*CANDIDATE_TYPES, "Q3_K")
 SPARSE_TYPES = ("Q8_0", "F16")
-SPARSE_LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5)
+SPARSE_LEVELS = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
 @dataclass(frozen=True, order=True)
@@ -80,14 +80,40 @@ def tensor_bytes(type_name: str, rows: int, row_length: int) -> int:
 
 
 def candidate_treatments(
-    component: Component, types: Iterable[str], sparse: bool = True
+    component: Component, types: Iterable[str], sparse: bool = True, held: float = 0.0
 ) -> list[Treatment]:
-    """The treatments a component may get: types that divide its rows, zeros only in blocks."""
+    """The treatments a component may get: types that divide its rows, zeros only in blocks. held:
+    share of zeros that it has already and that are to stay, so that nothing below comes into
+    question."""
     fitting = [t for t in types if component.fits(t)]
-    out = [Treatment(t) for t in fitting]
-    if sparse and component.in_block:
-        out += [Treatment(t, s) for t in SPARSE_TYPES if t in fitting for s in SPARSE_LEVELS]
-    return out
+    if not component.in_block or not (sparse or held):
+        return [Treatment(t) for t in fitting]
+    levels = (*([held] if held else []), *(s for s in SPARSE_LEVELS if s > held))
+    masked = [Treatment(t, s) for t in SPARSE_TYPES if t in fitting for s in levels]
+    return masked if held else [*(Treatment(t) for t in fitting), *masked]
+
+
+def least_bytes_with_zeros(
+    components: Iterable[Component], types: Iterable[str], zero_share: float
+) -> float:
+    """About the fewest bytes of all components with that average of zeros over the block matrices:
+    what has zeros has them at the highest level, the rest takes the smallest type. Infinite when
+    it cannot be reached at all."""
+    types, total, wanted, extra = tuple(types), 0.0, 0.0, []
+    for c in components:
+        sizes = {t: c.size_bytes(Treatment(t)) for t in types if c.fits(t)}
+        least = min(sizes.values())
+        total += least
+        masked = [sizes[t] for t in SPARSE_TYPES if t in sizes]
+        if c.in_block:
+            wanted += zero_share * c.weights
+            if masked:
+                extra.append(((min(masked) - least) / c.weights, c.weights * SPARSE_LEVELS[-1]))
+    for rate, zeros in sorted(extra):
+        taken = min(zeros, wanted)
+        total += rate * taken / SPARSE_LEVELS[-1]
+        wanted -= taken
+    return total if wanted <= 0.5 else float("inf")
 
 
 @dataclass(frozen=True)

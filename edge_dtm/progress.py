@@ -25,15 +25,21 @@ class Stages:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self.seconds: dict[str, float] = {}
+        self._describe: Callable[[str], None] = lambda text: None
 
     @contextmanager
     def __call__(self, title: str, total: int) -> Iterator[Advance]:
         start = time.perf_counter()
         with self._bars() as progress:
             task = progress.add_task(title, total=max(total, 1))
+            self._describe = lambda text: progress.update(task, description=text)
             yield lambda amount: progress.advance(task, amount)
         self.seconds[title] = self.seconds.get(title, 0.0) + time.perf_counter() - start
         self.note(f"{title}: {time.perf_counter() - start:.1f} s")
+
+    def describe(self, text: str) -> None:
+        """Other words beside the bar of the stage that runs, such as how far a loss has come."""
+        self._describe(text)
 
     @contextmanager
     def several(self) -> Iterator[Callable[[str, int, int], None]]:

@@ -34,6 +34,9 @@ class CostTable:
     treatments: tuple[tuple[Treatment, ...], ...]
     costs: tuple[tuple[float, ...], ...]
     fixed_bytes: int
+    # Bytes that travel for each treatment: after zstd, where zeros count.
+    transfers: tuple[tuple[int, ...], ...] | None = None
+    fixed_transfer_bytes: int = 0
 
     def cost(self, plan: Plan) -> float:
         """sigma^2 of a plan. Zero shares between two measured levels are interpolated linearly."""
@@ -65,6 +68,18 @@ class CostTable:
             tuple(tuple(ts[j] for j in k) for ts, k in zip(self.treatments, keep, strict=True)),
             tuple(tuple(cs[j] for j in k) for cs, k in zip(self.costs, keep, strict=True)),
             self.fixed_bytes,
+            None
+            if self.transfers is None
+            else tuple(tuple(n[j] for j in k) for n, k in zip(self.transfers, keep, strict=True)),
+            self.fixed_transfer_bytes,
+        )
+
+    def transfer_bytes(self, plan: Plan) -> int:
+        """About what the plan's GGUF has after zstd; the treatments must be measured ones."""
+        assert self.transfers is not None
+        return self.fixed_transfer_bytes + sum(
+            sizes[ts.index(t)]
+            for sizes, ts, t in zip(self.transfers, self.treatments, plan.treatments, strict=True)
         )
 
 
@@ -115,7 +130,7 @@ class Predictor:
         return Prediction(sigma, float(flip[self._counted].mean()), fdt)
 
 
-def convex_hull(sizes: Sequence[int], costs: Sequence[float]) -> list[int]:
+def convex_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
     """Indices of the lower convex hull of (bytes, cost), cheapest bytes first, cost falling.
 
     Treatments with a cost that is not finite (an overflow in F16, say) never are on it.
@@ -297,6 +312,78 @@ def search(table: CostTable, max_bytes: int, zero_share: float = 0.0) -> Plan:
     return _trim_zeros(table, plan, zero_share)
 
 
+MIXES = tuple(i / 8 for i in range(9))
+
+
+def search_transfer(table: CostTable, max_bytes: int, max_transfer_bytes: int) -> Plan:
+    """The plan of least summed cost whose file has at most max_bytes and, after zstd, at most
+    max_transfer_bytes. EdgeDtmError when there is none.
+
+    Each mixture of the two currencies has its own hulls and its own greedy walk, which takes a
+    step only where both limits allow it; the cheapest of the plans is taken. Treatments with zeros
+    take part like all others: they are chosen where what they save on the way is worth their cost.
+    """
+    assert table.transfers is not None
+    best: tuple[float, Plan] | None = None
+    for mix in MIXES:
+        plan = _walk_both(table, max_bytes, max_transfer_bytes, mix)
+        if plan is not None and (best is None or table.cost(plan) < best[0]):
+            best = (table.cost(plan), plan)
+    if best is None:
+        least = table.fixed_transfer_bytes + sum(map(min, table.transfers))
+        raise EdgeDtmError(
+            f"no plan has at most {max_bytes:,} bytes and {max_transfer_bytes:,} after zstd: the "
+            f"least that travels is {least:,}; raise --max-transfer or --max-bytes, or allow "
+            "smaller --types"
+        )
+    return best[1]
+
+
+def _walk_both(
+    table: CostTable, max_bytes: int, max_transfer_bytes: int, mix: float
+) -> Plan | None:
+    """The greedy walk in one mixture: 0 is bytes of the file only, 1 what travels only."""
+    assert table.transfers is not None
+    files = [
+        [c.size_bytes(t) for t in ts]
+        for c, ts in zip(table.components, table.treatments, strict=True)
+    ]
+    mixed = [
+        [
+            (1 - mix) * f / max_bytes + mix * n / max_transfer_bytes
+            for f, n in zip(a, b, strict=True)
+        ]
+        for a, b in zip(files, table.transfers, strict=True)
+    ]
+    hulls = [convex_hull(m, c) for m, c in zip(mixed, table.costs, strict=True)]
+    choice = [hull[0] for hull in hulls]
+    size = table.fixed_bytes + sum(f[j] for f, j in zip(files, choice, strict=True))
+    travels = table.fixed_transfer_bytes + sum(
+        n[j] for n, j in zip(table.transfers, choice, strict=True)
+    )
+    if size > max_bytes or travels > max_transfer_bytes:
+        return None
+    heap: list[tuple[float, int, int]] = []
+
+    def push(c: int, position: int) -> None:
+        if position + 1 < len(hulls[c]):
+            a, b = hulls[c][position], hulls[c][position + 1]
+            gain = table.costs[c][a] - table.costs[c][b]
+            heapq.heappush(heap, (-gain / (mixed[c][b] - mixed[c][a]), c, position))
+
+    for c in range(len(hulls)):
+        push(c, 0)
+    while heap:
+        _, c, position = heapq.heappop(heap)
+        a, b = hulls[c][position], hulls[c][position + 1]
+        more, further = files[c][b] - files[c][a], table.transfers[c][b] - table.transfers[c][a]
+        if size + more > max_bytes or travels + further > max_transfer_bytes:
+            continue  # its later steps build on this one; cheaper steps of others may still fit
+        choice[c], size, travels = b, size + more, travels + further
+        push(c, position + 1)
+    return _plan(table, choice)
+
+
 def _types(table: CostTable) -> list[str]:
     return sorted({t.type for ts in table.treatments for t in ts})
 
@@ -313,8 +400,14 @@ def _trim_zeros(table: CostTable, plan: Plan, zero_share: float) -> Plan:
         for i, (component, treatment) in enumerate(zip(plan.components, treatments, strict=True)):
             if not treatment.zero_share or component.rows > excess:
                 continue
-            levels = [t.zero_share for t in table.treatments[i] if t.type == treatment.type]
-            below = max(s for s in levels if s < treatment.zero_share)
+            levels = [
+                t.zero_share
+                for t in table.treatments[i]
+                if t.type == treatment.type and t.zero_share < treatment.zero_share
+            ]
+            if not levels:  # zeros that have to stay
+                continue
+            below = max(levels)
             given_back = component.zeros(treatment) - component.zeros(
                 Treatment(treatment.type, below)
             )
@@ -337,10 +430,23 @@ def _trim_zeros(table: CostTable, plan: Plan, zero_share: float) -> Plan:
     return Plan(plan.components, tuple(treatments), plan.fixed_bytes)
 
 
+def least_divergent_share(table: CostTable, coarse: str, fine: str, share: float) -> Plan:
+    """That share of the block matrices, counted as components, in the type `coarse`, those of the
+    least cost there; all other components in `fine`. The int8 experiment of the paper (arXiv
+    2311.01544): Q8_0 and F16."""
+    blocks = [i for i, c in enumerate(table.components) if c.in_block]
+    order = sorted(blocks, key=lambda i: (table._cost(i, Treatment(coarse)), i))
+    chosen = set(order[: round(share * len(blocks))])
+    kinds = tuple(Treatment(coarse if i in chosen else fine) for i in range(len(table.components)))
+    return Plan(table.components, kinds, table.fixed_bytes)
+
+
 def frontier(table: CostTable, predictor: Predictor) -> list[FrontierPoint]:
-    """The best plan of every size that the greedy walks pass, from the smallest to the largest."""
+    """The best plan of every size that the greedy walks pass, from the smallest to the largest.
+    Zeros make no file smaller, so treatments with zeros are never among them unless nothing else
+    is allowed."""
     found = []
-    for fixed in _with_fixed_edges(table.restricted(_types(table), sparse=False)):
+    for fixed in _with_fixed_edges(table):
         hulls = _hulls(fixed)
         start = _plan(fixed, [hull[0] for hull in hulls])
         size, cost = start.size_bytes, fixed.cost(start)

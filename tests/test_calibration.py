@@ -19,7 +19,7 @@ from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host import calibration as module
 from edge_dtm.host.calibration import SIGN_DRAWS, Calibration
 from edge_dtm.host.capture import BATCH_SEQUENCES, input_key
-from edge_dtm.host.compress import MEASURED_SEQUENCES, _calibration_rows
+from edge_dtm.host.compress import MEASURED_SEQUENCES, calibration_rows
 from edge_dtm.host.model import module_name
 from edge_dtm.reference import CALIBRATION, EXTRA, HELD_OUT, PACKAGED, Reference
 
@@ -292,7 +292,7 @@ _SPLITS = st.lists(
 @given(_SPLITS.filter(lambda split: CALIBRATION in split))
 def test_what_is_fitted_to_is_not_measured(split: list[int]) -> None:
     reference = cast(Reference, SimpleNamespace(split=np.array(split, np.uint8)))
-    measured, fitted = (set(rows.tolist()) for rows in _calibration_rows(reference))
+    measured, fitted = (set(rows.tolist()) for rows in calibration_rows(reference))
     own = {i for i, s in enumerate(split) if s == CALIBRATION}
     extra = {i for i, s in enumerate(split) if s == EXTRA}
     assert measured and fitted

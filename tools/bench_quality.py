@@ -53,7 +53,8 @@ from edge_dtm.device.runner import Record, _error_text, _last_errors, _library
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host import export
 from edge_dtm.host.checkpoint import Checkpoint
-from edge_dtm.host.compress import Measured, Pipeline, Settings, _calibration_rows, digest_of
+from edge_dtm.host.compress import Measured, Pipeline, Settings, calibration_rows
+from edge_dtm.host.digest import digest_of
 from edge_dtm.host.equalize import EqualizedCheckpoint, input_scale
 from edge_dtm.host.figure import Point, draw_comparison
 from edge_dtm.host.sensitivity import Activations, component_costs, edge_costs
@@ -381,12 +382,12 @@ def weight_errors(run: Pipeline, table: CostTable) -> dict[str, dict[str, float]
 def unaware_costs(run: Pipeline, reference: Reference, table: CostTable) -> list[list[float]]:
     """Costs of plain rounding without importance, as if the inputs were not rounded. (The head's
     inputs still are: edge_costs has no such switch.)"""
-    measured, _ = _calibration_rows(reference)
+    measured, _ = calibration_rows(reference)
     activations = Activations(
         run.work / f"activations-{run.key}", reference.rows(measured), run.components
     )
     with run.stages("Gradients", len(measured)) as advance:
-        activations.capture(run._model(), run.s.seed, advance)
+        activations.capture(run.model(), run.s.seed, advance)
     run.__dict__.pop("_loaded", None)
     costs = []
     with run.stages("Costs without activations", sum(c.weights for c in run.components)) as advance:
@@ -418,7 +419,7 @@ def fdt_losses(run: Pipeline, reference: Reference, sequences: int) -> dict[str,
         raise EdgeDtmError(
             f"--fdt-ranking: {RANKED_TYPE} does not fit {', '.join(unfit[:3])}; leave it out"
         )
-    direct = Direct(run._model(), part)
+    direct = Direct(run.model(), part)
     run.__dict__.pop("_loaded", None)
     edges = np.concatenate([[0], np.cumsum(part.generated_lengths)])
     out = {}

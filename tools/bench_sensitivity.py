@@ -40,7 +40,7 @@ from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host.activations import activation_kind, round_activations
 from edge_dtm.host.capture import BATCH_SEQUENCES
 from edge_dtm.host.checkpoint import _to_hf_rows
-from edge_dtm.host.compress import Pipeline, Settings, _calibration_rows
+from edge_dtm.host.compress import Pipeline, Settings, calibration_rows
 from edge_dtm.host.equalize import EqualizedCheckpoint
 from edge_dtm.host.model import load_model, module_name
 from edge_dtm.host.sensitivity import Activations, component_costs
@@ -196,7 +196,7 @@ def bench(
     )
     run, reference = Pipeline.reopen(settings, stages)
     table, shipped = run.costs(reference)
-    whole = reference.rows(_calibration_rows(reference)[0])
+    whole = reference.rows(calibration_rows(reference)[0])
     part = whole.rows(np.arange(min(sequences, len(whole))))
     chosen = sample(run.components, count, run.s.seed)
     index = {c.name: i for i, c in enumerate(run.components)}
@@ -262,7 +262,7 @@ def bench(
         activations.scales, activations.config = run.equalized.scales, run.checkpoint.config
     costs: dict[str, list[float]] = {}
     try:
-        model = run._model()  # not timed; the original, since that is what the stage captures
+        model = run.model()  # not timed; the original, since that is what the stage captures
         start = time.perf_counter()
         with stages("Gradients of the same sequences", len(part)) as advance:
             activations.capture(model, run.s.seed, advance)

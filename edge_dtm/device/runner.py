@@ -524,7 +524,8 @@ def check_gguf(path: Path) -> None:
     """EdgeDtmError, in one line, unless path is a whole GGUF file of a Llama model.
 
     llama.cpp may abort the process on a broken file, so this looks first: magic, version 3 in
-    little endian, every tensor's data inside the file, architecture llama.
+    little endian, every tensor's data inside the file, architecture llama or deci, which is a
+    llama whose layers differ in shape.
     """
     import gguf
 
@@ -559,7 +560,7 @@ def check_gguf(path: Path) -> None:
         raise EdgeDtmError(
             f"{path} is truncated: its tensors need {max(ends)} bytes, it has {size}; copy it again"
         )
-    if name != "llama":
+    if name not in ("llama", "deci"):
         raise EdgeDtmError(f"{path} has the architecture {name!r}; edge-dtm reads llama only")
 
 

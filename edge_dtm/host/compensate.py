@@ -100,6 +100,7 @@ class Feedback:
             self.moments.diagonal().add_(damping)
         self._upper = _inverse_upper_factor(self.moments.double())
         self.importance = np.ascontiguousarray(self.moments.diagonal().cpu().numpy())
+        self.inverse_diagonal = self._upper.square().sum(0).float()
         self.row_length = n
         self._blocks: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
@@ -145,27 +146,29 @@ def compensate(
     outputs: Feedback | None = None,
     sweeps: int = DESCENT_SWEEPS,
     threads: int | None = None,
+    kept: torch.Tensor | None = None,
 ) -> list[tuple[ByteArray, torch.Tensor]]:
     """For each GGML type its blocks, uint8 (rows, row_bytes), and the float32 values they stand
     for, (rows, row_length).
 
-    weights: float32 (rows, row_length) on feedback's device. outputs: the same of the component's
-    outputs, (rows, rows): then rows make up for each other too. The work is divided the same way
-    whatever `threads`, so the result does not depend on it.
+    weights: float32 (rows, row_length) on feedback's device, or (types, rows, row_length), others
+    for each type. outputs: the same of the component's outputs, (rows, rows): then rows make up
+    for each other too. kept: bool (types, rows, row_length), False where a mask holds a zero. The
+    work is divided the same way whatever `threads`, so the result does not depend on it.
     """
-    rows = len(weights)
+    rows = weights.shape[-2]
     for type_name in types:
         feedback.prepare(ggml.block_size(type_name))
     if outputs is None:
         edges = [*range(0, rows, ROWS_AT_ONCE), rows]
-        parts = [weights[a:b].contiguous() for a, b in pairwise(edges)]
-        batches = [[t] for t in types]
+        parts = [slice(a, b) for a, b in pairwise(edges)]
+        batches = [[j] for j in range(len(types))]
     else:
         outputs.prepare(_group_rows(rows))
-        parts = [weights]
+        parts = [slice(0, rows)]
         # Types of one block size go through the many small steps side by side.
         sizes = sorted({ggml.block_size(t) for t in types})
-        batches = [[t for t in types if ggml.block_size(t) == size] for size in sizes]
+        batches = [[j for j, t in enumerate(types) if ggml.block_size(t) == size] for size in sizes]
     tasks = [(part, batch) for batch in batches for part in parts]
     count = threads or os.cpu_count() or 1
     # torch and threads of our own would fight over the cores.
@@ -175,19 +178,20 @@ def compensate(
     ):
         inside = pool if outputs is not None and count > 1 else None
 
-        def work(task: tuple[torch.Tensor, list[str]]) -> tuple[list[ByteArray], torch.Tensor]:
+        def work(task: tuple[slice, list[int]]) -> tuple[list[ByteArray], torch.Tensor]:
             part, batch = task
-            return _compensate(part, batch, feedback, outputs, sweeps, inside)
+            some = weights if weights.ndim == 2 else weights[batch]
+            some = some[..., part, :].contiguous()
+            held = None if kept is None else kept[batch][:, part]
+            names = [types[j] for j in batch]
+            return _compensate(some, names, feedback, outputs, sweeps, inside, held)
 
         done = list((pool.map if outputs is None else map)(work, tasks))
-    found: dict[str, list[tuple[ByteArray, torch.Tensor]]] = {t: [] for t in types}
+    found: list[list[tuple[ByteArray, torch.Tensor]]] = [[] for _ in types]
     for (_, batch), made in zip(tasks, done, strict=True):
-        for type_name, data, values in zip(batch, *made, strict=True):
-            found[type_name].append((data, values))
-    return [
-        (np.concatenate([d for d, _ in found[t]]), torch.cat([v for _, v in found[t]]))
-        for t in types
-    ]
+        for j, data, values in zip(batch, *made, strict=True):
+            found[j].append((data, values))
+    return [(np.concatenate([d for d, _ in f]), torch.cat([v for _, v in f])) for f in found]
 
 
 @contextmanager
@@ -215,6 +219,7 @@ def _compensate(
     outputs: Feedback | None,
     sweeps: int,
     pool: ThreadPoolExecutor | None,
+    kept: torch.Tensor | None = None,
 ) -> tuple[list[ByteArray], torch.Tensor]:
     """`compensate` for types of one block size; the values are (types, rows, row_length).
 
@@ -224,28 +229,30 @@ def _compensate(
     pass: with the rows still to come free to follow), and H decides how to round to these. This
     is two-sided rounding as in YAQA (arXiv 2505.22988), by groups of rows.
     """
-    rounder = _Rounder(types, feedback, len(weights), weights.device, pool)
+    weights = weights.expand(len(types), -1, -1)
+    rows = weights.shape[1]
+    rounder = _Rounder(types, feedback, rows, weights.device, pool, kept)
     if outputs is None:
-        here, target = slice(0, len(weights)), weights.expand(len(types), -1, -1)
+        here, target = slice(0, rows), weights
         rounder.pass_on(target, here)
         for _ in range(sweeps):
             rounder.descend(target, here)
         return rounder.data, rounder.values
-    size, moments = _group_rows(len(weights)), outputs.moments
+    size, moments = _group_rows(rows), outputs.moments
     groups = outputs.blocks(size)
     shifted = torch.empty_like(rounder.values)
     for i, (passing, _) in enumerate(groups):
-        here = slice(i * size, min((i + 1) * size, len(weights)))
-        target = weights[here] - passing.T @ shifted[:, : here.start]
+        here = slice(i * size, min((i + 1) * size, rows))
+        target = weights[:, here] - passing.T @ shifted[:, : here.start]
         rounder.pass_on(target, here)
         shifted[:, here] = target - rounder.values[:, here]
     error = weights - rounder.values
     for _ in range(sweeps):
         for i, (_, inverse) in enumerate(groups):
-            here = slice(i * size, min((i + 1) * size, len(weights)))
+            here = slice(i * size, min((i + 1) * size, rows))
             others = moments[here] @ error - moments[here, here] @ error[:, here]
-            rounder.descend(weights[here] + inverse @ others, here)
-            error[:, here] = weights[here] - rounder.values[:, here]
+            rounder.descend(weights[:, here] + inverse @ others, here)
+            error[:, here] = weights[:, here] - rounder.values[:, here]
     return rounder.data, rounder.values
 
 
@@ -260,24 +267,29 @@ class _Rounder:
         rows: int,
         device: torch.device,
         pool: ThreadPoolExecutor | None,
+        kept: torch.Tensor | None = None,
     ) -> None:
-        self.types, self.feedback, self.pool = types, feedback, pool
+        self.types, self.feedback, self.pool, self.kept = types, feedback, pool, kept
         self.block = ggml.block_size(types[0])
         count = feedback.row_length // self.block
         self.block_bytes = [ggml.row_bytes(t, self.block) for t in types]
         self.data = [np.empty((rows, count * n), dtype=np.uint8) for n in self.block_bytes]
         self.values = torch.empty((len(types), rows, feedback.row_length), device=device)
 
-    def _round(self, target: torch.Tensor, columns: slice) -> tuple[list[ByteArray], torch.Tensor]:
+    def _round(
+        self, target: torch.Tensor, columns: slice, rows: slice
+    ) -> tuple[list[ByteArray], torch.Tensor]:
         """target: (types * rows, block). Each type's blocks, and the values in target's shape."""
+        if self.kept is not None:
+            target = target * self.kept[:, rows, columns].reshape(target.shape)
         wanted = target.cpu().numpy().reshape(len(self.types), -1, self.block)
         found = np.empty_like(wanted)
         importance = self.feedback.importance[columns]
 
-        rows = wanted.shape[1]
-        step = rows if self.pool is None else ROWS_A_TASK
+        count = wanted.shape[1]
+        step = count if self.pool is None else ROWS_A_TASK
         tasks = [
-            (j, slice(a, a + step)) for j in range(len(self.types)) for a in range(0, rows, step)
+            (j, slice(a, a + step)) for j in range(len(self.types)) for a in range(0, count, step)
         ]
 
         def work(task: tuple[int, slice]) -> ByteArray:
@@ -310,7 +322,7 @@ class _Rounder:
         for i, (passing, _) in enumerate(self.feedback.blocks(self.block)):
             here = slice(i * self.block, (i + 1) * self.block)
             moved = target[:, here] - error[:, : here.start] @ passing
-            parts, found = self._round(moved, here)
+            parts, found = self._round(moved, here, rows)
             self._keep(parts, rows, i, everywhere)
             values[:, here] = found
             error[:, here] = moved - found
@@ -327,7 +339,7 @@ class _Rounder:
             own = moments[here, here]
             others = error @ moments[:, here] - error[:, here] @ own
             moved = target[:, here] + others @ inverse
-            parts, found = self._round(moved, here)
+            parts, found = self._round(moved, here, rows)
             old, new = moved - values[:, here], moved - found
             better = ((new @ own) * new).sum(1) < ((old @ own) * old).sum(1)
             values[:, here] = torch.where(better[:, None], found, values[:, here])

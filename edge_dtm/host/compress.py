@@ -18,26 +18,47 @@ from edge_dtm import bundle, report, target
 from edge_dtm.device.runner import LlamaRunner, Record, RunSettings, context_needed, replay_tokens
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host import export
+from edge_dtm.host.bought import ROUNDS, in_words, weigh
 from edge_dtm.host.calibration import Calibration
 from edge_dtm.host.checkpoint import Checkpoint, open_checkpoint
+from edge_dtm.host.digest import digest_of
 from edge_dtm.host.equalize import (
     EqualizedCheckpoint,
+    Scales,
     find_scales,
     load_scales,
     logit_difference,
     save_scales,
     sites,
+    top_logits,
 )
-from edge_dtm.host.generate import check_lengths, generate_reference, split_rows
+from edge_dtm.host.generate import (
+    check_lengths,
+    generate_reference,
+    signed_margins,
+    split_rows,
+)
+from edge_dtm.host.masks import SCORES
 from edge_dtm.host.model import choose_device, load_model
 from edge_dtm.host.prompts import Prompt, packaged_prompts, read_prompts, sample_prefixes
-from edge_dtm.host.sensitivity import Activations, read_costs, sensitivity
+from edge_dtm.host.retrain import RecoveredBlocks
+from edge_dtm.host.sensitivity import Activations, fit_zeros, read_costs, sensitivity
 from edge_dtm.host.shipped import Shipped
+from edge_dtm.host.stage_recover import recover_plan, sparsify
+from edge_dtm.host.stage_remove import remove
 from edge_dtm.host.tokenizer import NASTY_STRINGS, tokenization_mismatches
 from edge_dtm.imatrix import check_imatrix, read_imatrix
 from edge_dtm.inspect import describe
 from edge_dtm.metrics import Divergence, compare, divergent_mask, perplexity
-from edge_dtm.plan import CANDIDATE_TYPES, Plan, Treatment, candidate_treatments
+from edge_dtm.plan import (
+    CANDIDATE_TYPES,
+    SPARSE_LEVELS,
+    SPARSE_TYPES,
+    Plan,
+    Treatment,
+    candidate_treatments,
+    least_bytes_with_zeros,
+)
 from edge_dtm.profiles import ByteBudget, DeviceProfile, byte_budget
 from edge_dtm.progress import Stages
 from edge_dtm.reference import (
@@ -47,6 +68,7 @@ from edge_dtm.reference import (
     PACKAGED,
     Reference,
     load_imatrix,
+    load_npz,
     save_npz,
 )
 from edge_dtm.search import (
@@ -54,7 +76,9 @@ from edge_dtm.search import (
     Prediction,
     Predictor,
     frontier,
+    least_divergent_share,
     search,
+    search_transfer,
 )
 
 SAMPLED_PROMPTS = 40
@@ -90,6 +114,19 @@ class Settings:
     feedback: bool = True
     equalize: bool = True
     imatrix: Path | None = None
+    mask_score: str = SCORES[0]
+    max_transfer: int | None = None  # bytes of the GGUF after zstd
+    sparsity_steps: int = 1
+    remove: float | None = (
+        None  # share of the block matrices; REMOVE_IF_WORTH lets the search decide
+    )
+    recover_steps: int = 0
+    int8_share: float | None = None  # of the components: the paper's experiment instead of a search
+
+    @property
+    def sparse(self) -> bool:
+        """Whether treatments with zeros come into question."""
+        return self.zero_share > 0 or self.max_transfer is not None
 
 
 @dataclass(frozen=True)
@@ -107,13 +144,15 @@ def compress(settings: Settings, stages: Stages) -> Path:
     run = Pipeline(settings, stages)
     run.prepare()
     reference = run.reference()
+    remove(run, reference)
+    sparsify(run, reference)
     table, shipped = run.costs(reference)
-    predictor = Predictor(
-        reference.part(CALIBRATION).margins, reference.part(CALIBRATION).generated_lengths
-    )
+    predictor = run.predictor(reference)
     floor = run.noise_floor(reference)
     plan, point, measured = run.best(table, predictor, shipped, reference)
+    measured = recover_plan(run, plan, shipped, reference, measured)
     packaged = run.on_packaged_prompts(reference)
+    run.weigh_zeros(plan)
     run.finish(table, predictor, plan, point, measured, floor, reference, packaged)
     return settings.out
 
@@ -128,13 +167,15 @@ class Pipeline:
         self.keep_activations = False
         self.imatrix_vectors: dict[str, npt.NDArray[np.float32]] | None = None
         self.run_settings = RunSettings(threads=self.threads)
+        self.keep_calibration = settings.sparse  # masks are fitted once more for the export
+        self.held: dict[str, float] = {}  # component -> share of zeros that has to stay
+        self.story: dict[str, Any] = {}  # what was done besides types and masks, for the report
 
     def prepare(self) -> None:
         """Everything that can fail early does so here."""
         s = self.s
         self.torch_device = choose_device(s.device)
         self.checkpoint: Checkpoint = open_checkpoint(s.model)
-        self.equalized = self.checkpoint
         if self.checkpoint.on_grid:
             self.stages.note(
                 f"warning: {s.model.name} is already quantized ({self.checkpoint.on_grid}): its "
@@ -142,7 +183,7 @@ class Pipeline:
                 "unquantized checkpoint where you can"
             )
         config = self.checkpoint.config
-        self.components = self.checkpoint.components()
+        self.rebase(self.checkpoint)
         unfit = [c.name for c in self.components if not any(c.fits(t) for t in s.types)]
         if unfit:
             raise EdgeDtmError(
@@ -162,17 +203,32 @@ class Pipeline:
             "Checking the checkpoint", sum(c.weights for c in self.components)
         ) as advance:
             self.checkpoint.check(advance)
-        self.fixed_bytes = export.fixed_bytes(self.checkpoint)
         self.f16_bytes = export.f16_plan(self.checkpoint, self.fixed_bytes).size_bytes
         self.budget = self._budget(config.context_length, config.kv_bytes_per_token, config.vocab)
         smallest = self.fixed_bytes + sum(
             min(c.size_bytes(Treatment(t)) for t in s.types if c.fits(t)) for c in self.components
         )
-        if smallest > self.max_bytes:
+        if smallest > self.max_bytes and s.remove is None:
             raise EdgeDtmError(
                 f"the smallest plan takes {smallest:,} bytes, the budget is {self.max_bytes:,}: "
                 "raise --max-bytes, allow smaller --types or choose a smaller model"
             )
+        if s.zero_share:
+            needed = self.fixed_bytes + least_bytes_with_zeros(
+                self.components, s.types, s.zero_share
+            )
+            if needed == float("inf"):
+                raise EdgeDtmError(
+                    f"an average of {s.zero_share:.0%} zeros cannot be reached with --types "
+                    f"{','.join(s.types)}: zeros are put into {' and '.join(SPARSE_TYPES)} only; "
+                    "allow one of these or lower --sparsity"
+                )
+            if needed > self.max_bytes:
+                raise EdgeDtmError(
+                    f"an average of {s.zero_share:.0%} zeros takes about {needed:,.0f} bytes, "
+                    f"since zeros are put into {' and '.join(SPARSE_TYPES)} only, and the budget "
+                    f"is {self.max_bytes:,}: raise --max-bytes or lower --sparsity"
+                )
         if not s.resume:
             shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True, exist_ok=True)
@@ -193,6 +249,7 @@ class Pipeline:
                 "versions": export.provenance(self.checkpoint)["packages"],
             }
         )
+        self.base_key = self.key
 
     @classmethod
     def reopen(
@@ -232,11 +289,10 @@ class Pipeline:
         run = cls(settings, stages)
         # What `prepare` sets, but without the prompts and the budget: those are settled.
         run.torch_device = choose_device(settings.device)
-        run.checkpoint = run.equalized = checkpoint
-        run.components = checkpoint.components()
-        run.fixed_bytes = export.fixed_bytes(checkpoint)
+        run.checkpoint = checkpoint
+        run.key = run.base_key = path.stem.removeprefix("reference-")
+        run.rebase(checkpoint)
         run.f16_bytes = export.f16_plan(checkpoint, run.fixed_bytes).size_bytes
-        run.key = path.stem.removeprefix("reference-")
         if threads is not None:
             run.threads, run.run_settings = threads, RunSettings(threads=threads)
         return run, reference
@@ -260,11 +316,41 @@ class Pipeline:
         self.stages.note(self.budget_text)
         return budget
 
-    def _model(self) -> Any:
+    def forget_model(self) -> None:
+        """Free the loaded model, for another one."""
+        self.__dict__.pop("_loaded", None)
+
+    def rebase(self, base: Checkpoint) -> None:
+        """From here on `base` is what is measured, treated and exported: the checkpoint itself, or
+        what removal and recovery made of it. It is held against the checkpoint's reference."""
+        self.base = self.equalized = base
+        if not self.held:
+            self.dense = base  # the last without zeros
+        self.components = base.components()
+        self.fixed_bytes = export.fixed_bytes(base)
+        self.forget_model()
+        if base is not self.checkpoint:
+            self.base_key = digest_of([self.key, base.check()])
+
+    def model(self) -> Any:
+        """The base as a torch module; one model is kept at a time."""
         if not hasattr(self, "_loaded"):
             with self.stages("Loading the model", 1):
-                self._loaded = load_model(self.checkpoint, self.torch_device)
+                self._loaded = load_model(self.base, self.torch_device)
         return self._loaded
+
+    def predictor(self, reference: Reference) -> Predictor:
+        """What costs of the base mean in tokens."""
+        calibration = reference.part(CALIBRATION)
+        if self.base is self.checkpoint:
+            return Predictor(calibration.margins, calibration.generated_lengths)
+        path = self.work / f"margins-{self.base_key}.npz"
+        if not path.is_file():
+            with self.stages("Margins of the changed model", 1):
+                margins = signed_margins(self.model(), calibration)
+            save_npz(path, {"margins": margins}, {"kind": "margins"})
+        arrays, _ = load_npz(path, ["margins"], "margins")
+        return Predictor(arrays["margins"], calibration.generated_lengths)
 
     def reference(self) -> Reference:
         """The original's greedy tokens on all prompts, from the work folder or made now."""
@@ -272,7 +358,7 @@ class Pipeline:
         if path.is_file():
             self.stages.note("Greedy reference: taken from the work folder")
             return Reference.load(path)
-        s, model = self.s, self._model()
+        s, model = self.s, self.model()
         tokenizer = self.checkpoint.tokenizer
         with self.stages("Sampling prompts", 1):
             own = sample_prefixes(model, tokenizer, self.prompts, SAMPLED_PROMPTS, s.seed)
@@ -303,40 +389,38 @@ class Pipeline:
         shutil.rmtree(self.work / f"reference-{self.key}.parts", ignore_errors=True)
         return reference
 
-    def costs(self, reference: Reference) -> tuple[CostTable, Shipped]:
-        """The cost of every treatment of every component, and the blocks it was measured with."""
-        s = self.s
+    def costs(
+        self, reference: Reference, settings: Settings | None = None
+    ) -> tuple[CostTable, Shipped]:
+        """The cost of every treatment of every component, and the blocks it was measured with.
+        settings: in place of the run's, where only some treatments are wanted."""
+        s = settings or self.s
         treatments = [
-            candidate_treatments(c, s.types, sparse=s.zero_share > 0) for c in self.components
+            candidate_treatments(c, s.types, s.sparse, self.held.get(c.name, 0.0))
+            for c in self.components
         ]
-        key = f"{self.key}-{self._method()}"
+        key = f"{self.base_key}-{self.method(s)}"
         results = self.work / f"costs-{key}.jsonl"
-        measured, fitted = _calibration_rows(reference)
-        activations = Activations(
-            self.work / f"activations-{self.key}", reference.rows(measured), self.components
-        )
-        calibration = Calibration(
-            self.work / f"calibration-{self.key}", reference.rows(fitted), self.components
-        )
+        measured, _ = calibration_rows(reference)
+        activations, calibration = self.captures(reference)
         known = read_costs(results)
         complete = all(c.name in known for c in self.components) and (
-            not s.equalize or (self.work / f"scales-{METHOD}-{self.key}.npz").is_file()
+            not s.equalize or (self.work / f"scales-{METHOD}-{self.base_key}.npz").is_file()
         )
         if complete:
             self.stages.note("Sensitivity: taken from the work folder")
         else:
-            with self.stages("Gradients", len(measured) + len(fitted)) as advance:
-                activations.capture(self._model(), s.seed, advance)
-                calibration.capture(self._model(), s.seed, advance)
+            self.capture(activations, calibration)
         if s.equalize:
             self.equalized = self._equalized(calibration, reference.rows(measured[:4]))
-        self.__dict__.pop("_loaded", None)
+        self.forget_model()
         shipped = Shipped(self.work / f"shipped-{key}", self.equalized)
         if not complete:
-            self._save_imatrix(calibration)
+            if self.base is self.checkpoint:
+                self._save_imatrix(calibration)
             if s.equalize:
-                activations.scales = self.equalized.scales  # type: ignore[attr-defined]
-                activations.config = self.checkpoint.config
+                activations.scales = self._scales()
+                activations.config = self.base.config
             with self.stages("Sensitivity", sum(c.weights for c in self.components)) as advance:
                 sensitivity(
                     activations,
@@ -350,39 +434,100 @@ class Pipeline:
                     calibration if s.feedback else None,
                     shipped,
                     self.imatrix_vectors,
+                    s.mask_score,
+                    s.max_transfer is not None,
                 )
             known = read_costs(results)
         if not self.keep_activations:
             activations.remove()
-            calibration.remove()
+            if not self.keep_calibration:
+                calibration.remove()
+        transfers = None
+        if s.max_transfer is not None:
+            transfers = tuple(tuple(known[c.name]["transfer_bytes"]) for c in self.components)
         table = CostTable(
             self.components,
             tuple(map(tuple, treatments)),
             tuple(tuple(known[c.name]["costs"]) for c in self.components),
             self.fixed_bytes,
+            transfers,
+            self.fixed_bytes,
         )
         return table, shipped
 
-    def _method(self) -> str:
-        """What the costs depend on besides model, prompts and seed."""
-        s, given = self.s, self.imatrix_vectors or {}
-        vectors = {k: hashlib.sha256(v.tobytes()).hexdigest() for k, v in given.items()}
-        return digest_of(
-            [METHOD, s.types, s.zero_share > 0, s.feedback, s.equalize, sorted(vectors.items())]
+    def captures(self, reference: Reference) -> tuple[Activations, Calibration]:
+        measured, fitted = calibration_rows(reference)
+        return (
+            Activations(
+                self.work / f"activations-{self.base_key}",
+                reference.rows(measured),
+                self.components,
+            ),
+            Calibration(
+                self.work / f"calibration-{self.base_key}", reference.rows(fitted), self.components
+            ),
         )
+
+    def capture(self, activations: Activations | None, calibration: Calibration) -> None:
+        """Run what is not captured yet through the base."""
+        total = len(calibration.reference) + (len(activations.reference) if activations else 0)
+        with self.stages("Gradients", total) as advance:
+            if activations:
+                activations.capture(self.model(), self.s.seed, advance)
+            calibration.capture(self.model(), self.s.seed, advance)
+
+    def _scales(self) -> Scales:
+        """Of the equalized base; empty without equalization."""
+        return getattr(self.equalized, "scales", {})
+
+    def fit_plan_zeros(self, plan: Plan, shipped: Shipped, reference: Reference) -> None:
+        """The blocks of the plan's components with zeros, as they were measured."""
+        missing = [
+            (c, t)
+            for c, t in zip(plan.components, plan.treatments, strict=True)
+            if t.zero_share and shipped.is_fitted(c, t) and not shipped.has(c, t)
+        ]
+        if not missing:
+            return
+        _, calibration = self.captures(reference)
+        self.capture(None, calibration)
+        self.forget_model()
+        with self.stages("Fitting what the zeros left", sum(c.weights for c, _ in missing)) as done:
+            fit_zeros(
+                missing,
+                calibration,
+                self._scales(),
+                self.base.config if self.s.equalize else None,
+                self.equalized.hf_tensor,
+                self.torch_device,
+                shipped,
+                self.imatrix_vectors,
+                self.s.mask_score,
+                done,
+            )
+
+    def method(self, s: Settings) -> str:
+        """What the costs depend on besides model, prompts and seed."""
+        given = self.imatrix_vectors or {}
+        vectors = {k: hashlib.sha256(v.tobytes()).hexdigest() for k, v in given.items()}
+        said = [METHOD, s.types, s.zero_share > 0, s.feedback, s.equalize, sorted(vectors.items())]
+        if s.sparse:
+            said += [SPARSE_LEVELS, s.mask_score, s.max_transfer is not None, self.held]
+        return digest_of(said)
 
     def _equalized(self, calibration: Calibration, some: Reference) -> Checkpoint:
         """The checkpoint with its scales, from the work folder or found and proved now."""
-        path, config = self.work / f"scales-{METHOD}-{self.key}.npz", self.checkpoint.config
+        path, config = self.work / f"scales-{METHOD}-{self.base_key}.npz", self.base.config
         if path.is_file():
-            return EqualizedCheckpoint(self.checkpoint, load_scales(path, config))
+            return EqualizedCheckpoint(self.base, load_scales(path, config))
         with self.stages("Equalization", len(sites(config))) as advance:
-            scales = find_scales(calibration, self.checkpoint, advance)
-        equalized = EqualizedCheckpoint(self.checkpoint, scales)
-        self.__dict__.pop("_loaded", None)
+            scales = find_scales(calibration, self.base, advance)
+        equalized = EqualizedCheckpoint(self.base, scales)
+        original = None if self.base is self.checkpoint else top_logits(self.model(), some)
+        self.forget_model()
         with self.stages("Checking the equalized model", 1):
             model = load_model(equalized, self.torch_device)
-            difference = logit_difference(model, some)
+            difference = logit_difference(model, some, original)
         if not difference <= SAME_LOGITS:
             raise EdgeDtmError(
                 f"equalization moved the logits by {difference:.1e} of the largest, more than "
@@ -432,9 +577,9 @@ class Pipeline:
         if saved.is_file():
             floor = self.judge(Record.load(saved), held_out)
         else:
-            plan = export.f16_plan(self.checkpoint, self.fixed_bytes)
+            plan = export.f16_plan(self.checkpoint, export.fixed_bytes(self.checkpoint))
             path = self.work / "f16.gguf"
-            with self.stages("Exporting F16", sum(c.weights for c in self.components)) as advance:
+            with self.stages("Exporting F16", sum(c.weights for c in plan.components)) as advance:
                 export.export_gguf(self.checkpoint, plan, path, {}, advance)
             floor = self.measure(path, reference, "Noise floor in llama.cpp")
             floor.record.save(saved)
@@ -460,14 +605,15 @@ class Pipeline:
         """The plan, exported to the work folder and measured; with a target, the smallest that was
         measured to meet it."""
         s = self.s
-        allowed = table.restricted(s.types, sparse=s.zero_share > 0)
+        allowed = table.restricted(s.types, sparse=s.sparse)
 
         def measured_plan(limit: int) -> tuple[Plan, Prediction, Measured]:
-            plan = search(allowed, limit, s.zero_share)
+            plan = self._search(allowed, limit)
+            self.fit_plan_zeros(plan, shipped, reference)
             return (
                 plan,
                 predictor.predict(table.cost(plan)),
-                self._export_and_measure(plan, shipped, reference),
+                self.export_and_measure(plan, shipped, reference),
             )
 
         goal = target.Target(s.max_sdt, s.min_fdt)
@@ -505,7 +651,28 @@ class Pipeline:
             )
         return measured_plan(best.size_bytes)
 
-    def _export_and_measure(self, plan: Plan, shipped: Shipped, reference: Reference) -> Measured:
+    def _search(self, table: CostTable, limit: int) -> Plan:
+        s = self.s
+        if s.int8_share is not None:
+            plan = least_divergent_share(table, "Q8_0", "F16", s.int8_share)
+            if plan.size_bytes > limit:
+                raise EdgeDtmError(
+                    f"{s.int8_share:.0%} of the components in Q8_0 and the rest in F16 take "
+                    f"{plan.size_bytes:,} bytes, the budget is {limit:,}: raise --max-bytes"
+                )
+            return plan
+        if s.max_transfer is not None:
+            return search_transfer(table, limit, s.max_transfer)
+        return search(table, limit, s.zero_share)
+
+    def export_and_measure(
+        self,
+        plan: Plan,
+        shipped: Shipped | RecoveredBlocks,
+        reference: Reference,
+        checkpoint: Checkpoint | None = None,
+    ) -> Measured:
+        """checkpoint: in place of the equalized base, for the vectors."""
         path = self.work / "model.gguf"
         made = digest_of([plan.hash, shipped.folder.name])
         saved, mark = self.work / f"host-{made}.npz", self.work / "model.json"
@@ -514,7 +681,9 @@ class Pipeline:
             with self.stages(
                 "Exporting the plan", sum(c.weights for c in self.components)
             ) as advance:
-                export.export_gguf(self.equalized, plan, path, shipped.blocks, advance)
+                export.export_gguf(
+                    checkpoint or self.equalized, plan, path, shipped.blocks, advance
+                )
             mark.write_text(made)
         texts = [*NASTY_STRINGS, *(str(t) for t in reference.texts)]
         wrong = tokenization_mismatches(self.checkpoint.tokenizer, path, texts)
@@ -529,6 +698,24 @@ class Pipeline:
         measured = self.measure(path, reference, "Plan in llama.cpp")
         measured.record.save(saved)
         return self.judge(measured.record, held_out, self.near_tie_margin)
+
+    def weigh_zeros(self, plan: Plan) -> None:
+        """What the plan's zeros bought, against the same types without zeros."""
+        if not plan.zero_share:
+            return
+        path, twin = self.work / "model.gguf", self.work / "twin.gguf"
+        dense = Plan(
+            plan.components, tuple(Treatment(t.type) for t in plan.treatments), plan.fixed_bytes
+        )
+        export.export_gguf(self.dense, dense, twin, {})
+        with self.stages("What the zeros bought", ROUNDS) as advance:
+            found = weigh({"zeros": path, "dense": twin}, self.run_settings, advance)
+        twin.unlink()
+        self.story["zeros"] = {
+            "with": found["zeros"].to_json(),
+            "without": found["dense"].to_json(),
+            "words": in_words("zeros", found["zeros"], found["dense"]),
+        }
 
     def on_packaged_prompts(self, reference: Reference) -> Measured | None:
         """With prompts of the user's own: the same file on the packaged prompts, none of which
@@ -561,12 +748,11 @@ class Pipeline:
         s, out = self.s, self.s.out
         d = measured.divergence
         held_out = reference.part(HELD_OUT)
-        dense = table.restricted(s.types, sparse=False)
         plan_json = {
             **plan.to_json(),
             "sha256": plan.hash,
             "predicted": prediction.to_json(),
-            "frontier": [p.to_json() for p in frontier(dense, predictor)],
+            "frontier": [p.to_json() for p in frontier(table, predictor)],
             "costs": [
                 {"name": c.name, "costs": {str(t): v for t, v in zip(ts, cs, strict=True)}}
                 for c, ts, cs in zip(table.components, table.treatments, table.costs, strict=True)
@@ -594,6 +780,7 @@ class Pipeline:
             "zero_share": plan.zero_share,
             "packaged_prompts": None if packaged is None else packaged.divergence.to_json(),
             "run_settings": self.run_settings.to_json(),
+            **self.story,
         }
         details = {
             **export.provenance(self.checkpoint),
@@ -612,6 +799,9 @@ class Pipeline:
             "imatrix": s.imatrix.name if s.imatrix else "our own",
             "work_key": self.key,
             "held_out_sequences": len(held_out),
+            **({"mask_score": s.mask_score} if s.sparse else {}),
+            **({"sparsity_steps": s.sparsity_steps} if s.zero_share else {}),
+            **({"recover_steps": s.recover_steps} if s.recover_steps else {}),
         }
         thresholds = bundle.Thresholds(
             max_sdt=s.max_sdt if s.max_sdt is not None else d.sdt.high,
@@ -635,11 +825,14 @@ class Pipeline:
         for name in files:
             (self.work / name).replace(out / name)
         bundle.write_manifest(out, files, thresholds, details, results)
+        if not self.keep_activations:
+            for path in self.work.glob("calibration-*"):
+                shutil.rmtree(path, ignore_errors=True)
         self.stages.note("")
         report.print_summary(self.stages.console, plan, results, details, self.stages.seconds, out)
 
 
-def _calibration_rows(reference: Reference) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def calibration_rows(reference: Reference) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Rows that costs are measured on, and rows that feedback and scales are fitted to.
 
     They do not overlap, unless there is but one row in all.
@@ -666,10 +859,6 @@ def _is_plan(path: Path, plan: Plan) -> bool:
     except (EdgeDtmError, ValueError, OSError, IndexError, KeyError):
         return False
     return True
-
-
-def digest_of(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_folder(out: Path) -> None:

@@ -163,20 +163,30 @@ def load_scales(path: Path, config: ModelConfig) -> dict[str, FloatArray]:
 
 
 @torch.no_grad()
-def logit_difference(model: Any, reference: Reference) -> float:
-    """Largest difference of the model's logits from the reference's top logits, relative to the
-    largest of these."""
+def top_logits(model: Any, reference: Reference) -> FloatArray:
+    """The model's logits of the reference's top ids, float32 (sequences, tokens, TOP_K)."""
     device = next(model.parameters()).device
-    worst, largest = 0.0, 0.0
+    out = np.zeros(reference.top_logits.shape, dtype=np.float32)
     for row in range(len(reference)):
         first, count = int(reference.prompt_lengths[row]) - 1, int(reference.generated_lengths[row])
         ids = torch.tensor([(reference.prompt(row) + reference.generated(row))[:-1]], device=device)
         logits = model(input_ids=ids, use_cache=False).logits[0, first : first + count].float()
         top = torch.from_numpy(reference.top_ids[row, :count].astype(np.int64)).to(device)
-        wanted = torch.from_numpy(reference.top_logits[row, :count]).to(device)
+        out[row, :count] = logits.gather(1, top).cpu().numpy()
+    return out
+
+
+def logit_difference(model: Any, reference: Reference, original: FloatArray | None = None) -> float:
+    """Largest difference of the model's logits from the reference's top logits, relative to the
+    largest of these. original: in place of the reference's, of its shape."""
+    wanted = reference.top_logits if original is None else original
+    found = top_logits(model, reference)
+    worst, largest = 0.0, 0.0
+    for row in range(len(reference)):
+        count = int(reference.generated_lengths[row])
         # Not max(): that passes over NaN.
-        worst = float(np.maximum(worst, float((logits.gather(1, top) - wanted).abs().max())))
-        largest = max(largest, float(wanted.abs().max()))
+        worst = float(np.maximum(worst, np.abs(found[row, :count] - wanted[row, :count]).max()))
+        largest = max(largest, float(np.abs(wanted[row, :count]).max()))
     return worst / max(largest, 1e-30)
 
 

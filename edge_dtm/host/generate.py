@@ -148,3 +148,21 @@ def _decode(
         "top_logits": top_logits,
         "log_normalizers": normalizers,
     }
+
+
+@torch.no_grad()
+def signed_margins(model: Any, reference: Reference) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """By how much the model prefers the reference's token to the best other, in logits, float32
+    (sequences, tokens), 0 beyond a row's length. Negative where it diverges already."""
+    device = next(model.parameters()).device
+    out = np.zeros(reference.generated_ids.shape, dtype=np.float32)
+    for row in range(len(reference)):
+        first, count = int(reference.prompt_lengths[row]) - 1, int(reference.generated_lengths[row])
+        ids = torch.tensor([(reference.prompt(row) + reference.generated(row))[:-1]], device=device)
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        logits = model.lm_head(hidden[first : first + count]).float()
+        wanted = torch.tensor(reference.generated(row), device=device)[:, None]
+        own = logits.gather(1, wanted)[:, 0]
+        best_other = logits.scatter(1, wanted, -torch.inf).max(-1).values
+        out[row, :count] = (own - best_other).cpu().numpy()
+    return out

@@ -40,12 +40,14 @@ from edge_dtm.host.compensate import (
     second_moments,
 )
 from edge_dtm.host.equalize import Scales, input_scale, output_scale
+from edge_dtm.host.masks import SCORES, fit_masks
 from edge_dtm.host.shipped import Shipped, takes_feedback
-from edge_dtm.host.treat import prune_order, treated_values
+from edge_dtm.host.treat import prune_order, treat, treated_values
 from edge_dtm.host.workers import in_workers, worker_count
 from edge_dtm.plan import SPARSE_TYPES, Component, Treatment
 from edge_dtm.reference import Reference
 from edge_dtm.search import convex_hull
+from edge_dtm.transfer import packed_estimate, sample_step
 
 FloatArray = npt.NDArray[np.float32]
 Progress = Callable[[int], None] | None
@@ -296,31 +298,40 @@ def edge_costs(
     return costs, kept
 
 
+@dataclass(frozen=True)
+class Moments:
+    """What one component is rounded and pruned with: importance for ggml's quantizer and mean
+    squares of the inputs, float32 (row_length,), and both sides' second moments."""
+
+    importance: FloatArray
+    squares: torch.Tensor
+    feedback: Feedback
+    outputs: Feedback
+
+
 @torch.no_grad()
-def fit_component(
+def component_moments(
     calibration: Calibration,
-    activations: Activations,
+    scales: Scales,
+    config: ModelConfig | None,
     component: Component,
-    treatments: Sequence[Treatment],
-    weights: FloatArray,
     device: torch.device,
     vector: FloatArray | None = None,
-    threads: int | None = 1,
-) -> tuple[FloatArray, dict[Treatment, tuple[npt.NDArray[np.uint8], torch.Tensor]]]:
-    """Importance for plain rounding, float32 (row_length,), and for each treatment whose local
-    error on the measured sequences feedback lowers: its blocks and values, in HF's row order.
-    vector: importance in place of our own; threads: for rounding, None: all cores."""
+) -> Moments:
+    """A block matrix's moments on the sequences that are fitted to, as the equalized model has
+    them where scales and config are given. vector: importance in place of our own."""
     name = component.name
 
     def on_device(array: FloatArray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-    scale, out = input_scale(activations.scales, name), None
-    if activations.config is not None:
-        out = output_scale(activations.scales, name, activations.config)
+    scale = input_scale(scales, name)
+    out = output_scale(scales, name, config) if config is not None else None
     x, v = on_device(calibration.inputs(name)), on_device(calibration.token_weights(name))
+    squares = calibration.input_squares(name)
     if scale is not None:
         x *= on_device(scale)
+        squares = squares * np.square(scale, dtype=np.float64)
     moments = second_moments(x, v)
     importance = np.ascontiguousarray(moments.diagonal().cpu().numpy())
     feedback = Feedback(moments, damping_for(effective_tokens(v), component.row_length))
@@ -333,6 +344,33 @@ def fit_component(
     if out is not None:
         g /= on_device(out)
     outputs = Feedback(gradient_moments(g, v), damping_for(effective_tokens(v), component.rows))
+    return Moments(importance, on_device(squares.astype(np.float32)), feedback, outputs)
+
+
+@torch.no_grad()
+def fit_component(
+    calibration: Calibration,
+    activations: Activations,
+    component: Component,
+    treatments: Sequence[Treatment],
+    weights: FloatArray,
+    device: torch.device,
+    vector: FloatArray | None = None,
+    threads: int | None = 1,
+    score: str = SCORES[0],
+) -> tuple[FloatArray, dict[Treatment, tuple[npt.NDArray[np.uint8], torch.Tensor]]]:
+    """Importance for plain rounding, float32 (row_length,), and for each treatment whose local
+    error on the measured sequences feedback lowers: its blocks and values, in HF's row order.
+    vector: importance in place of our own; threads: for rounding, None: all cores."""
+    name = component.name
+
+    def on_device(array: FloatArray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    m = component_moments(
+        calibration, activations.scales, activations.config, component, device, vector
+    )
+    importance = m.importance
     g = on_device(activations.gradients(name))
     v = g.square().mean((0, 2)).sqrt()
     judge = second_moments(on_device(activations.inputs(name)[::JUDGED_STEP]), v[::JUDGED_STEP])
@@ -346,8 +384,10 @@ def fit_component(
         return local_error(error, judge, judge_outputs[:, ::step])
 
     kept = {}
-    made = compensate(w, [t.type for t in which], feedback, outputs, threads=threads)
-    for treatment, (data, values) in zip(which, made, strict=True):
+    made = compensate(w, [t.type for t in which], m.feedback, m.outputs, threads=threads)
+    sparse = [t for t in treatments if t.zero_share]
+    made += fit_masks(w, sparse, m.feedback, m.outputs, m.squares, score, threads)
+    for treatment, (data, values) in zip([*which, *sparse], made, strict=True):
         with_feedback = local_error(values - w, judge, judge_outputs)
         # Plain rounding's errors of different rows are independent: every fourth row tells.
         if with_feedback < CLEAR * ROW_STEP * plain_error(
@@ -382,6 +422,8 @@ def sensitivity(
     calibration: Calibration | None = None,
     shipped: Shipped | None = None,
     imatrix: Mapping[str, FloatArray] | None = None,
+    score: str = SCORES[0],
+    transfer: bool = False,
 ) -> list[list[float]]:
     """Costs of all components, one line of `results` (JSONL) a component as soon as it is known;
     lines that are there already are not measured again. progress: called with weights done.
@@ -389,7 +431,8 @@ def sensitivity(
     read: GGUF name -> float32 weights in HF layout. calibration: round with error feedback fitted
     to it, where that helps. shipped: keeps the blocks that a plan may choose, and what export
     needs for the others. imatrix: importance vectors of the original model that take the place
-    of our own, component -> float32 (row_length,).
+    of our own, component -> float32 (row_length,). score: how masks are chosen (masks.SCORES).
+    transfer: also estimate what each treatment has after zstd.
     """
     known = read_costs(results)
     missing = [
@@ -406,7 +449,7 @@ def sensitivity(
         workers = worker_count(len(missing), needed)
     else:
         workers = 1  # the GPU takes its work from one process
-    context = _Context(activations, read, device, tied, calibration, shipped)
+    context = _Context(activations, read, device, tied, calibration, shipped, score, transfer)
     with results.open("a") as file:
         for (component, *_), record in in_workers(_measure, context, missing, workers):
             known[component.name] = record
@@ -427,6 +470,8 @@ class _Context:
     tied: bool
     calibration: Calibration | None
     shipped: Shipped | None
+    score: str
+    transfer: bool
 
 
 def _needed_bytes(
@@ -455,6 +500,7 @@ def _measure(
         importance = vector if scale is None else vector * scale * scale
         vector = importance
     feedback = None
+    made: dict[Treatment, npt.NDArray[np.uint8]] = {}
     if component.in_block:
         kept: dict[Treatment, tuple[npt.NDArray[np.uint8], torch.Tensor]] = {}
         if calibration:
@@ -467,8 +513,10 @@ def _measure(
                 at.device,
                 vector,
                 1 if at.device.type == "cpu" else None,
+                at.score,
             )
         values = {t: v for t, (_, v) in kept.items()}
+        made = {t: data for t, (data, _) in kept.items()}
         costs = component_costs(
             activations, component, choices, weights, at.device, importance, values
         )
@@ -490,9 +538,85 @@ def _measure(
             activations, component, choices, weights, importance, at.tied, feedback
         )
     if shipped:
-        types = [t.type for t, yes in zip(choices, compensated, strict=True) if yes]
-        shipped.save_component(component.name, importance, types, feedback)
-    return {"name": component.name, "costs": costs, "feedback": compensated}
+        pairs = list(zip(choices, compensated, strict=True))
+        types = [t.type for t, yes in pairs if yes and not t.zero_share]
+        masks = {t: yes for t, yes in pairs if t.zero_share}
+        shipped.save_component(component.name, importance, types, feedback, masks)
+    record = {"name": component.name, "costs": costs, "feedback": compensated}
+    if at.transfer:
+        record["transfer_bytes"] = [
+            _packed(component, t, weights, importance, made.get(t)) for t in choices
+        ]
+    return record
+
+
+def _packed(
+    component: Component,
+    treatment: Treatment,
+    weights: FloatArray,
+    importance: FloatArray | None,
+    blocks: npt.NDArray[np.uint8] | None,
+) -> int:
+    """About what the treated matrix has after zstd. blocks: as measured, None: plain rounding."""
+    step = sample_step(component.rows, component.size_bytes(treatment) // component.rows)
+    if blocks is None:
+        some = treat(np.ascontiguousarray(weights[::step]), treatment, importance)
+    else:
+        some = blocks[::step]
+    return packed_estimate(some, component.rows)
+
+
+def fit_zeros(
+    chosen: Sequence[tuple[Component, Treatment]],
+    calibration: Calibration,
+    scales: Scales,
+    config: ModelConfig | None,
+    read: Callable[[str], FloatArray],
+    device: torch.device,
+    shipped: Shipped,
+    imatrix: Mapping[str, FloatArray] | None = None,
+    score: str = SCORES[0],
+    progress: Progress = None,
+) -> None:
+    """Make the blocks of treatments with zeros once more and keep them in `shipped`: all that were
+    measured would fill the disk. The same as measured, arguments as in `sensitivity`."""
+    tasks = [
+        (c, t, imatrix.get(c.name) if imatrix else None)
+        for c, t in sorted(chosen, key=lambda pair: -pair[0].weights)
+    ]
+    if device.type == "cpu" and sum(c.weights for c, _ in chosen) > SMALL_WEIGHTS:
+        needed = max(2**29 + 12 * calibration.tokens * c.row_length for c, _ in chosen)
+        workers = worker_count(len(tasks), needed)
+    else:
+        workers = 1
+    context = _ZerosContext(calibration, scales, config, read, device, shipped, score)
+    for (component, *_), _ in in_workers(_fit_zeros, context, tasks, workers):
+        if progress:
+            progress(component.weights)
+
+
+@dataclass(frozen=True)
+class _ZerosContext:
+    calibration: Calibration
+    scales: Scales
+    config: ModelConfig | None
+    read: Callable[[str], FloatArray]
+    device: torch.device
+    shipped: Shipped
+    score: str
+
+
+@torch.no_grad()
+def _fit_zeros(at: _ZerosContext, task: tuple[Component, Treatment, FloatArray | None]) -> bool:
+    component, treatment, vector = task
+    if vector is not None:
+        scale = input_scale(at.scales, component.name)
+        vector = vector if scale is None else vector * scale * scale
+    m = component_moments(at.calibration, at.scales, at.config, component, at.device, vector)
+    weights = torch.from_numpy(at.read(component.name + ".weight")).to(at.device)
+    made = fit_masks(weights, [treatment], m.feedback, m.outputs, m.squares, at.score)
+    at.shipped.save(component, treatment, made[0][0])
+    return True
 
 
 def edge_feedback(

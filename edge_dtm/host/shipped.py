@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -15,7 +15,7 @@ from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host.checkpoint import Checkpoint
 from edge_dtm.host.compensate import Feedback, compensate
 from edge_dtm.host.treat import treat
-from edge_dtm.plan import Component, Treatment
+from edge_dtm.plan import Component, Treatment, zeros_per_row
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
@@ -55,9 +55,34 @@ class Shipped:
         """data: uint8 (rows, row_bytes), rows as Hugging Face orders them."""
         rows = self.checkpoint.gguf_rows(component.name, data)
         self._write(
-            f"{component.name}.{treatment.type}.npy",
+            self._block_file(component, treatment).name,
             lambda file: np.save(file, rows, allow_pickle=False),
         )
+
+    def _block_file(self, component: Component, treatment: Treatment) -> Path:
+        zeros = zeros_per_row(component.row_length, treatment.zero_share)
+        suffix = f"-{zeros}-zeros" if zeros else ""
+        return self.folder / f"{component.name}.{treatment.type}{suffix}.npy"
+
+    def has(self, component: Component, treatment: Treatment) -> bool:
+        """Whether the very blocks of a treatment are stored."""
+        return self._block_file(component, treatment).is_file()
+
+    def is_fitted(self, component: Component, treatment: Treatment) -> bool:
+        """Whether a treatment with zeros was measured with its other weights fitted again; between
+        two measured levels the upper one decides."""
+        with np.load(self.folder / f"{component.name}.npz", allow_pickle=False) as kept:
+            levels = [
+                (float(share), bool(fitted))
+                for name, share, fitted in zip(
+                    kept["sparse_types"].tolist(),
+                    kept["sparse_shares"].tolist(),
+                    kept["sparse_fitted"].tolist(),
+                    strict=True,
+                )
+                if name == treatment.type and share >= treatment.zero_share
+            ]
+        return min(levels)[1]
 
     def save_component(
         self,
@@ -65,13 +90,16 @@ class Shipped:
         importance: FloatArray | None,
         compensated: Sequence[str],
         feedback: Feedback | None = None,
+        sparse: Mapping[Treatment, bool] | None = None,
     ) -> None:
         """The last word about a component, after its blocks.
 
         importance: float32 (row_length,), or None for columns that are equally important;
         compensated: types that were measured with error feedback; feedback: what to make their
-        blocks with, where these are not stored.
+        blocks with, where these are not stored; sparse: treatments with zeros, and whether what
+        they keep was fitted.
         """
+        masks = sorted(sparse.items()) if sparse else []
         none = np.zeros(0, dtype=np.float32)
         self._write(
             f"{name}.npz",
@@ -81,19 +109,30 @@ class Shipped:
                 importance=none if importance is None else importance,
                 compensated=np.array(compensated, dtype=np.str_),
                 moments=none if feedback is None else feedback.moments.cpu().numpy(),
+                sparse_types=np.array([t.type for t, _ in masks], dtype=np.str_),
+                sparse_shares=np.array([t.zero_share for t, _ in masks]),
+                sparse_fitted=np.array([yes for _, yes in masks], dtype=np.bool_),
             ),
         )
+
+    def importance(self, name: str) -> FloatArray | None:
+        """float32 (row_length,), what plain rounding of the component weighs errors with."""
+        with np.load(self.folder / f"{name}.npz", allow_pickle=False) as kept:
+            importance: FloatArray = kept["importance"]
+        return importance if len(importance) else None
 
     def blocks(self, component: Component, treatment: Treatment) -> ByteArray:
         """What goes into the GGUF, uint8 (rows, row_bytes) in its row order.
 
         EdgeDtmError when the folder lacks what was measured.
         """
-        head, path = (
-            self.folder / f"{component.name}.npz",
-            self.folder / f"{component.name}.{treatment.type}.npy",
-        )
+        head = self.folder / f"{component.name}.npz"
+        path = self._block_file(component, treatment)
+        data: ByteArray
         try:
+            if treatment.zero_share and self.is_fitted(component, treatment):
+                data = np.load(path, mmap_mode="r", allow_pickle=False)
+                return data
             with np.load(head, allow_pickle=False) as kept:
                 importance, types = kept["importance"], kept["compensated"].tolist()
                 moments = torch.from_numpy(kept["moments"])
@@ -102,7 +141,7 @@ class Shipped:
                     feedback = Feedback(moments, None)
                     weights = torch.from_numpy(self._weights(component))
                     return compensate(weights, [treatment.type], feedback)[0][0]
-                data: ByteArray = np.load(path, mmap_mode="r", allow_pickle=False)
+                data = np.load(path, mmap_mode="r", allow_pickle=False)
                 return data
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise EdgeDtmError(

@@ -1,0 +1,162 @@
+"""Removal as a stage: what goes, the smaller model that is left, and the proof that llama.cpp runs
+it as torch does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from edge_dtm import ggml
+from edge_dtm.device.runner import Record
+from edge_dtm.errors import EdgeDtmError
+from edge_dtm.host import export, removal
+from edge_dtm.host.checkpoint import Checkpoint
+from edge_dtm.host.digest import digest_of
+from edge_dtm.host.retrain import plain_values
+from edge_dtm.host.stage_recover import recover_base
+from edge_dtm.plan import Plan, Treatment
+from edge_dtm.reference import HELD_OUT, Reference
+from edge_dtm.structure import UnitOptions, remove_share, removed_share, worth_removing
+
+if TYPE_CHECKING:
+    from edge_dtm.host.compress import Measured, Pipeline
+
+REMOVE_IF_WORTH = 0.0  # as the wanted share: the search decides
+HALF_MARGIN = 0.05  # logits; half-precision weights and KV cache move margins by less
+
+
+def neuron_block(types: Sequence[str], config_ffn: int) -> int:
+    """Neurons are kept in multiples of this, so that every type that fits the whole `ffn_down`
+    fits what is left of it."""
+    return max([32, *(b for t in types if config_ffn % (b := ggml.block_size(t)) == 0)])
+
+
+def unit_options(checkpoint: Checkpoint, units: Sequence[removal.Unit]) -> list[UnitOptions]:
+    """The units as the search sees them."""
+    by_name = {c.name: c for c in checkpoint.components()}
+    parts = {
+        "attn": ("attn_q", "attn_k", "attn_v", "attn_output"),
+        "ffn": ("ffn_gate", "ffn_up", "ffn_down"),
+    }
+    out = []
+    for u in units:
+        names = tuple(f"blk.{u.layer}.{p}" for p in parts[u.part])
+        out.append(
+            UnitOptions(
+                f"{u.layer}.{u.part}",
+                names,
+                sum(by_name[n].weights for n in names),
+                len(u.order),
+                tuple(o.kept for o in u.options),
+                tuple(o.cost for o in u.options),
+            )
+        )
+    return out
+
+
+def remove(run: Pipeline, reference: Reference) -> None:
+    """With --remove: KV groups and neurons go, and the base becomes a smaller dense model."""
+    s, checkpoint = run.s, run.checkpoint
+    if s.remove is None:
+        return
+    results = run.work / f"units-{run.key}.jsonl"
+    file = run.work / f"removed-{digest_of([run.key, s.remove, run.max_bytes, s.types])}"
+    activations, calibration = run.captures(reference)
+    run.capture(activations, calibration)
+    with run.stages("Costs of removal", 2 * checkpoint.config.layers) as advance:
+        units = removal.measure_units(
+            checkpoint,
+            activations,
+            calibration,
+            run.torch_device,
+            neuron_block(s.types, checkpoint.config.ffn),
+            results,
+            advance,
+        )
+    options = unit_options(checkpoint, units)
+    if s.remove == REMOVE_IF_WORTH:
+        keep = run.keep_activations, run.keep_calibration
+        run.keep_activations = run.keep_calibration = True
+        table, _ = run.costs(reference)
+        run.keep_activations, run.keep_calibration = keep
+        chosen = worth_removing(options, table.restricted(s.types, s.sparse), run.max_bytes)
+    else:
+        chosen = remove_share(options, s.remove)
+    share = removed_share(options, chosen)
+    run.story["removal"] = {"removed_share": share, "kept": chosen}
+    run.forget_model()
+    if not chosen:
+        run.stages.note("Removal: at this size it buys nothing that cheaper types do not; none.")
+        run.rebase(checkpoint)
+        return
+    kept = {(int(n.split(".")[0]), n.split(".")[1]): k for n, k in chosen.items()}
+    reduced = removal.reduce(
+        checkpoint, units, kept, calibration, {}, file.with_suffix(".safetensors"), run.torch_device
+    )
+    if not run.keep_activations:
+        activations.remove()
+        calibration.remove()
+    whole = Plan(
+        checkpoint.components(),
+        tuple(Treatment("F16") for _ in checkpoint.components()),
+        export.fixed_bytes(checkpoint),
+    ).size_bytes
+    left = export.f16_plan(reduced, export.fixed_bytes(reduced)).size_bytes
+    run.stages.note(
+        f"Removal: {share:.1%} of the block matrices go, in {len(chosen)} of {len(units)} parts; "
+        f"{left:,} of {whole:,} bytes are left in F16"
+    )
+    measured = _check(run, reduced, units, kept, reference)
+    run.story["removal"] |= {
+        "f16_bytes": left,
+        "measured": {**measured.divergence.to_json(), "perplexity": measured.perplexity},
+    }
+    run.rebase(reduced)
+    if s.recover_steps:
+        untouched = Plan(
+            run.components, tuple(Treatment("F32") for _ in run.components), run.fixed_bytes
+        )
+        recover_base(
+            run, untouched, plain_values(run.base, run.components), reference, "after removal"
+        )
+
+
+def _check(
+    run: Pipeline,
+    reduced: Checkpoint,
+    units: Sequence[removal.Unit],
+    kept: removal.Kept,
+    reference: Reference,
+) -> Measured:
+    """llama.cpp runs the smaller model as torch runs the whole one with zeros in its place: the
+    same argmax at every held-out position, near-ties apart. EdgeDtmError when not."""
+    saved = run.work / f"removed-{digest_of([run.key, reduced.check()])}.npz"
+    held_out = reference.part(HELD_OUT)
+    if not saved.is_file():
+        plan = export.f16_plan(reduced, export.fixed_bytes(reduced))
+        path = run.work / "removed.gguf"
+        with run.stages(
+            "Exporting the smaller model", sum(c.weights for c in plan.components)
+        ) as advance:
+            export.export_gguf(reduced, plan, path, {}, advance)
+        found = run.measure(path, reference, "The smaller model in llama.cpp")
+        path.unlink()
+        with run.stages("The masked model in torch", 1):
+            masked = removal.masked(run.checkpoint, reduced, units, kept, run.torch_device)
+            differing = removal.disagreements(masked, held_out, found.record.ids)
+        wide = [d for d in differing if not d.margin <= HALF_MARGIN]
+        total = found.divergence.tokens
+        if wide:
+            raise EdgeDtmError(
+                f"llama.cpp and torch disagree on the smaller model at {len(wide)} of {total:,} "
+                f"positions, with margins up to {max(d.margin for d in wide):.3f}: please report "
+                "this"
+            )
+        largest = max((d.margin for d in differing), default=0.0)
+        run.stages.note(
+            f"The smaller model in llama.cpp has the masked model's argmax at "
+            f"{total - len(differing):,} of {total:,} positions"
+            + (f"; largest margin at the others {largest:.4f}" if differing else "")
+        )
+        found.record.save(saved)
+    return run.judge(Record.load(saved), held_out)
