@@ -107,8 +107,75 @@ def markdown(
             *(f"| {n} | {plan.by_name()[n].zero_share:.2%} | {z:.2%} |" for n, z in found.items()),
             "",
         ]
+    out += _story(measured)
     out += ["## Provenance", "", *(f"- {k}: {v}" for k, v in details.items()), ""]
     return "\n".join(out)
+
+
+def _story(measured: Mapping[str, Any]) -> list[str]:
+    """What was done besides types and masks, and what it brought."""
+    out = []
+    if zeros := measured.get("zeros"):
+        out += ["## What the zeros bought", "", zeros["words"], ""]
+    if removal := measured.get("removal"):
+        out += ["## Removal", ""]
+        if not removal["kept"]:
+            out += ["Asked for where it pays: at this size it does not; nothing was removed.", ""]
+        else:
+            out += [
+                f"{removal['removed_share']:.1%} of the block matrices were removed. The smaller "
+                f"model alone, in F16, takes {removal['f16_bytes']:,} bytes and has an SDT of "
+                f"{interval(removal['measured']['sdt'], True)} and a mean FDT of "
+                f"{interval(removal['measured']['fdt'], False)}.",
+                "",
+                "| part | KV groups or neurons kept |",
+                "|---|---|",
+                *(f"| {name} | {kept} |" for name, kept in removal["kept"].items()),
+                "",
+            ]
+    if stages := measured.get("recovery"):
+        out += ["## Recovery", ""]
+        if before := measured.get("before_recovery"):
+            out += [
+                f"Before: SDT {interval(before['sdt'], True)}, mean FDT "
+                f"{interval(before['fdt'], False)}, perplexity {before['perplexity']:.4f}, on the "
+                "held-out sequences.",
+                "",
+            ]
+        out += [
+            "Checked on calibration sequences that were not trained on, which also choose the "
+            "best step:",
+            "",
+            "| stage | step | loss (nats) | SDT | mean FDT | perplexity |",
+            "|---|---|---|---|---|---|",
+            *(
+                f"| {name} | {p['step']}{' (best)' if p['step'] == stage['best_step'] else ''} | "
+                f"{'' if p['loss'] is None else format(p['loss'], '.4f')} | {p['sdt']:.2%} | "
+                f"{p['fdt']:.1f} | {p['perplexity']:.4f} |"
+                for name, stage in stages.items()
+                for p in stage["curve"]
+            ),
+            "",
+        ]
+    return out
+
+
+def _story_lines(measured: Mapping[str, Any]) -> list[str]:
+    """The same on one screen."""
+    out = []
+    if before := measured.get("before_recovery"):
+        out.append(
+            f"before recovery: SDT {interval(before['sdt'], True)}, mean FDT "
+            f"{interval(before['fdt'], False)}, perplexity {before['perplexity']:.4f}"
+        )
+    if (removal := measured.get("removal")) and removal["kept"]:
+        out.append(
+            f"{removal['removed_share']:.1%} of the block matrices removed; that alone in F16: SDT "
+            f"{interval(removal['measured']['sdt'], True)}"
+        )
+    if zeros := measured.get("zeros"):
+        out.append(zeros["words"])
+    return out
 
 
 def layer_map(plan: Plan) -> list[tuple[str, list[str]]]:
@@ -153,11 +220,8 @@ def print_summary(
     lines = [
         f"{measured['size_bytes']:,} bytes ({measured['size_bytes'] / measured['f16_bytes']:.1%} of F16): "
         f"{counts}",
-        *(
-            [f"{plan.zero_share:.2%} zeros in the block matrices. {ZEROS_NOTE}"]
-            if plan.zero_share
-            else []
-        ),
+        *([f"{plan.zero_share:.2%} zeros in the block matrices."] if plan.zero_share else []),
+        *_story_lines(measured),
         f"{sum(seconds.values()):.0f} s in all; measured on {measured['sequences']} held-out sequences",
         f"Bundle: {out}. Next: edge-dtm verify {out}",
     ]

@@ -522,6 +522,21 @@ def test_more_removed_costs_more(units: list[Unit]) -> None:
             assert unit.options[-1].cost > 3 * unit.options[0].cost
 
 
+def test_the_most_important_are_kept(made: Made, units: list[Unit]) -> None:
+    """Keeping the other end of the order costs more."""
+    for unit in units:
+        width, option = (128, 0) if unit.part == "attn" else (1, 3)
+        w = torch.from_numpy(made.weights(unit.component).copy())
+        x = torch.from_numpy(made.activations.inputs(unit.component).copy())
+        g = torch.from_numpy(made.activations.gradients(unit.component))
+        moments = damped_moments(made.calibration, {}, unit.component, CPU)
+        columns = columns_of(np.array(unit.order[::-1]), width)
+        count = unit.options[option].kept * width
+        error = -w
+        error[:, torch.from_numpy(columns[:count])] += Correction(w, moments, columns)(count)
+        assert margin_cost(made.activations, x, g, error) > 1.2 * unit.options[option].cost
+
+
 @pytest.mark.parametrize("name", ["blk.0.ffn_down", "blk.1.attn_output"])
 def test_least_squares_beats_plain_dropping(made: Made, name: str) -> None:
     w = torch.from_numpy(made.weights(name).copy())

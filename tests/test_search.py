@@ -226,7 +226,7 @@ def test_no_zeros_unless_asked_for():
 def test_zeros_that_do_not_fit():
     table = sparse_table(13)
     with pytest.raises(EdgeDtmError, match="raise --max-bytes or lower --sparsity"):
-        search(table, 10**9, 0.6)
+        search(table, 10**9, 0.97)
     smallest = search(table, 10**9).fixed_bytes + sum(
         min(c.size_bytes(t) for t in ts)
         for c, ts in zip(table.components, table.treatments, strict=True)

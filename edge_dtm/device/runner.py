@@ -561,7 +561,9 @@ def check_gguf(path: Path) -> None:
             f"{path} is truncated: its tensors need {max(ends)} bytes, it has {size}; copy it again"
         )
     if name not in ("llama", "deci"):
-        raise EdgeDtmError(f"{path} has the architecture {name!r}; edge-dtm reads llama only")
+        raise EdgeDtmError(
+            f"{path} has the architecture {name!r}; edge-dtm reads llama and deci only"
+        )
 
 
 def default_threads() -> int:

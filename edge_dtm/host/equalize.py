@@ -63,7 +63,12 @@ def channel_scales(
 
 def sites(config: ModelConfig) -> list[str]:
     """Every input that has scales. A tied head has none: its columns are the embedding's."""
-    blocks = [f"blk.{layer}.{site}" for layer in range(config.layers) for site in SITES]
+    blocks = [
+        f"blk.{layer}.{site}"
+        for layer in range(config.layers)
+        for site in SITES
+        if config.layer_kv_heads(layer) or not site.startswith("attn_")
+    ]
     return blocks if config.tied else [*blocks, "output"]
 
 
@@ -117,7 +122,8 @@ def _site_scales(
     if not name.endswith("attn_output"):
         return channel_scales(x2, b2, strength)
     # Query heads of a group read the same value channels.
-    shape = (config.kv_heads, config.heads // config.kv_heads, config.head_dim)
+    groups = config.layer_kv_heads(int(name.split(".")[1]))
+    shape = (groups, config.heads // config.kv_heads, config.head_dim)
     s = channel_scales(x2.reshape(shape).sum(1), b2.reshape(shape).sum(1), strength)
     return np.ascontiguousarray(np.broadcast_to(s[:, None], shape).reshape(-1))
 
@@ -203,7 +209,7 @@ def output_scale(scales: Scales, name: str, config: ModelConfig) -> FloatArray |
     if s is None or part != "attn_v":
         return s
     group = config.heads // config.kv_heads
-    return np.ascontiguousarray(s.reshape(config.kv_heads, group, -1)[:, 0].reshape(-1))
+    return np.ascontiguousarray(s.reshape(-1, group, config.head_dim)[:, 0].reshape(-1))
 
 
 class EqualizedCheckpoint(Checkpoint):

@@ -79,7 +79,7 @@ class RecoverSettings:
     warmup_share: float = 0.05
     round_every: int = 4
     check_every: int | None = None
-    patience: int = 4
+    patience: int = 6  # of ten checks: the highest rate makes the first ones worse
     seed: int = 0
     precision: str = "auto"
     checkpointing: bool | None = None

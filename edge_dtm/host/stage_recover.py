@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from edge_dtm.host.digest import digest_of
 from edge_dtm.host.model import load_model
 from edge_dtm.host.recover import Recovered, RecoverSettings, Trained, recover
@@ -137,7 +139,8 @@ def _train(
         f"peak memory {result.peak_rss_bytes / 1e9:.1f} GB)"
     )
     run.story.setdefault("recovery", {})[name] = {
-        "curve": result.curve,
+        # Before the first step there is no loss.
+        "curve": [{k: v if np.isfinite(v) else None for k, v in p.items()} for p in result.curve],
         "best_step": result.best_step,
         "steps": result.steps,
         "tokens_per_s": result.tokens_per_s,
