@@ -46,6 +46,7 @@ from edge_dtm.host.sensitivity import Activations, fit_zeros, read_costs, sensit
 from edge_dtm.host.shipped import Shipped
 from edge_dtm.host.stage_recover import recover_plan, sparsify
 from edge_dtm.host.stage_remove import remove
+from edge_dtm.host.stage_zeros import fit_plan
 from edge_dtm.host.tokenizer import NASTY_STRINGS, tokenization_mismatches
 from edge_dtm.imatrix import check_imatrix, read_imatrix
 from edge_dtm.inspect import describe
@@ -150,7 +151,7 @@ def compress(settings: Settings, stages: Stages) -> Path:
     predictor = run.predictor(reference)
     floor = run.noise_floor(reference)
     plan, point, measured = run.best(table, predictor, shipped, reference)
-    measured = recover_plan(run, plan, shipped, reference, measured)
+    measured = recover_plan(run, plan, run.exported, reference, measured)
     packaged = run.on_packaged_prompts(reference)
     run.weigh_zeros(plan)
     run.finish(table, predictor, plan, point, measured, floor, reference, packaged)
@@ -419,7 +420,7 @@ class Pipeline:
             if self.base is self.checkpoint:
                 self._save_imatrix(calibration)
             if s.equalize:
-                activations.scales = self._scales()
+                activations.scales = self.scales()
                 activations.config = self.base.config
             with self.stages("Sensitivity", sum(c.weights for c in self.components)) as advance:
                 sensitivity(
@@ -476,7 +477,7 @@ class Pipeline:
                 activations.capture(self.model(), self.s.seed, advance)
             calibration.capture(self.model(), self.s.seed, advance)
 
-    def _scales(self) -> Scales:
+    def scales(self) -> Scales:
         """Of the equalized base; empty without equalization."""
         return getattr(self.equalized, "scales", {})
 
@@ -496,7 +497,7 @@ class Pipeline:
             fit_zeros(
                 missing,
                 calibration,
-                self._scales(),
+                self.scales(),
                 self.base.config if self.s.equalize else None,
                 self.equalized.hf_tensor,
                 self.torch_device,
@@ -609,11 +610,11 @@ class Pipeline:
 
         def measured_plan(limit: int) -> tuple[Plan, Prediction, Measured]:
             plan = self._search(allowed, limit)
-            self.fit_plan_zeros(plan, shipped, reference)
+            self.exported = fit_plan(self, plan, shipped, reference)
             return (
                 plan,
                 predictor.predict(table.cost(plan)),
-                self.export_and_measure(plan, shipped, reference),
+                self.export_and_measure(plan, self.exported, reference),
             )
 
         goal = target.Target(s.max_sdt, s.min_fdt)

@@ -326,7 +326,6 @@ def component_moments(
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
     scale = input_scale(scales, name)
-    out = output_scale(scales, name, config) if config is not None else None
     x, v = on_device(calibration.inputs(name)), on_device(calibration.token_weights(name))
     squares = calibration.input_squares(name)
     if scale is not None:
@@ -340,11 +339,26 @@ def component_moments(
         feedback.importance = vector / max(float(vector.mean()), 1e-30) + np.float32(
             damping_for(effective_tokens(v), component.row_length)
         )
-    g, v = on_device(calibration.gradients(name)), v[: calibration.output_tokens]
-    if out is not None:
-        g /= on_device(out)
-    outputs = Feedback(gradient_moments(g, v), damping_for(effective_tokens(v), component.rows))
+    outputs = output_moments(calibration, scales, config, component, device)
     return Moments(importance, on_device(squares.astype(np.float32)), feedback, outputs)
+
+
+@torch.no_grad()
+def output_moments(
+    calibration: Calibration,
+    scales: Scales,
+    config: ModelConfig | None,
+    component: Component,
+    device: torch.device,
+) -> Feedback:
+    """The damped moments of the margins' gradients at a block matrix's outputs."""
+    name = component.name
+    out = output_scale(scales, name, config) if config is not None else None
+    g = torch.from_numpy(calibration.gradients(name)).to(device)
+    v = torch.from_numpy(calibration.token_weights(name)[: calibration.output_tokens]).to(device)
+    if out is not None:
+        g /= torch.from_numpy(out).to(device)
+    return Feedback(gradient_moments(g, v), damping_for(effective_tokens(v), component.rows))
 
 
 @torch.no_grad()

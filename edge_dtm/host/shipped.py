@@ -115,6 +115,17 @@ class Shipped:
             ),
         )
 
+    def load(self, component: Component, treatment: Treatment) -> ByteArray:
+        """Stored blocks. EdgeDtmError when they cannot be read."""
+        path = self._block_file(component, treatment)
+        try:
+            data: ByteArray = np.load(path, mmap_mode="r", allow_pickle=False)
+            return data
+        except (OSError, ValueError, EOFError) as error:
+            raise EdgeDtmError(
+                f"{path} cannot be read ({error}): run edge-dtm compress again with --no-resume"
+            ) from None
+
     def importance(self, name: str) -> FloatArray | None:
         """float32 (row_length,), what plain rounding of the component weighs errors with."""
         with np.load(self.folder / f"{name}.npz", allow_pickle=False) as kept:

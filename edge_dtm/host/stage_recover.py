@@ -21,6 +21,7 @@ from edge_dtm.host.retrain import (
     with_vectors,
 )
 from edge_dtm.host.shipped import Shipped
+from edge_dtm.host.stage_zeros import fit_plan
 from edge_dtm.plan import Plan
 from edge_dtm.reference import Reference
 from edge_dtm.search import search
@@ -44,7 +45,7 @@ def sparsify(run: Pipeline, reference: Reference) -> None:
         masks_only = replace(s, types=("F16",), zero_share=share, max_transfer=None)
         table, shipped = run.costs(reference, masks_only)
         plan = search(table, table.fixed_bytes + 2 * run.f16_bytes, share)
-        run.fit_plan_zeros(plan, shipped, reference)
+        shipped = fit_plan(run, plan, shipped, reference)
         values = start_values(run.equalized, plan, shipped)
         recover_base(run, plan, values, reference, f"at {share:.1%} zeros", shipped)
         for c, t in zip(plan.components, plan.treatments, strict=True):
