@@ -219,6 +219,12 @@ def main() -> None:
     help="Let each block make up for the rounding errors of the others.",
 )
 @click.option(
+    "--in-order/--no-in-order",
+    default=True,
+    show_default=True,
+    help="Fit matrices with zeros again in the order of the layers, each making up for all before.",
+)
+@click.option(
     "--equalize/--no-equalize",
     default=True,
     show_default=True,

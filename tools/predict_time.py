@@ -32,12 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from edge_dtm import ggml
 from edge_dtm.host.activations import activation_kind
 from edge_dtm.host.compensate import DESCENT_SWEEPS, ROW_GROUPS
+from edge_dtm.host.recover import RecoverSettings
 from edge_dtm.host.sensitivity import ROW_STEP, SIGN_DRAWS
 from edge_dtm.host.shipped import takes_feedback
 from edge_dtm.plan import CANDIDATE_TYPES, Component, Treatment, candidate_treatments
 
 # Measured seconds over counted seconds, SmolLM2-135M on two x86-64 cores (docs/time.md).
-FACTORS = {"Greedy reference": 2.6, "Gradients": 2.8, "Sensitivity": 1.8}
+FACTORS = {"Greedy reference": 2.6, "Gradients": 2.8, "Sensitivity": 1.8, "Recovery": 1.0}
 LAUNCHES_A_STEP = 25  # torch operations in one step of the feedback
 
 
@@ -124,7 +125,19 @@ def stages(args: Any, t: Tokens, m: Machine) -> dict[str, float]:
         "Gradients": 2 * passes * t.sequence * block_weights / rate,
         "Sensitivity": sensitivity,
     }
+    if args.recover:
+        # Forward, backward for inputs and weights, and forward again where activations are not
+        # kept; the heads of both models, and the way back through the student's.
+        each = 8 * block_weights + 6 * head
+        counted["Recovery"] = args.recover * RecoverSettings(1).batch_tokens * each / rate
     return {k: v * FACTORS[k] for k, v in counted.items()}
+
+
+def recovery_bytes(args: Any, quantized: bool) -> int:
+    """Peak memory without activations: latent and running weights, gradient, two moments of AdamW,
+    and the roundings' offsets where there is a grid; two heads, an embedding."""
+    block_weights = args.layers * sum(c.weights for c in blocks_of(args))
+    return (24 if quantized else 20) * block_weights + 3 * 4 * args.vocab * args.hidden
 
 
 def best_of(work: Callable[[], object], least_s: float) -> float:
@@ -175,6 +188,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--gflops", type=float, help="float32 products; default: measured here")
     parser.add_argument("--launch-us", type=float, default=5.0, help="time of a small operation")
+    parser.add_argument("--recover", type=int, default=0, help="steps of one recovery")
     parser.add_argument("--gpu", action="store_true", help="products on a GPU, beside the cores")
     args = parser.parse_args()
     console = Console()
@@ -209,6 +223,11 @@ def main() -> None:
         f"{found['Gradients'] / (a + tokens.fitted * tokens.sequence) * 1e3:.1f} ms a calibration "
         "token."
     )
+    if args.recover:
+        console.print(
+            f"Recovery takes {recovery_bytes(args, False) / 1e9:.0f} GB, with grids other than F16 "
+            f"{recovery_bytes(args, True) / 1e9:.0f} GB, besides activations."
+        )
 
 
 if __name__ == "__main__":

@@ -118,6 +118,7 @@ class Settings:
     mask_score: str = SCORES[0]
     max_transfer: int | None = None  # bytes of the GGUF after zstd
     sparsity_steps: int = 1
+    in_order: bool = True
     remove: float | None = (
         None  # share of the block matrices; REMOVE_IF_WORTH lets the search decide
     )
