@@ -294,8 +294,7 @@ def _preset(
         return types, sparsity
     if types or options["max_sdt"] is not None or options["min_fdt"] is not None:
         raise click.UsageError("--preset sets the types; it takes no --types and no target")
-    if options["max_bytes"] is None:
-        options["max_bytes"] = 2**62  # the experiment, not the file, has the limit
+    options["unlimited"] = options["max_bytes"] is None
     if preset == "paper-int8":
         if sparsity:
             raise click.UsageError("--sparsity goes with --preset paper-sparse")

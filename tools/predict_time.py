@@ -33,6 +33,7 @@ from edge_dtm import ggml
 from edge_dtm.host.activations import activation_kind
 from edge_dtm.host.compensate import DESCENT_SWEEPS, ROW_GROUPS
 from edge_dtm.host.recover import RecoverSettings
+from edge_dtm.host.recover import recovery_bytes as needed_bytes
 from edge_dtm.host.sensitivity import ROW_STEP, SIGN_DRAWS
 from edge_dtm.host.shipped import takes_feedback
 from edge_dtm.plan import CANDIDATE_TYPES, Component, Treatment, candidate_treatments
@@ -134,10 +135,8 @@ def stages(args: Any, t: Tokens, m: Machine) -> dict[str, float]:
 
 
 def recovery_bytes(args: Any, quantized: bool) -> int:
-    """Peak memory without activations: latent and running weights, gradient, two moments of AdamW,
-    and the roundings' offsets where there is a grid; two heads, an embedding."""
     block_weights = args.layers * sum(c.weights for c in blocks_of(args))
-    return (24 if quantized else 20) * block_weights + 3 * 4 * args.vocab * args.hidden
+    return needed_bytes(block_weights, args.vocab * args.hidden, quantized)
 
 
 def best_of(work: Callable[[], object], least_s: float) -> float:

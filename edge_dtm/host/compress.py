@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from edge_dtm import bundle, report, target
 from edge_dtm.device.runner import LlamaRunner, Record, RunSettings, context_needed, replay_tokens
@@ -41,6 +42,7 @@ from edge_dtm.host.generate import (
 from edge_dtm.host.masks import SCORES
 from edge_dtm.host.model import choose_device, load_model
 from edge_dtm.host.prompts import Prompt, packaged_prompts, read_prompts, sample_prefixes
+from edge_dtm.host.recover import recovery_bytes
 from edge_dtm.host.retrain import RecoveredBlocks
 from edge_dtm.host.sensitivity import Activations, fit_zeros, read_costs, sensitivity
 from edge_dtm.host.shipped import Shipped
@@ -48,6 +50,7 @@ from edge_dtm.host.stage_recover import recover_plan, sparsify
 from edge_dtm.host.stage_remove import remove
 from edge_dtm.host.stage_zeros import fit_plan
 from edge_dtm.host.tokenizer import NASTY_STRINGS, tokenization_mismatches
+from edge_dtm.host.workers import memory_available_bytes
 from edge_dtm.imatrix import check_imatrix, read_imatrix
 from edge_dtm.inspect import describe
 from edge_dtm.metrics import Divergence, compare, divergent_mask, perplexity
@@ -86,6 +89,7 @@ SAMPLED_PROMPTS = 40
 EXTRA_PROMPTS = 48  # sampled too, but only ever used to fit error feedback and scales
 PACKAGED_PROMPTS = 48  # measured besides the user's own
 HELD_OUT_SHARE = 2 / 3
+UNLIMITED_BYTES = 2**62
 MEASURED_SEQUENCES = 32  # enough for the ranking; more only narrows each cost (z^2 is a chi^2)
 METHOD = 3  # of the measurement; a change of it makes old costs in a work folder void
 SAME_LOGITS = 1e-3  # relative to the largest: float32 rounding through all layers stays below
@@ -118,6 +122,7 @@ class Settings:
     mask_score: str = SCORES[0]
     max_transfer: int | None = None  # bytes of the GGUF after zstd
     sparsity_steps: int = 1
+    unlimited: bool = False  # whatever size the plan has
     in_order: bool = True
     remove: float | None = (
         None  # share of the block matrices; REMOVE_IF_WORTH lets the search decide
@@ -231,10 +236,12 @@ class Pipeline:
                     f"since zeros are put into {' and '.join(SPARSE_TYPES)} only, and the budget "
                     f"is {self.max_bytes:,}: raise --max-bytes or lower --sparsity"
                 )
+        if s.recover_steps:
+            self._check_memory()
         if not s.resume:
             shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True, exist_ok=True)
-        needed = 2 * self.f16_bytes
+        needed = (14 if s.recover_steps else 2) * self.f16_bytes
         if shutil.disk_usage(self.work).free < needed:
             raise EdgeDtmError(
                 f"{s.out} has {shutil.disk_usage(self.work).free:,} bytes free, about {needed:,} "
@@ -301,6 +308,11 @@ class Pipeline:
 
     def _budget(self, context: int, kv_bytes_per_token: int, vocab: int) -> ByteBudget | None:
         """The profile's budget, and self.max_bytes, which --max-bytes overrides."""
+        if self.s.unlimited:
+            self.max_bytes = UNLIMITED_BYTES
+            self.budget_text = "Budget: none, the experiment decides the size."
+            self.stages.note(self.budget_text)
+            return None
         if self.s.max_bytes is not None:
             self.max_bytes = self.s.max_bytes
             self.budget_text = f"Budget: {self.max_bytes:,} bytes, as asked for."
@@ -317,6 +329,23 @@ class Pipeline:
         self.budget_text = budget.explain()
         self.stages.note(self.budget_text)
         return budget
+
+    def _check_memory(self) -> None:
+        """EdgeDtmError when recovery would not fit into the memory that is free now."""
+        blocks = sum(c.weights for c in self.components if c.in_block)
+        edge = self.checkpoint.config.vocab * self.checkpoint.config.hidden
+        needed = recovery_bytes(blocks, edge, any(t != "F16" for t in self.s.types))
+        free = (
+            torch.cuda.mem_get_info(self.torch_device)[0]
+            if self.torch_device.type == "cuda"
+            else memory_available_bytes()
+        )
+        if free is not None and free < needed:
+            raise EdgeDtmError(
+                f"--recover needs about {needed / 1e9:.0f} GB of memory on {self.torch_device} and "
+                f"{free / 1e9:.0f} GB are free: leave it out, or use --device cpu or a larger "
+                "machine"
+            )
 
     def forget_model(self) -> None:
         """Free the loaded model, for another one."""

@@ -231,6 +231,13 @@ class _Matrix:
         return blocks
 
 
+def recovery_bytes(block_weights: int, edge_weights: int, quantized: bool) -> int:
+    """Peak memory besides activations: of each weight of a block the latent and the running value,
+    the gradient and AdamW's two moments, with a grid other than F16's also what rounding moves it
+    by, in float32; the embedding and two heads, edge_weights being those of one."""
+    return (24 if quantized else 20) * block_weights + 12 * edge_weights
+
+
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware (steps were 1.5 times as fast on a
     Zen 4 core: 452 instead of 303 tokens a second, hidden 576, 6 layers, vocabulary 8,192)."""

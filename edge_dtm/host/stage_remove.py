@@ -3,8 +3,11 @@ it as torch does."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from edge_dtm import ggml
 from edge_dtm.device.runner import Record
@@ -12,6 +15,7 @@ from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host import export, removal
 from edge_dtm.host.checkpoint import Checkpoint
 from edge_dtm.host.digest import digest_of
+from edge_dtm.host.edited import EditedCheckpoint
 from edge_dtm.host.retrain import plain_values
 from edge_dtm.host.stage_recover import recover_base
 from edge_dtm.plan import Plan, Treatment
@@ -19,7 +23,7 @@ from edge_dtm.reference import HELD_OUT, Reference
 from edge_dtm.structure import UnitOptions, remove_share, removed_share, worth_removing
 
 if TYPE_CHECKING:
-    from edge_dtm.host.compress import Measured, Pipeline
+    from edge_dtm.host.compress import Pipeline
 
 REMOVE_IF_WORTH = 0.0  # as the wanted share: the search decides
 HALF_MARGIN = 0.05  # logits; half-precision weights and KV cache move margins by less
@@ -59,54 +63,42 @@ def remove(run: Pipeline, reference: Reference) -> None:
     s, checkpoint = run.s, run.checkpoint
     if s.remove is None:
         return
-    results = run.work / f"units-{run.key}.jsonl"
-    file = run.work / f"removed-{digest_of([run.key, s.remove, run.max_bytes, s.types])}"
-    activations, calibration = run.captures(reference)
-    run.capture(activations, calibration)
-    with run.stages("Costs of removal", 2 * checkpoint.config.layers) as advance:
-        units = removal.measure_units(
-            checkpoint,
-            activations,
-            calibration,
-            run.torch_device,
-            neuron_block(s.types, checkpoint.config.ffn),
-            results,
-            advance,
-        )
-    options = unit_options(checkpoint, units)
-    if s.remove == REMOVE_IF_WORTH:
-        keep = run.keep_activations, run.keep_calibration
-        run.keep_activations = run.keep_calibration = True
-        table, _ = run.costs(reference)
-        run.keep_activations, run.keep_calibration = keep
-        chosen = worth_removing(options, table.restricted(s.types, s.sparse), run.max_bytes)
-    else:
-        chosen = remove_share(options, s.remove)
-    share = removed_share(options, chosen)
-    run.story["removal"] = {"removed_share": share, "kept": chosen}
-    run.forget_model()
-    if not chosen:
+    said = [run.key, s.remove, s.types]
+    if s.remove == REMOVE_IF_WORTH:  # then costs and budget decide too
+        said += [run.max_bytes, run.method(s)]
+    file = run.work / f"removed-{digest_of(said)}.json"
+    if not file.is_file():
+        units, chosen, options = _chosen(run, reference)
+        state: dict[str, Any] = {
+            "chosen": chosen,
+            "removed_share": removed_share(options, chosen),
+            "parts": len(options),
+        }
+        if chosen:
+            reduced = _made(run, units, chosen, file.with_suffix(".safetensors"), reference)
+            state["kept_kv_heads"] = reduced.config.kept_kv_heads
+            state["kept_ffn"] = reduced.config.kept_ffn
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(state))
+        temporary.replace(file)
+    state = json.loads(file.read_text())
+    run.story["removal"] = {"removed_share": state["removed_share"], "kept": state["chosen"]}
+    if not state["chosen"]:
         run.stages.note("Removal: at this size it buys nothing that cheaper types do not; none.")
         run.rebase(checkpoint)
         return
-    kept = {(int(n.split(".")[0]), n.split(".")[1]): k for n, k in chosen.items()}
-    reduced = removal.reduce(
-        checkpoint, units, kept, calibration, {}, file.with_suffix(".safetensors"), run.torch_device
+    heads, neurons = (
+        None if state[k] is None else tuple(state[k]) for k in ("kept_kv_heads", "kept_ffn")
     )
-    if not run.keep_activations:
-        activations.remove()
-        calibration.remove()
-    whole = Plan(
-        checkpoint.components(),
-        tuple(Treatment("F16") for _ in checkpoint.components()),
-        export.fixed_bytes(checkpoint),
-    ).size_bytes
+    config = replace(checkpoint.config, kept_kv_heads=heads, kept_ffn=neurons)
+    reduced = EditedCheckpoint(checkpoint, file.with_suffix(".safetensors"), config)
     left = export.f16_plan(reduced, export.fixed_bytes(reduced)).size_bytes
+    measured = run.judge(Record.load(_record(run, reduced)), reference.part(HELD_OUT))
     run.stages.note(
-        f"Removal: {share:.1%} of the block matrices go, in {len(chosen)} of {len(units)} parts; "
-        f"{left:,} of {whole:,} bytes are left in F16"
+        f"Removal: {state['removed_share']:.1%} of the block matrices go, in "
+        f"{len(state['chosen'])} of {state['parts']} parts; {left:,} of {run.f16_bytes:,} bytes are "
+        f"left in F16, with an SDT of {measured.divergence.sdt.value:.2%}"
     )
-    measured = _check(run, reduced, units, kept, reference)
     run.story["removal"] |= {
         "f16_bytes": left,
         "measured": {**measured.divergence.to_json(), "perplexity": measured.perplexity},
@@ -121,16 +113,68 @@ def remove(run: Pipeline, reference: Reference) -> None:
         )
 
 
+def _chosen(
+    run: Pipeline, reference: Reference
+) -> tuple[list[removal.Unit], dict[str, int], list[UnitOptions]]:
+    """The units, what is kept of those that lose something, and the options of all."""
+    s, checkpoint = run.s, run.checkpoint
+    activations, calibration = run.captures(reference)
+    run.capture(activations, calibration)
+    with run.stages("Costs of removal", 2 * checkpoint.config.layers) as advance:
+        units = removal.measure_units(
+            checkpoint,
+            activations,
+            calibration,
+            run.torch_device,
+            neuron_block(s.types, checkpoint.config.ffn),
+            run.work / f"units-{run.key}.jsonl",
+            advance,
+        )
+    options = unit_options(checkpoint, units)
+    assert s.remove is not None
+    if s.remove != REMOVE_IF_WORTH:
+        return units, remove_share(options, s.remove), options
+    keep = run.keep_activations, run.keep_calibration
+    run.keep_activations = run.keep_calibration = True
+    table, _ = run.costs(reference)
+    run.keep_activations, run.keep_calibration = keep
+    allowed = table.restricted(s.types, s.sparse)
+    return units, worth_removing(options, allowed, run.max_bytes), options
+
+
+def _made(
+    run: Pipeline,
+    units: Sequence[removal.Unit],
+    chosen: Mapping[str, int],
+    file: Path,
+    reference: Reference,
+) -> Checkpoint:
+    """The smaller checkpoint, proved."""
+    kept = {(int(n.split(".")[0]), n.split(".")[1]): k for n, k in chosen.items()}
+    run.forget_model()
+    activations, calibration = run.captures(reference)
+    reduced = removal.reduce(run.checkpoint, units, kept, calibration, {}, file, run.torch_device)
+    _check(run, reduced, units, kept, reference)
+    if not run.keep_activations:
+        activations.remove()
+        calibration.remove()
+    return reduced
+
+
+def _record(run: Pipeline, reduced: Checkpoint) -> Path:
+    return run.work / f"removed-{digest_of([run.key, reduced.check()])}.npz"
+
+
 def _check(
     run: Pipeline,
     reduced: Checkpoint,
     units: Sequence[removal.Unit],
     kept: removal.Kept,
     reference: Reference,
-) -> Measured:
+) -> None:
     """llama.cpp runs the smaller model as torch runs the whole one with zeros in its place: the
     same argmax at every held-out position, near-ties apart. EdgeDtmError when not."""
-    saved = run.work / f"removed-{digest_of([run.key, reduced.check()])}.npz"
+    saved = _record(run, reduced)
     held_out = reference.part(HELD_OUT)
     if not saved.is_file():
         plan = export.f16_plan(reduced, export.fixed_bytes(reduced))
@@ -159,4 +203,3 @@ def _check(
             + (f"; largest margin at the others {largest:.4f}" if differing else "")
         )
         found.record.save(saved)
-    return run.judge(Record.load(saved), held_out)
