@@ -292,7 +292,8 @@ def _preset(
         raise click.UsageError("--int8-share goes with --preset paper-int8")
     if preset is None:
         return types, sparsity
-    if types or options["max_sdt"] is not None or options["min_fdt"] is not None:
+    targets = ("max_sdt", "min_fdt", "max_transfer")
+    if types or any(options[t] is not None for t in targets):
         raise click.UsageError("--preset sets the types; it takes no --types and no target")
     options["unlimited"] = options["max_bytes"] is None
     if preset == "paper-int8":
@@ -413,7 +414,14 @@ def recipe(bundle: Path, output: Path | None) -> None:
     from edge_dtm.tensor_types import quantize_command, write_tensor_types
 
     plan = Plan.from_json(_read_json(bundle / "plan.json"))
-    key = _read_json(bundle / "manifest.json").get("provenance", {}).get("work_key")
+    manifest = _read_json(bundle / "manifest.json")
+    measured = manifest.get("measured", {})
+    if (measured.get("removal") or {}).get("kept") or measured.get("recovery"):
+        raise EdgeDtmError(
+            f"{bundle} is no recipe's: --remove or --recover changed the model, and llama-quantize "
+            "would start from the original; use the bundle's own model.gguf"
+        )
+    key = manifest.get("provenance", {}).get("work_key")
     path = bundle / "work" / f"imatrix-{key}.npz"
     if not path.is_file():
         raise EdgeDtmError(

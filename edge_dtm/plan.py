@@ -108,10 +108,11 @@ def least_bytes_with_zeros(
         if c.in_block:
             wanted += zero_share * c.weights
             if masked:
-                extra.append(((min(masked) - least) / c.weights, c.weights * SPARSE_LEVELS[-1]))
+                zeros = c.zeros(Treatment(SPARSE_TYPES[0], SPARSE_LEVELS[-1]))
+                extra.append(((min(masked) - least) / zeros, zeros))
     for rate, zeros in sorted(extra):
         taken = min(zeros, wanted)
-        total += rate * taken / SPARSE_LEVELS[-1]
+        total += rate * taken
         wanted -= taken
     return total if wanted <= 0.5 else float("inf")
 

@@ -356,6 +356,9 @@ def _walk_both(
         for a, b in zip(files, table.transfers, strict=True)
     ]
     hulls = [convex_hull(m, c) for m, c in zip(mixed, table.costs, strict=True)]
+    for component, hull in zip(table.components, hulls, strict=True):
+        if not hull:
+            raise EdgeDtmError(f"{component.name} has no usable treatment: allow more --types")
     choice = [hull[0] for hull in hulls]
     size = table.fixed_bytes + sum(f[j] for f, j in zip(files, choice, strict=True))
     travels = table.fixed_transfer_bytes + sum(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.search import CostTable
@@ -90,7 +91,10 @@ def worth_removing(
         options = [
             (cost + price * component.size_bytes(t), component.size_bytes(t))
             for t, cost in zip(table.treatments[i], table.costs[i], strict=True)
+            if isfinite(cost)  # an overflow in F16, say
         ]
+        if not options:
+            raise EdgeDtmError(f"{component.name} has no usable treatment: allow more --types")
         return min(options)
 
     def at(price: float) -> tuple[float, dict[str, int]]:

@@ -93,6 +93,7 @@ def test_the_command_line_imports_next_to_nothing() -> None:
 def test_the_device_side_needs_no_torch() -> None:
     modules = ["cli", "device.verify", "device.runner", "bundle", "metrics", "plan", "search"]
     modules += ["reference", "report", "inspect", "profiles", "ggml", "progress", "llama_vocab"]
+    modules += ["device.probe", "structure", "transfer"]
     # gguf itself imports sentencepiece where that is installed.
     host_only = {"torch", "transformers", "safetensors", "tokenizers"}
     found = _imported("\n".join(f"import edge_dtm.{m}" for m in modules))
@@ -268,12 +269,85 @@ def test_bad_options(compress: Compress, cli_folder: Path, tmp_path: Path) -> No
     _error(compress(cli_folder, "--max-bytes", "100K"), "smallest plan takes", notes=True)
     _usage(compress(cli_folder, "--types", "Q4_0,Q9_9"), "Q9_9")
     _usage(compress(cli_folder, "--types", ","), "--types")
-    _usage(compress(cli_folder, "--sparsity", "0.9"), "--sparsity")
+    _usage(compress(cli_folder, "--sparsity", "0.96"), "--sparsity")
     _usage(compress(cli_folder, "--sparsity", "0.2", "--max-sdt", "0.1"), "--sparsity")
     _usage(compress(cli_folder, "--device", "tpu"), "--device")
+    _usage(compress(cli_folder, "--sparsity", "0.2", "--min-fdt", "9"), "--sparsity")
+    for also in (("--sparsity", "0.2"), ("--max-sdt", "0.1"), ("--min-fdt", "9")):
+        _usage(compress(cli_folder, "--max-transfer", "5M", *also), "--max-transfer")
+    _usage(compress(cli_folder, "--max-transfer", "much"), "--max-transfer")
+    steps = ("--sparsity-steps", "3")
+    for also in ((), ("--sparsity", "0.5"), ("--recover", "9")):
+        _usage(compress(cli_folder, *steps, *also), "--sparsity-steps needs", "--recover")
+    _usage(compress(cli_folder, "--mask-score", "luck"), "--mask-score")
+    for share in ("2", "0", "1", "-0.1", "half", "nan"):
+        _usage(compress(cli_folder, "--remove", share), "--remove", "is no share")
+    _usage(compress(cli_folder, "--recover", "-1"), "--recover")
+    _usage(compress(cli_folder, "--preset", "paper"), "--preset")
+    for preset in ("paper-int8", "paper-sparse"):
+        for also in (
+            ("--types", "Q8_0"),
+            ("--max-sdt", "0.1"),
+            ("--min-fdt", "9"),
+            ("--max-transfer", "5M"),
+        ):
+            _usage(compress(cli_folder, "--preset", preset, *also), "--preset sets the types")
+    _usage(compress(cli_folder, "--int8-share", "0.5"), "--int8-share", "paper-int8")
+    _usage(compress(cli_folder, "--preset", "paper-sparse", "--int8-share", "0.5"), "--int8-share")
+    _usage(compress(cli_folder, "--preset", "paper-int8", "--int8-share", "1.5"), "--int8-share")
+    _usage(compress(cli_folder, "--preset", "paper-int8", "--sparsity", "0.5"), "--sparsity")
     _usage(_run("compress", cli_folder), "-o")
     _usage(_run("measure", cli_folder), "--reference")
     _usage(_run("nosuch"), "nosuch")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """The Settings that compress is called with: asked(*options)."""
+    given: list[Any] = []
+    monkeypatch.setattr(
+        "edge_dtm.host.compress.compress", lambda settings, _: given.append(settings)
+    )
+
+    def settings(*options: str) -> Any:
+        given.clear()
+        result = _run("compress", tmp_path, "-o", tmp_path / "out", *options)
+        assert result.exit_code == 0, (result.output, result.exception)
+        return given[0]
+
+    return settings
+
+
+def test_settings_of_the_presets(asked: Callable[..., Any]) -> None:
+    s = asked("--preset", "paper-int8")
+    assert (s.types, s.int8_share, s.zero_share) == (("F16", "Q8_0"), 0.8, 0)
+    assert (s.equalize, s.feedback, s.unlimited) == (False, False, True)
+    assert (s.recover_steps, s.sparsity_steps, s.sparse) == (0, 1, False)
+    s = asked("--preset", "paper-int8", "--int8-share", "0", "--max-bytes", "5M")
+    assert (s.int8_share, s.unlimited, s.max_bytes) == (0, False, 5_000_000)
+    s = asked("--preset", "paper-sparse")
+    assert (s.types, s.int8_share, s.zero_share) == (("F16",), None, 0.75)
+    assert (s.equalize, s.feedback, s.unlimited) == (True, True, True)
+    assert (s.recover_steps, s.sparsity_steps, s.sparse) == (500, 4, True)
+    s = asked(
+        "--preset", "paper-sparse", "--sparsity", "0.6", "--recover", "7", "--sparsity-steps", "2"
+    )
+    assert (s.zero_share, s.recover_steps, s.sparsity_steps) == (0.6, 7, 2)
+
+
+def test_settings_without_a_preset(asked: Callable[..., Any]) -> None:
+    from edge_dtm.plan import CANDIDATE_TYPES
+
+    s = asked()
+    assert (s.types, s.int8_share, s.zero_share, s.unlimited) == (CANDIDATE_TYPES, None, 0, False)
+    assert (s.remove, s.recover_steps, s.sparsity_steps, s.max_transfer) == (None, 0, 1, None)
+    assert (s.mask_score, s.in_order, s.feedback, s.equalize) == ("activation", True, True, True)
+    assert asked("--remove", "auto").remove == 0
+    assert asked("--remove", "0.1").remove == 0.1
+    s = asked("--max-transfer", "3M", "--mask-score", "saliency", "--no-in-order")
+    assert (s.max_transfer, s.mask_score, s.in_order, s.sparse) == (3e6, "saliency", False, True)
+    s = asked("--sparsity", "0.9", "--sparsity-steps", "3", "--recover", "20")
+    assert (s.zero_share, s.sparsity_steps, s.recover_steps) == (0.9, 3, 20)
 
 
 def test_imatrix_files_that_do_not_fit(

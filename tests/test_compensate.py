@@ -345,3 +345,53 @@ def test_a_dead_input_and_a_zero_row_do_no_harm() -> None:
     ):
         assert torch.isfinite(values).all(), type_name
         assert not values[7].any(), type_name
+
+
+# --- zeros that are held, and other weights for each type -----------------------------------
+
+HELD_TYPES = ["Q8_0", "Q4_0", "Q5_0", "Q6_K", "Q8_0"]
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize("rows", [40, ROWS_AT_ONCE + 9])
+def test_zeros_are_held(two_sided: bool, rows: int) -> None:
+    random = np.random.default_rng(13)
+    w, feedback, outputs = _both(random, rows, 512)
+    kept = torch.from_numpy(random.uniform(size=(len(HELD_TYPES), rows, 512)) < 0.6)
+    made = compensate(w, HELD_TYPES, feedback, outputs if two_sided else None, kept=kept)
+    h, g = feedback.moments, outputs.moments if two_sided else None
+    for type_name, mask, (data, values) in zip(HELD_TYPES, kept, made, strict=True):
+        assert np.array_equal(ggml.dequantize(type_name, data, 512), values.numpy())
+        assert not values[~mask].any(), type_name
+        # The others make up for the zeros, which plain rounding does not know of.
+        plain = _plain(type_name, w * mask, feedback)
+        assert _objective(w - values, h, g) < 0.9 * _objective(w - plain, h, g), type_name
+    assert not torch.equal(made[0][1], made[4][1])  # one type, two masks
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_a_mask_without_zeros_changes_nothing(two_sided: bool) -> None:
+    w, feedback, outputs = _both(np.random.default_rng(14), 70, 256)
+    given_types = ["Q8_0", "Q4_K", "Q4_0"]
+    o = outputs if two_sided else None
+    without = compensate(w, given_types, feedback, o)
+    held = compensate(w, given_types, feedback, o, kept=torch.ones(3, 70, 256, dtype=torch.bool))
+    for (data, values), (same, equal) in zip(held, without, strict=True):
+        assert np.array_equal(data, same) and torch.equal(values, equal)
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize("rows", [33, ROWS_AT_ONCE + 9])
+def test_other_weights_for_each_type(two_sided: bool, rows: int) -> None:
+    random = np.random.default_rng(15)
+    w, feedback, outputs = _both(random, rows, 256)
+    o = outputs if two_sided else None
+    given_types = ["Q8_0", "Q4_K", "Q4_0", "Q8_0"]
+    several = torch.stack([w, 2 * w, w.flip(0), -w])
+    kept = torch.from_numpy(random.uniform(size=several.shape) < 0.7)
+    for mask in (None, kept):
+        together = compensate(several, given_types, feedback, o, kept=mask)
+        for j, (data, values) in enumerate(together):
+            own = None if mask is None else mask[j : j + 1]
+            ((alone, equal),) = compensate(several[j], [given_types[j]], feedback, o, kept=own)
+            assert np.array_equal(data, alone) and torch.equal(values, equal), (j, mask is None)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import Made
 
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host import generate as module
 from edge_dtm.host.checkpoint import open_checkpoint
-from edge_dtm.host.generate import check_lengths, generate_reference, split_rows
+from edge_dtm.host.generate import check_lengths, generate_reference, signed_margins, split_rows
 from edge_dtm.host.model import load_model
 from edge_dtm.host.prompts import Prompt, packaged_prompts, read_prompts, sample_prefixes
 from edge_dtm.host.tokenizer import Tokenizer
@@ -269,3 +271,50 @@ def test_chats_need_a_template(
     without = packaged_prompts(tokenizer)
     assert len(without) == len(with_template)
     assert not any("[INST]" in p.text for p in without)
+
+
+# --- signed margins -------------------------------------------------------------------------
+
+
+def test_the_originals_signed_margins_are_its_margins(made: Made) -> None:
+    found, counted = signed_margins(made.model, made.reference), _counted(made.reference)
+    assert found.dtype == np.float32 and found.shape == made.reference.generated_ids.shape
+    # The reference was decoded token by token in a padded batch.
+    assert np.allclose(found[counted], made.reference.margins[counted], atol=2e-4)
+    assert (found[counted] >= -2e-4).all() and not found[~counted].any()
+
+
+def _counted(reference: Reference) -> np.ndarray[Any, Any]:
+    steps = np.arange(reference.generated_ids.shape[1])
+    return steps[None] < reference.generated_lengths[:, None]
+
+
+def test_signed_margins_are_their_definition(made: Made) -> None:
+    """Of another model, which prefers other tokens here and there."""
+    model = load_model(made.checkpoint, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for name, data in model.named_parameters():
+        if name.endswith("up_proj.weight"):
+            data.data += 0.5 * data.std() * torch.randn(data.shape, generator=generator)
+    found, ref = signed_margins(model, made.reference), made.reference
+    diverged = []
+    for row in range(len(ref)):
+        with torch.no_grad():
+            logits = model(input_ids=made.ids(row), use_cache=False).logits[0].numpy()
+        at = logits[made.positions(row)]
+        assert len(at) == ref.generated_lengths[row]
+        for t, token in enumerate(ref.generated(row)):
+            others = max(float(x) for i, x in enumerate(at[t]) if i != token)
+            assert found[row, t] == pytest.approx(float(at[t, token]) - others, abs=1e-4)
+            diverged.append((found[row, t] < 0, int(at[t].argmax()) != token))
+    assert all(a == b for a, b in diverged)
+    assert 0 < sum(a for a, _ in diverged) < len(diverged)
+
+
+def test_signed_margins_beyond_a_row_are_zero(made: Made) -> None:
+    lengths = made.reference.generated_lengths // 2
+    short = replace(made.reference, generated_lengths=lengths)
+    found, whole = signed_margins(made.model, short), signed_margins(made.model, made.reference)
+    counted = _counted(short)
+    assert not found[~counted].any()
+    assert np.allclose(found[counted], whole[counted], atol=2e-4)

@@ -170,6 +170,24 @@ def test_candidates_divide_the_rows_and_prune_blocks_only():
     assert [t.type for t in candidate_treatments(down, ["Q4_K"])] == ["Q4_K"]
 
 
+def test_zeros_that_are_held_are_the_least():
+    embedding, q, down, _ = COMPONENTS
+    for held in (0.33, SPARSE_LEVELS[1], SPARSE_LEVELS[-1]):
+        levels = [held, *(s for s in SPARSE_LEVELS if s > held)]
+        for sparse in (True, False):  # what is zero already stays so either way
+            found = candidate_treatments(down, CANDIDATE_TYPES, sparse, held)
+            assert len(found) == len(set(found))
+            assert set(found) == {Treatment(t, s) for t in SPARSE_TYPES for s in levels}
+    assert candidate_treatments(q, ["Q4_0", "F16"], True, 0.95) == [Treatment("F16", 0.95)]
+    assert candidate_treatments(q, ["Q4_0"], True, 0.5) == []
+    # The embedding is never pruned.
+    dense = [Treatment(t) for t in CANDIDATE_TYPES]
+    assert candidate_treatments(embedding, CANDIDATE_TYPES, True, 0.5) == dense
+    assert candidate_treatments(down, CANDIDATE_TYPES, True, 0.0) == candidate_treatments(
+        down, CANDIDATE_TYPES
+    )
+
+
 def test_lookup_and_counts():
     plan = plan_of("Q4_0", "F16", "Q4_0", "F16")
     assert plan["blk.0.ffn_down"] == Treatment("Q4_0")

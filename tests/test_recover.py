@@ -155,7 +155,7 @@ def test_values_lie_on_the_grid(made: Made, run: Recover, type_: str, share: flo
         keep = module._Run._keep
 
         def spy(self: Any, blocks: Any) -> None:
-            kept.update({m.name: m.latent.detach().clone() for m in self.matrices})
+            kept.update({m.name: m.weights().clone() for m in self.matrices})
             keep(self, blocks)
 
         patch.setattr(module._Run, "_keep", spy)

@@ -9,13 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_dtm.errors import EdgeDtmError
-from edge_dtm.plan import Component, Plan, Treatment, candidate_treatments
+from edge_dtm.plan import (
+    Component,
+    Plan,
+    Treatment,
+    candidate_treatments,
+    least_bytes_with_zeros,
+    uniform,
+)
 from edge_dtm.search import (
+    MIXES,
     CostTable,
     Predictor,
+    _walk_both,
     convex_hull,
     frontier,
+    least_divergent_share,
     search,
+    search_transfer,
 )
 
 TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q5_0", "Q4_0")
@@ -233,6 +244,231 @@ def test_zeros_that_do_not_fit():
     )
     with pytest.raises(EdgeDtmError, match="does not fit"):
         search(table, smallest, 0.3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("zero_share", [0.05, 0.3, 0.6, 0.9])
+def test_least_bytes_with_zeros_is_a_lower_bound(seed, zero_share):
+    """No plan of the search is smaller, and one little larger than that exists."""
+    table = sparse_table(seed)
+    types = sorted({t.type for ts in table.treatments for t in ts})
+    least = table.fixed_bytes + least_bytes_with_zeros(table.components, types, zero_share)
+    for factor in (0.7, 1.0, 1.05, 1.3, 2.0):
+        try:
+            plan = search(table, round(least * factor), zero_share)
+        except EdgeDtmError:
+            continue
+        assert plan.size_bytes >= least * 0.999  # shares are met up to a weight a row
+    largest = max(c.size_bytes(Treatment("F16")) for c in table.components if c.in_block)
+    assert search(table, round(least + largest), zero_share).size_bytes <= least + largest
+
+
+def test_least_bytes_with_zeros_against_all_plans():
+    """Exact where whole matrices have the highest level."""
+    parts = [Component(f"blk.{i}.ffn_up", 10 * (i + 1), 320) for i in range(4)]
+    types = ("Q8_0", "Q4_0", "F16")
+    least_of = [{t: c.size_bytes(Treatment(t)) for t in types} for c in parts]
+    total = sum(c.weights for c in parts)
+    for chosen in itertools.product([False, True], repeat=4):
+        zeros = sum(0.95 * c.weights for c, yes in zip(parts, chosen, strict=True) if yes)
+        size = sum(s["Q8_0" if yes else "Q4_0"] for s, yes in zip(least_of, chosen, strict=True))
+        found = least_bytes_with_zeros(parts, types, zeros / total)
+        assert found == pytest.approx(size, rel=0.01)  # padding
+    assert least_bytes_with_zeros(parts, types, 0) == sum(s["Q4_0"] for s in least_of)
+    assert least_bytes_with_zeros(parts, ("Q8_0",), 0.5) == sum(s["Q8_0"] for s in least_of)
+
+
+def test_zeros_that_no_budget_holds():
+    blocks = [Component("blk.0.ffn_up", 4, 320), Component("token_embd", 9, 320)]
+    assert least_bytes_with_zeros(blocks, ("Q4_0", "Q5_0"), 0.01) == math.inf
+    assert least_bytes_with_zeros(blocks, ("Q4_0", "Q8_0"), 0.96) == math.inf
+    assert math.isfinite(least_bytes_with_zeros(blocks, ("Q4_0", "Q8_0"), 0.95))
+    # One of two matrices takes no type with zeros: a half is the most there is.
+    odd = [Component("blk.0.ffn_up", 8, 320), Component("blk.1.ffn_up", 8, 320)]
+    assert math.isfinite(least_bytes_with_zeros(odd, ("F16", "Q4_0"), 0.95))
+
+
+def test_zeros_that_stay_are_not_given_back():
+    """Where 30 % are held, the search may give back more of the others only down to them."""
+    held, free = Component("blk.0.ffn_up", 4, 320), Component("blk.1.ffn_up", 4, 320)
+    options = [candidate_treatments(c, ["Q8_0"], True, h) for c, h in ((held, 0.3), (free, 0.0))]
+    assert min(t.zero_share for t in options[0]) == 0.3
+    costs = tuple(tuple(10 * t.zero_share**2 for t in ts) for ts in options)
+    table = CostTable((held, free), tuple(map(tuple, options)), costs, 0)
+    plan = search(table, 10**6, 0.2)
+    assert plan.treatments[0].zero_share >= 0.3
+    assert plan.zero_share == pytest.approx(0.2, abs=1 / 320)
+    # As many as are held anyway: nothing more, and nothing less.
+    assert search(table, 10**6, 0.1).treatments == (Treatment("Q8_0", 0.3), Treatment("Q8_0"))
+
+
+# --- what travels --------------------------------------------------------------------------------
+
+
+def transfer_table(draw_cost, rows, fixed=1000, fixed_transfer=600):
+    """Q4_0, Q8_0 and both levels of zeros, which travel lightly and cost more."""
+    kinds = (
+        (Treatment("Q4_0"), 0.97),
+        (Treatment("Q8_0"), 0.95),
+        (Treatment("Q8_0", 0.5), 0.62),
+        (Treatment("Q8_0", 0.9), 0.22),
+        (Treatment("F16"), 0.86),
+    )
+    parts = tuple(Component(f"blk.{i}.ffn_up", r, 256) for i, r in enumerate(rows))
+    return CostTable(
+        parts,
+        tuple(tuple(t for t, _ in kinds) for _ in parts),
+        tuple(tuple(draw_cost(i, t) for t, _ in kinds) for i, _ in enumerate(parts)),
+        fixed,
+        tuple(tuple(round(c.size_bytes(t) * rate) for t, rate in kinds) for c in parts),
+        fixed_transfer,
+    )
+
+
+@st.composite
+def transfer_tables(draw, most=4):
+    rows = draw(st.lists(st.integers(1, 6), min_size=1, max_size=most))
+    return transfer_table(lambda *_: float(draw(st.integers(0, 60))), rows)
+
+
+def both_sizes(table):
+    """(bytes, bytes that travel, cost) of every combination."""
+    options = [
+        [(c.size_bytes(t), n, cost) for t, n, cost in zip(ts, ns, cs, strict=True)]
+        for c, ts, ns, cs in zip(
+            table.components, table.treatments, table.transfers, table.costs, strict=True
+        )
+    ]
+    for combination in itertools.product(*options):
+        sizes, travels, costs = zip(*combination, strict=True)
+        yield (
+            table.fixed_bytes + sum(sizes),
+            table.fixed_transfer_bytes + sum(travels),
+            sum(costs),
+        )
+
+
+@settings(max_examples=150, deadline=None)
+@given(transfer_tables(), st.floats(0, 1), st.floats(0, 1))
+def test_both_limits_are_held_at_nearly_the_least_cost(table, one, two):
+    plans = list(both_sizes(table))
+    sizes, travels = [s for s, _, _ in plans], [n for _, n, _ in plans]
+    limit = round(min(sizes) + one * (max(sizes) - min(sizes)))
+    transfer = round(min(travels) + two * (max(travels) - min(travels)))
+    possible = [c for s, n, c in plans if s <= limit and n <= transfer]
+    try:
+        plan = search_transfer(table, limit, transfer)
+    except EdgeDtmError:
+        # Of each component the smallest in some mixture has to fit to begin with.
+        assert not possible or all(_walk_both(table, limit, transfer, mix) is None for mix in MIXES)
+        return
+    assert plan.size_bytes <= limit
+    assert table.transfer_bytes(plan) <= transfer
+    walks = [_walk_both(table, limit, transfer, mix) for mix in MIXES]
+    costs = [table.cost(walk) for walk in walks if walk is not None]
+    assert table.cost(plan) == min(costs)
+    assert min(possible) <= table.cost(plan)
+    # A step of one component is what a greedy walk may miss for each of the two limits.
+    assert table.cost(plan) <= min(possible) + 2 * max(map(max, table.costs))
+
+
+@settings(max_examples=60, deadline=None)
+@given(transfer_tables())
+def test_where_one_limit_is_loose_the_other_decides_alone(table):
+    plans = list(both_sizes(table))
+    for budget in sorted({s for s, _, _ in plans})[:: max(1, len(plans) // 8)]:
+        plan = search_transfer(table, budget, 10**9)
+        optimum = min(c for s, _, c in plans if s <= budget)
+        assert optimum <= table.cost(plan) <= optimum + max(map(max, table.costs))
+    for transfer in sorted({n for _, n, _ in plans})[:: max(1, len(plans) // 8)]:
+        plan = search_transfer(table, 10**9, transfer)
+        optimum = min(c for _, n, c in plans if n <= transfer)
+        assert optimum <= table.cost(plan) <= optimum + max(map(max, table.costs))
+
+
+def rising(i, t):
+    """Costs as real ones."""
+    kinds = {"F16": 1e-4, "Q8_0": 1e-2, "Q4_0": 1.5}
+    return (i + 1) * (kinds[t.type] + 20 * t.zero_share**3)
+
+
+def test_zeros_are_chosen_where_they_are_the_only_way():
+    table = transfer_table(rising, [5, 9, 12, 7])
+    dense = [
+        min(n for t, n in zip(ts, ns, strict=True) if not t.zero_share)
+        for ts, ns in zip(table.treatments, table.transfers, strict=True)
+    ]
+    least_dense = table.fixed_transfer_bytes + sum(dense)
+    plan = search_transfer(table, 10**9, least_dense)
+    assert not zero_count(plan)
+    assert {t.type for t in plan.treatments} == {"Q4_0"}
+    plan = search_transfer(table, 10**9, least_dense - 1)
+    assert zero_count(plan) and table.transfer_bytes(plan) < least_dense
+    least = table.fixed_transfer_bytes + sum(map(min, table.transfers))
+    plan = search_transfer(table, 10**9, least)
+    assert set(plan.treatments) == {Treatment("Q8_0", 0.9)}
+    # With room in neither currency for all of it, the file's limit still holds.
+    q8 = uniform(table.components, "Q8_0", table.fixed_bytes).size_bytes
+    assert search_transfer(table, q8, least).size_bytes == q8
+    # All that fits and costs least, where nothing presses.
+    plan = search_transfer(table, 10**9, 10**9)
+    assert set(plan.treatments) == {Treatment("F16")}
+
+
+def test_nothing_that_travels_so_lightly():
+    table = transfer_table(rising, [5, 9])
+    least = table.fixed_transfer_bytes + sum(map(min, table.transfers))
+    with pytest.raises(EdgeDtmError) as caught:
+        search_transfer(table, 10**9, least - 1)
+    text = str(caught.value)
+    assert f"{least - 1:,} after zstd" in text and f"the least that travels is {least:,}" in text
+    assert "raise --max-transfer or --max-bytes" in text and "\n" not in text
+    smallest = uniform(table.components, "Q4_0", table.fixed_bytes).size_bytes
+    with pytest.raises(EdgeDtmError, match=f"no plan has at most {smallest - 1:,} bytes"):
+        search_transfer(table, smallest - 1, 10**9)
+
+
+def test_what_travels_of_a_component_without_a_finite_cost():
+    table = transfer_table(lambda *_: math.inf, [5])
+    with pytest.raises(EdgeDtmError, match="no usable treatment"):
+        search_transfer(table, 10**9, 10**9)
+
+
+def test_what_travels_stays_with_its_treatment():
+    table = transfer_table(rising, [5, 9])
+    only = table.restricted(["Q8_0", "Q4_0"], sparse=False)
+    for ts, ns, all_ts, all_ns in zip(
+        only.treatments, only.transfers, table.treatments, table.transfers, strict=True
+    ):
+        known = dict(zip(all_ts, all_ns, strict=True))
+        assert list(ns) == [known[t] for t in ts]
+    plan = uniform(only.components, "Q4_0", only.fixed_bytes)
+    assert only.transfer_bytes(plan) == table.transfer_bytes(plan)
+    assert table.transfer_bytes(plan) == 600 + sum(ns[0] for ns in table.transfers)
+
+
+# --- the paper's experiment ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0, 0.2, 0.5, 0.8, 1])
+def test_the_least_divergent_share(share):
+    random = np.random.default_rng(30)
+    parts = [Component("token_embd", 40, 256)]
+    parts += [Component(f"blk.{i}.ffn_up", int(random.integers(1, 30)), 256) for i in range(11)]
+    costs = [tuple(random.permutation([1.0, 2.0, 3.0]) * random.uniform(1, 9)) for _ in parts]
+    kinds = (Treatment("Q8_0"), Treatment("F16"), Treatment("Q4_0"))
+    table = CostTable(tuple(parts), tuple(kinds for _ in parts), tuple(costs), 500)
+    plan = least_divergent_share(table, "Q8_0", "F16", share)
+    coarse = [i for i, t in enumerate(plan.treatments) if t.type == "Q8_0"]
+    assert plan["token_embd"] == Treatment("F16") and plan.fixed_bytes == 500
+    assert {t.type for t in plan.treatments} <= {"Q8_0", "F16"}
+    assert len(coarse) == round(share * 11)  # components, whatever their size
+    rest = [i for i in range(1, 12) if i not in coarse]
+    assert (
+        not coarse
+        or not rest
+        or (max(costs[i][0] for i in coarse) <= min(costs[i][0] for i in rest))
+    )
 
 
 # --- cost table ----------------------------------------------------------------------------------

@@ -12,12 +12,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import zstandard
 from conftest import SEED, STARTS, Made
 
 from edge_dtm import ggml
+from edge_dtm.bundle import COMPRESSION_LEVEL
+from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host import sensitivity as module
 from edge_dtm.host.activations import activation_kind, round_activations
 from edge_dtm.host.compensate import compensate
+from edge_dtm.host.equalize import EqualizedCheckpoint, input_scale
+from edge_dtm.host.masks import fit_masks
 from edge_dtm.host.model import module_name
 from edge_dtm.host.sensitivity import (
     SIGN_DRAWS,
@@ -27,6 +32,7 @@ from edge_dtm.host.sensitivity import (
     edge_costs,
     edge_feedback,
     fit_component,
+    fit_zeros,
     read_costs,
     sensitivity,
 )
@@ -473,9 +479,105 @@ def test_a_sparse_plan_finds_its_dense_blocks(
         calibration=made.calibration,
         shipped=shipped,
     )
-    assert json.loads(results.read_text())["feedback"] == [True, True, False, False]
-    for treatment in choices:
+    assert json.loads(results.read_text())["feedback"] == [True, True, False, True]
+    for treatment in choices[:3]:
         assert shipped.blocks(component, treatment).shape[0] == component.rows
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_zeros_are_made_again_as_they_were_measured(
+    made: Made, tmp_path: Path, scaled: bool, given: bool
+) -> None:
+    """Blocks of treatments with zeros are not kept, but fitted once more where a plan has them."""
+    components = [made.component(n) for n in ("blk.1.attn_q", "blk.2.ffn_up")]
+    choices = [Treatment("Q8_0", s) for s in (0.25, 0.5)] + [Treatment("F16", 0.4)]
+    random = np.random.default_rng(5)
+    # Of the sources and the inputs of both matrices.
+    scales = {
+        n: random.uniform(0.5, 2, 512 if n.endswith("down") else 256).astype(np.float32)
+        for n in ("blk.1.attn_q", "blk.2.ffn_gate", "blk.2.ffn_down")
+    }
+    activations = Activations(made.activations.folder, made.reference, made.components)
+    if scaled:
+        activations.scales, activations.config = scales, made.checkpoint.config
+    checkpoint = EqualizedCheckpoint(made.checkpoint, activations.scales)
+    vectors = {c.name: random.uniform(0.1, 3, c.row_length).astype(np.float32) for c in components}
+    shipped = Shipped(tmp_path / "shipped", checkpoint)
+    sensitivity(
+        activations,
+        components,
+        [choices] * 2,
+        checkpoint.hf_tensor,
+        CPU,
+        False,
+        tmp_path / "costs.jsonl",
+        calibration=made.calibration,
+        shipped=shipped,
+        imatrix=vectors if given else None,
+    )
+    pairs = [(c, t) for c in components for t in choices]
+    assert all(shipped.is_fitted(c, t) and not shipped.has(c, t) for c, t in pairs)
+    with pytest.raises(EdgeDtmError, match="--no-resume"):
+        shipped.blocks(*pairs[0])
+    weighed: list[int] = []
+    fit_zeros(
+        pairs,
+        made.calibration,
+        activations.scales,
+        activations.config,
+        checkpoint.hf_tensor,
+        CPU,
+        shipped,
+        vectors if given else None,
+        progress=weighed.append,
+    )
+    assert sum(weighed) == len(choices) * sum(c.weights for c in components)
+    for c in components:
+        vector = None
+        if given:
+            scale = input_scale(activations.scales, c.name)
+            vector = vectors[c.name] * (1 if scale is None else np.square(scale))
+        weights = checkpoint.hf_tensor(c.name + ".weight")
+        _, kept = fit_component(made.calibration, activations, c, choices, weights, CPU, vector)
+        for t in choices:
+            found = shipped.blocks(c, t)
+            if "attn_q" in c.name:
+                found = _hf_rows(found, made.checkpoint.config.heads)
+            assert np.array_equal(found, kept[t][0]), (c.name, t)
+
+
+def test_what_travels_is_estimated_for_what_is_shipped(made: Made, tmp_path: Path) -> None:
+    component, results = made.component("blk.1.ffn_gate"), tmp_path / "costs.jsonl"
+    choices = [Treatment("F16"), Treatment("Q4_0"), Treatment("Q8_0"), Treatment("Q8_0", 0.5)]
+    shipped = Shipped(tmp_path / "shipped", made.checkpoint)
+    sensitivity(
+        made.activations,
+        [component],
+        [choices],
+        made.checkpoint.hf_tensor,
+        CPU,
+        False,
+        results,
+        calibration=made.calibration,
+        shipped=shipped,
+        transfer=True,
+    )
+    record = json.loads(results.read_text())
+    assert record["feedback"] == [False, True, True, True]
+    fit_zeros(
+        [(component, choices[3])],
+        made.calibration,
+        {},
+        None,
+        made.checkpoint.hf_tensor,
+        CPU,
+        shipped,
+    )
+    for treatment, found in zip(choices, record["transfer_bytes"], strict=True):
+        blocks = shipped.blocks(component, treatment).tobytes()
+        packed = len(zstandard.ZstdCompressor(level=COMPRESSION_LEVEL).compress(blocks))
+        assert found == packed, treatment  # a matrix this small is taken whole
 
 
 class _Foreign:
@@ -497,8 +599,12 @@ class _Foreign:
     def gradients(self, _: str) -> Any:
         return self.g.astype(np.float32)
 
+    def input_squares(self, _: str) -> Any:
+        return np.square(self.x, dtype=np.float64).mean(0)
 
-FOREIGN = [Treatment(t) for t in ("F16", "Q8_0", "Q4_K", "Q4_0")] + [Treatment("Q8_0", 0.3)]
+
+FOREIGN = [Treatment(t) for t in ("F16", "Q8_0", "Q4_K", "Q4_0")]
+FOREIGN += [Treatment("Q8_0", 0.3), Treatment("F16", 0.5)]
 
 
 def _local_errors(made: Made, name: str, values: list[np.ndarray[Any, Any]]) -> list[float]:
@@ -525,7 +631,13 @@ def test_feedback_is_kept_where_the_local_error_is_smaller(
         tried.update({Treatment(t): o for t, o in zip(types, out, strict=True)})
         return out
 
+    def recorded_masks(w: Any, treatments: Any, *rest: Any, **named: Any) -> Any:
+        out = fit_masks(w, treatments, *rest, **named)
+        tried.update(zip(treatments, out, strict=True))
+        return out
+
     monkeypatch.setattr(module, "compensate", recorded)
+    monkeypatch.setattr(module, "fit_masks", recorded_masks)
     monkeypatch.setattr(module, "JUDGED_STEP", 1)
     calibration: Any = made.calibration
     if foreign:
@@ -534,7 +646,7 @@ def test_feedback_is_kept_where_the_local_error_is_smaller(
     importance, kept = fit_component(
         calibration, made.activations, component, FOREIGN, weights, CPU
     )
-    assert {t.type for t in tried} == {"Q8_0", "Q4_K", "Q4_0"}  # neither F16 nor zeros
+    assert set(tried) == set(FOREIGN[1:])  # not F16 without zeros
     expected = set()
     for treatment, (_, values) in tried.items():
         plain = treated_values(weights, treatment, importance)
@@ -543,10 +655,12 @@ def test_feedback_is_kept_where_the_local_error_is_smaller(
         if with_feedback < without:
             expected.add(treatment)
     assert set(kept) == expected
-    assert (len(kept) < 3) if foreign else kept
+    assert (len(kept) < len(tried)) if foreign else any(t.zero_share for t in kept)
     for treatment, (data, values) in kept.items():
         found = ggml.dequantize(treatment.type, data, component.row_length)
         assert np.array_equal(found, values.numpy())
+        zeros = round(treatment.zero_share * component.row_length)
+        assert ((found == 0).sum(1) >= zeros).all()
     if foreign:
         assert np.allclose(importance, np.square(calibration.x).mean(0), rtol=1e-4)
 
@@ -560,12 +674,22 @@ def _worse(w: torch.Tensor, types: Any, *_: Any, **__: Any) -> Any:
     return out
 
 
+def _worse_masks(w: torch.Tensor, treatments: Any, *_: Any, **__: Any) -> Any:
+    """The same for treatments with zeros, where a little more can be better."""
+    out = []
+    for t in treatments:
+        data = treat(2 * w.numpy(), t, None)
+        out.append((data, torch.from_numpy(ggml.dequantize(t.type, data, w.shape[1]))))
+    return out
+
+
 def test_else_costs_and_blocks_are_plain_roundings(
     made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     component, results = made.component("blk.1.ffn_gate"), tmp_path / "costs.jsonl"
     weights = made.weights(component.name)
     monkeypatch.setattr(module, "compensate", _worse)
+    monkeypatch.setattr(module, "fit_masks", _worse_masks)
     shipped = Shipped(tmp_path / "shipped", made.checkpoint)
     (costs,) = sensitivity(
         made.activations,

@@ -153,6 +153,45 @@ def test_which_treatments_take_feedback() -> None:
     assert not takes_feedback(Treatment("F16")) and not takes_feedback(Treatment("Q8_0", 0.1))
 
 
+def test_which_treatments_with_zeros_are_fitted(made: Made, shipped: Shipped) -> None:
+    """Between two measured levels the upper one decides."""
+    component = made.component("blk.0.ffn_up")
+    levels = {("Q8_0", 0.25): False, ("Q8_0", 0.5): True, ("F16", 0.25): True, ("F16", 0.5): False}
+    sparse = {Treatment(t, s): yes for (t, s), yes in levels.items()}
+    shipped.save_component(component.name, None, [], None, sparse)
+    for (kind, share), yes in levels.items():
+        assert shipped.is_fitted(component, Treatment(kind, share)) is yes
+        assert shipped.is_fitted(component, Treatment(kind, share - 0.1)) is yes
+    assert shipped.is_fitted(component, Treatment("Q8_0", 0.6)) is False  # beyond all measured
+    shipped.save_component(component.name, None, [])
+    assert shipped.is_fitted(component, Treatment("Q8_0", 0.25)) is False
+    (shipped.folder / f"{component.name}.npz").write_bytes(b"PK")
+    with pytest.raises(EdgeDtmError, match="lost blk.0.ffn_up as Q8_0.*--no-resume"):
+        shipped.is_fitted(component, Treatment("Q8_0", 0.25))
+
+
+def test_blocks_with_zeros_are_the_stored_ones(made: Made, shipped: Shipped) -> None:
+    component = made.component("blk.1.attn_q")
+    fitted, plain = Treatment("Q8_0", 0.25), Treatment("Q8_0", 0.5)
+    vector = _vector(component.row_length)
+    shipped.save_component(component.name, vector, ["Q8_0"], None, {fitted: True, plain: False})
+    assert not shipped.has(component, fitted)
+    with pytest.raises(EdgeDtmError, match="--no-resume"):
+        shipped.blocks(component, fitted)
+    data = treat(made.weights(component.name), fitted, None)
+    shipped.save(component, fitted, data)
+    assert shipped.has(component, fitted) and not shipped.has(component, plain)
+    assert np.array_equal(shipped.blocks(component, fitted), _rotated(data, 4))
+    assert np.array_equal(shipped.load(component, fitted), _rotated(data, 4))
+    expected = treat(_rotated(made.weights(component.name), 4), plain, vector)
+    assert np.array_equal(shipped.blocks(component, plain), expected)
+    with pytest.raises(EdgeDtmError, match="cannot be read.*--no-resume"):
+        shipped.load(component, plain)
+    assert np.array_equal(shipped.importance(component.name), vector)
+    shipped.save_component(component.name, None, [])
+    assert shipped.importance(component.name) is None
+
+
 # --- what was lost --------------------------------------------------------------------------
 
 

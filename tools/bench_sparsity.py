@@ -175,7 +175,7 @@ def removals(bench: Bench, shares: tuple[float, ...]) -> tuple[list[Row], dict[s
     files["whole"] = bench.folder / "whole.gguf"
     export.export_gguf(checkpoint, whole, files["whole"], {})
     for share in shares:
-        chosen = remove_share(unit_options(checkpoint, units), share)
+        chosen = remove_share(unit_options(checkpoint, units, run.s.types), share)
         kept = {(int(n.split(".")[0]), n.split(".")[1]): k for n, k in chosen.items()}
         file = bench.folder / f"removed-{share}.safetensors"
         reduced = removal.reduce(checkpoint, units, kept, calibration, {}, file, run.torch_device)

@@ -230,7 +230,7 @@ class Pipeline:
                     f"{','.join(s.types)}: zeros are put into {' and '.join(SPARSE_TYPES)} only; "
                     "allow one of these or lower --sparsity"
                 )
-            if needed > self.max_bytes:
+            if needed > self.max_bytes and s.remove is None:
                 raise EdgeDtmError(
                     f"an average of {s.zero_share:.0%} zeros takes about {needed:,.0f} bytes, "
                     f"since zeros are put into {' and '.join(SPARSE_TYPES)} only, and the budget "

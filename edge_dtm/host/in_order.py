@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from edge_dtm import ggml
-from edge_dtm.host.compensate import Feedback, compensate, damping_for
+from edge_dtm.host.compensate import Feedback, compensate, damping_for, effective_tokens
 from edge_dtm.host.masks import refit
 from edge_dtm.host.model import module_name
 from edge_dtm.host.teacher import batches_by_length, padded
@@ -44,13 +44,14 @@ GROUPS = (
 @dataclass(frozen=True)
 class Pruned:
     """A matrix with zeros: its treatment, its weights before, float32 (rows, row_length), bool of
-    the same shape: False where zeros are, and the damped moments of the margins' gradients at its
-    outputs."""
+    the same shape: False where zeros are, the damped moments of the margins' gradients at its
+    outputs, and how much each token counts, float32 (tokens,), None: all alike."""
 
     treatment: Treatment
     weights: torch.Tensor
     kept: torch.Tensor
     outputs: Feedback | None
+    token_weights: torch.Tensor | None = None
 
 
 class _Stop(Exception):
@@ -65,6 +66,14 @@ class _Stream:
         lengths = [len(s) for s in sequences]
         order = sorted(range(len(sequences)), key=lambda i: (lengths[i], i))
         batches = batches_by_length(lengths, order, BATCH_TOKENS)
+        edges = np.concatenate([[0], np.cumsum(lengths)])
+        # Where the batches' tokens, padding left out, stand among those of `sequences`.
+        self.places = [
+            torch.from_numpy(np.concatenate([np.arange(edges[i], edges[i + 1]) for i in b])).to(
+                next(model.parameters()).device
+            )
+            for b in batches
+        ]
         device = next(model.parameters()).device
         ids = [padded([sequences[i] for i in b]).to(device) for b in batches]
         self.real = [
@@ -128,18 +137,22 @@ def fit_in_order(
         prefix = f"blk.{number}."
         parts = dict(after.named_modules())
         local = {p: module_name(prefix + p).split(".", 3)[3] for group, _ in GROUPS for p in group}
-        for group, norm in GROUPS:
-            here = [p for p in group if prefix + p in pruned]
-            if not here or local[group[0]] not in parts:
-                continue
-            site = local[group[0]]
-            h, cross, errors, count = _moments(was, now, before, after, site, norm)
+        steps = [
+            (here, local[group[0]], norm)
+            for group, norm in GROUPS
+            if (here := [p for p in group if prefix + p in pruned])
+        ]
+        # The original's inputs all in one run; the treated model's change with every step.
+        wanted = list(dict.fromkeys(x for _, site, norm in steps for x in (site, norm) if x))
+        runs = [was.run(before, x, wanted) for x in was.hidden]
+        own = [found for found, _ in runs]
+        for here, site, norm in steps:
+            fed = _fed(own, now, after, site, norm)
             for p in here:
                 item = pruned[prefix + p]
-                damping = damping_for(count, item.weights.shape[1])
-                made[prefix + p] = _fit(item, h, cross, errors, damping)
+                made[prefix + p] = _fit(item, fed)
                 parts[local[p]].weight.copy_(made[prefix + p][1])
-        was.hidden = [_whole(was.run(before, x, ())[1]) for x in was.hidden]
+        was.hidden = [_whole(out) for _, out in runs]
         now.hidden = [_whole(now.run(after, x, ())[1]) for x in now.hidden]
         if progress:
             progress(1)
@@ -151,46 +164,49 @@ def _whole(hidden: torch.Tensor | None) -> torch.Tensor:
     return hidden
 
 
-def _moments(
-    was: _Stream, now: _Stream, before: Any, after: Any, site: str, norm: str | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
-    """Means over tokens: of x^ x^', of x x^' and, for outputs that are added to the residual
-    stream, of (r - r^) x^'; x, r the original's, x^, r^ the treated model's; and the tokens."""
-    h = cross = errors = None
-    count = 0
+@dataclass(frozen=True)
+class _Fed:
+    """Of all tokens, in the order of `sequences`: what the original and the treated model feed a
+    group of matrices, float32 (tokens, row_length), and by how much the residual streams differ,
+    (tokens, hidden), where the outputs are added to these."""
+
+    was: torch.Tensor
+    now: torch.Tensor
+    missing: torch.Tensor | None
+
+
+def _fed(
+    own: Sequence[Mapping[str, torch.Tensor]], now: _Stream, layer: Any, site: str, norm: str | None
+) -> _Fed:
+    """own: the original's inputs of the layer's modules, one mapping a batch."""
     wanted = [site] if norm is None else [norm, site]
-    for x, y, real in zip(was.hidden, now.hidden, was.real, strict=True):
-        a, b = was.run(before, x, wanted, site)[0], now.run(after, y, wanted, site)[0]
-        own, fed = a[site][real], b[site][real]
-        parts = [fed.T @ fed, own.T @ fed]
+    was, fed, missing = [], [], []
+    for a, hidden, real in zip(own, now.hidden, now.real, strict=True):
+        b, _ = now.run(layer, hidden, wanted, site)
+        was.append(a[site][real])
+        fed.append(b[site][real])
         if norm is not None:
-            parts.append((a[norm][real] - b[norm][real]).T @ fed)
-        if h is None or cross is None:
-            h, cross = parts[0], parts[1]
-            errors = parts[2] if norm is not None else None
-        else:
-            h += parts[0]
-            cross += parts[1]
-            if errors is not None:
-                errors += parts[2]
-        count += len(fed)
-    assert h is not None and cross is not None
-    return h / count, cross / count, None if errors is None else errors / count, count
+            missing.append(a[norm][real] - b[norm][real])
+    back = torch.empty_like(places := torch.cat(now.places))
+    back[places] = torch.arange(len(places), device=places.device)
+    return _Fed(
+        torch.cat(was)[back], torch.cat(fed)[back], torch.cat(missing)[back] if missing else None
+    )
 
 
-def _fit(
-    item: Pruned,
-    h: torch.Tensor,
-    cross: torch.Tensor,
-    errors: torch.Tensor | None,
-    damping: float,
-) -> tuple[ByteArray, torch.Tensor]:
+def _fit(item: Pruned, fed: _Fed) -> tuple[ByteArray, torch.Tensor]:
     """The least squares are damped towards the original weights."""
+    v = item.token_weights
+    if v is None or not float(v.sum()):
+        v = torch.ones(len(fed.now), device=fed.now.device)
+    weighted = fed.now * (v / v.sum())[:, None]
+    h, cross = weighted.T @ fed.now, fed.was.T @ weighted
+    damping = damping_for(effective_tokens(v), item.weights.shape[1])
     mean = float(h.diagonal().double().mean().clamp(min=1e-30))
     feedback = Feedback(h, damping)  # has h / mean, damped
     wanted = item.weights @ (cross / mean) + damping * item.weights
-    if errors is not None:
-        wanted = wanted + errors / mean
+    if fed.missing is not None:
+        wanted = wanted + fed.missing.T @ weighted / mean
     # The best without zeros is wanted times the inverse; with H as the metric, what is nearest to
     # it is the best with zeros.
     free = torch.linalg.solve(feedback.moments.double(), wanted.double().T).T.float()

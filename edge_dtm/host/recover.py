@@ -68,13 +68,14 @@ class Trained:
 
 @dataclass(frozen=True)
 class RecoverSettings:
-    """batch_tokens count padding. round_every: steps between two roundings; check_every: None for
+    """learning_rate: at its highest, a share of every weight's size, see unit_sizes. batch_tokens
+    count padding. round_every: steps between two roundings; check_every: None for
     a tenth of the steps; patience: checks without a better SDT before it stops early;
     checkpointing: recompute activations to save memory, None: where they would take more than
     CHECKPOINTING_BYTES."""
 
     steps: int
-    learning_rate: float = 3e-4
+    learning_rate: float = 3e-3
     batch_tokens: int = 2048
     warmup_share: float = 0.05
     round_every: int = 4
@@ -88,7 +89,7 @@ class RecoverSettings:
         if self.steps < 1 or self.round_every < 1 or self.batch_tokens < 1 or self.patience < 1:
             raise EdgeDtmError("recovery needs at least one step, batch token, check and rounding")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise EdgeDtmError(f"a learning rate of {self.learning_rate} trains nothing: use 3e-4")
+            raise EdgeDtmError(f"a learning rate of {self.learning_rate} trains nothing: use 3e-3")
         if self.precision not in PRECISIONS:
             raise EdgeDtmError(
                 f"precision {self.precision!r} is unknown: use {', '.join(PRECISIONS)}"
@@ -170,9 +171,50 @@ class Recovered:
             ) from None
 
 
+def unit_sizes(start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a weight is measured in, its row's size times its column's over the matrix's: float32
+    (rows, 1) and (1, row_length), root mean squares of what is not zero.
+
+    AdamW moves every weight by about the same. Equalization has channels of very different sizes,
+    and a step that is small for one is large for another; counted in these units a step is the
+    same share of every weight, however channels are scaled.
+    """
+    there = (start != 0).float()
+
+    def size(dim: int) -> torch.Tensor:
+        sums, counts = start.square().sum(dim, keepdim=True), there.sum(dim, keepdim=True)
+        return (sums / counts.clamp(min=1)).sqrt()
+
+    rows, columns = size(1), size(0)
+    whole = (start.square().sum() / there.sum().clamp(min=1)).sqrt()
+    least = whole * 1e-4 + torch.finfo(torch.float32).tiny
+    return rows.clamp(min=least), columns.clamp(min=least) / whole.clamp(min=least)
+
+
+class _Gain:
+    """A norm's gains: the module's `parameter`, and `latent`, what the optimizer updates, in units
+    of their sizes at the start."""
+
+    def __init__(self, parameter: torch.nn.Parameter) -> None:
+        self.parameter = parameter
+        start = parameter.detach()
+        least = start.square().mean().sqrt() * 1e-3 + torch.finfo(torch.float32).tiny
+        self.unit = start.abs().clamp(min=least)
+        self.latent = torch.nn.Parameter(start / self.unit)
+
+    def take_gradient(self) -> None:
+        if self.parameter.grad is not None:  # a removed attention's norm has none
+            self.latent.grad = self.parameter.grad * self.unit
+            self.parameter.grad = None
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        self.parameter.copy_(self.latent * self.unit)
+
+
 class _Matrix:
     """A trained component: `parameter`, the module's weight, holds the effective values; `latent`,
-    float32 of the same shape, is what the optimizer updates."""
+    float32 of the same shape, is what the optimizer updates, in `unit_sizes`."""
 
     def __init__(self, name: str, trained: Trained, parameter: torch.nn.Parameter) -> None:
         self.name, self.type = name, trained.treatment.type
@@ -181,11 +223,11 @@ class _Matrix:
         if start.shape != parameter.shape:
             raise ValueError(f"{name} is {tuple(parameter.shape)}, not {tuple(start.shape)}")
         parameter.data = start
-        # Without a grid there is nothing to tell apart.
-        self.latent = parameter if self.type == "F32" else torch.nn.Parameter(start.clone())
+        self.rows, self.columns = unit_sizes(start)
+        self.latent = torch.nn.Parameter(start / self.rows / self.columns)
         # Latents of zeros that are held get no gradient and no decay, so they stay exactly 0.
         self.mask = start != 0 if trained.treatment.zero_share else None
-        # rounded = latent + offset until the next rounding. At the start it is zero: the start
+        # rounded = weights + offset until the next rounding. At the start it is zero: the start
         # is on the grid, though not always where the quantizer itself would put it.
         self.offset: torch.Tensor | None = None
 
@@ -195,28 +237,29 @@ class _Matrix:
         assert gradient is not None
         if self.mask is not None:
             gradient.mul_(self.mask)
-        self.latent.grad = gradient
-        if self.latent is not self.parameter:
-            self.parameter.grad = None
+        self.latent.grad = gradient.mul_(self.rows).mul_(self.columns)
+        self.parameter.grad = None
+
+    def weights(self) -> torch.Tensor:
+        """What the latent stands for."""
+        return self.latent.detach() * self.rows * self.columns
 
     @torch.no_grad()
     def follow(self) -> None:
         """Effective values after an update of the latent, with the roundings as they are known."""
+        self.parameter.copy_(self.weights())
         if self.type in _HALF:
-            self.parameter.copy_(self.latent.to(_HALF[self.type]).float())
-        elif self.type != "F32":
-            self.parameter.copy_(self.latent)
-            if self.offset is not None:
-                self.parameter.add_(self.offset)
+            self.parameter.copy_(self.parameter.to(_HALF[self.type]).float())
+        elif self.offset is not None:
+            self.parameter.add_(self.offset)
 
     @torch.no_grad()
     def round(self) -> ByteArray:
         """Effective values on the grid again; returns the blocks they are decoded from, uint8
         (rows, row_bytes). Needs a finite latent."""
-        weights = self.latent.detach().cpu().numpy()
+        wanted = self.weights()
+        weights = wanted.cpu().numpy()
         blocks = ggml.quantize(self.type, weights, self.importance)
-        if self.type == "F32":
-            return blocks
         values = torch.from_numpy(ggml.dequantize(self.type, blocks, weights.shape[1]))
         self.parameter.copy_(values)
         if self.mask is not None and bool((self.parameter[~self.mask] != 0).any()):
@@ -227,7 +270,7 @@ class _Matrix:
         if self.type not in _HALF:
             if self.offset is None:
                 self.offset = torch.empty_like(self.latent)
-            torch.sub(self.parameter, self.latent, out=self.offset)
+            torch.sub(self.parameter.detach(), wanted, out=self.offset)
         return blocks
 
 
@@ -392,7 +435,8 @@ class _Run:
         for parameter in [*(m.parameter for m in self.matrices), *self.norms.values()]:
             parameter.requires_grad_(True)
         self.trained = {f"latent.{m.name}": m.latent for m in self.matrices}
-        self.trained |= {f"vector.{name}": gain for name, gain in self.norms.items()}
+        self.gains = {name: _Gain(parameter) for name, parameter in self.norms.items()}
+        self.trained |= {f"vector.{name}": gain.latent for name, gain in self.gains.items()}
         self.optimizer = torch.optim.AdamW(
             list(self.trained.values()),
             lr=settings.learning_rate,
@@ -516,6 +560,8 @@ class _Run:
         torch.autograd.backward(at, gradient)
         for matrix in self.matrices:
             matrix.take_gradient()
+        for gain in self.gains.values():
+            gain.take_gradient()
         norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), LARGEST_GRADIENT)
         self._need_finite(float(norm))
         for group in self.optimizer.param_groups:
@@ -535,6 +581,8 @@ class _Run:
 
     def _follow(self) -> None:
         fresh = self.step % self.settings.round_every == 0
+        for gain in self.gains.values():
+            gain.follow()
         for matrix in self.matrices:
             if fresh and matrix.type not in _HALF and matrix.type != "F32":
                 self._round(matrix)
@@ -543,7 +591,7 @@ class _Run:
 
     def _round(self, matrix: _Matrix) -> ByteArray:
         # What float16, in which scales are stored too, cannot hold would come back as infinite.
-        if not float(matrix.latent.detach().abs().max()) < LARGEST_WEIGHT:
+        if not float(matrix.weights().abs().max()) < LARGEST_WEIGHT:
             self._need_finite(math.inf)
         return matrix.round()
 
@@ -561,6 +609,8 @@ class _Run:
         blocks: dict[str, ByteArray] = {}
         if self.step:
             start = time.perf_counter()
+            for gain in self.gains.values():
+                gain.follow()
             for matrix in self.matrices:
                 blocks[matrix.name] = self._round(matrix)
             self.seconds += time.perf_counter() - start
@@ -628,6 +678,8 @@ class _Run:
             with torch.no_grad():
                 for name, t in self.trained.items():
                     t.copy_(tensors[name])
+                    if f"adam.step.{name}" not in tensors:
+                        continue  # never had a gradient
                     self.optimizer.state[t] = {
                         key: tensors[f"adam.{key}.{name}"].to(self.device)
                         for key in ("step", "exp_avg", "exp_avg_sq")
@@ -639,6 +691,8 @@ class _Run:
             raise EdgeDtmError(
                 f"{path} is damaged ({error}): run edge-dtm compress again with --no-resume"
             ) from None
+        for gain in self.gains.values():
+            gain.follow()
         for matrix in self.matrices:
             matrix.round()
         return True

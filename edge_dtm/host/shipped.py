@@ -20,6 +20,7 @@ from edge_dtm.plan import Component, Treatment, zeros_per_row
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
 UNCOMPENSATED = ("F16", "F32", "BF16")  # too fine a grid for feedback to matter
+LOST = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what numpy raises then
 
 
 def takes_feedback(treatment: Treatment) -> bool:
@@ -70,19 +71,33 @@ class Shipped:
 
     def is_fitted(self, component: Component, treatment: Treatment) -> bool:
         """Whether a treatment with zeros was measured with its other weights fitted again; between
-        two measured levels the upper one decides."""
-        with np.load(self.folder / f"{component.name}.npz", allow_pickle=False) as kept:
-            levels = [
-                (float(share), bool(fitted))
-                for name, share, fitted in zip(
-                    kept["sparse_types"].tolist(),
-                    kept["sparse_shares"].tolist(),
-                    kept["sparse_fitted"].tolist(),
-                    strict=True,
-                )
-                if name == treatment.type and share >= treatment.zero_share
-            ]
-        return min(levels)[1]
+        two measured levels the upper one decides, and without one it was not.
+
+        EdgeDtmError when the folder lacks the component.
+        """
+        try:
+            with np.load(self.folder / f"{component.name}.npz", allow_pickle=False) as kept:
+                levels = [
+                    (float(share), bool(fitted))
+                    for name, share, fitted in zip(
+                        kept["sparse_types"].tolist(),
+                        kept["sparse_shares"].tolist(),
+                        kept["sparse_fitted"].tolist(),
+                        strict=True,
+                    )
+                    if name == treatment.type and share >= treatment.zero_share
+                ]
+        except LOST as error:
+            raise self._lost(component, treatment, error) from None
+        return min(levels)[1] if levels else False
+
+    def _lost(
+        self, component: Component, treatment: Treatment, error: BaseException
+    ) -> EdgeDtmError:
+        return EdgeDtmError(
+            f"{self.folder} has lost {component.name} as {treatment} ({error}): run "
+            "edge-dtm compress again with --no-resume"
+        )
 
     def save_component(
         self,
@@ -154,11 +169,8 @@ class Shipped:
                     return compensate(weights, [treatment.type], feedback)[0][0]
                 data = np.load(path, mmap_mode="r", allow_pickle=False)
                 return data
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise EdgeDtmError(
-                f"{self.folder} has lost {component.name} as {treatment} ({error}): run "
-                "edge-dtm compress again with --no-resume"
-            ) from None
+        except LOST as error:
+            raise self._lost(component, treatment, error) from None
         return treat(self._weights(component), treatment, importance if len(importance) else None)
 
     def _weights(self, component: Component) -> FloatArray:

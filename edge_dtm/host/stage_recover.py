@@ -29,7 +29,7 @@ from edge_dtm.search import search
 if TYPE_CHECKING:
     from edge_dtm.host.compress import Measured, Pipeline
 
-METHOD = 1  # of recovery; a change of it makes what was trained before void
+METHOD = 2  # of recovery; a change of it makes what was trained before void
 
 
 def sparsify(run: Pipeline, reference: Reference) -> None:
@@ -47,10 +47,13 @@ def sparsify(run: Pipeline, reference: Reference) -> None:
         plan = search(table, table.fixed_bytes + 2 * run.f16_bytes, share)
         shipped = fit_plan(run, plan, shipped, reference)
         values = start_values(run.equalized, plan, shipped)
+        # Before the base changes: what is based on zeros is not dense any more.
+        run.held.update(
+            (c.name, t.zero_share)
+            for c, t in zip(plan.components, plan.treatments, strict=True)
+            if t.zero_share
+        )
         recover_base(run, plan, values, reference, f"at {share:.1%} zeros", shipped)
-        for c, t in zip(plan.components, plan.treatments, strict=True):
-            if t.zero_share:
-                run.held[c.name] = t.zero_share
     run.story["sparsity_steps"] = s.sparsity_steps
 
 

@@ -35,8 +35,13 @@ def neuron_block(types: Sequence[str], config_ffn: int) -> int:
     return max([32, *(b for t in types if config_ffn % (b := ggml.block_size(t)) == 0)])
 
 
-def unit_options(checkpoint: Checkpoint, units: Sequence[removal.Unit]) -> list[UnitOptions]:
-    """The units as the search sees them."""
+def unit_options(
+    checkpoint: Checkpoint, units: Sequence[removal.Unit], types: Sequence[str]
+) -> list[UnitOptions]:
+    """The units as the search sees them: with the options that leave rows of `attn_output` which
+    one of the types divides. (What is left of `ffn_down` they all do, see `neuron_block`.)"""
+    c = checkpoint.config
+    width = c.heads // c.kv_heads * c.head_dim
     by_name = {c.name: c for c in checkpoint.components()}
     parts = {
         "attn": ("attn_q", "attn_k", "attn_v", "attn_output"),
@@ -45,14 +50,19 @@ def unit_options(checkpoint: Checkpoint, units: Sequence[removal.Unit]) -> list[
     out = []
     for u in units:
         names = tuple(f"blk.{u.layer}.{p}" for p in parts[u.part])
+        left = [
+            o
+            for o in u.options
+            if u.part == "ffn" or any(o.kept * width % ggml.block_size(t) == 0 for t in types)
+        ]
         out.append(
             UnitOptions(
                 f"{u.layer}.{u.part}",
                 names,
                 sum(by_name[n].weights for n in names),
                 len(u.order),
-                tuple(o.kept for o in u.options),
-                tuple(o.cost for o in u.options),
+                tuple(o.kept for o in left),
+                tuple(o.cost for o in left),
             )
         )
     return out
@@ -130,7 +140,7 @@ def _chosen(
             run.work / f"units-{run.key}.jsonl",
             advance,
         )
-    options = unit_options(checkpoint, units)
+    options = unit_options(checkpoint, units, s.types)
     assert s.remove is not None
     if s.remove != REMOVE_IF_WORTH:
         return units, remove_share(options, s.remove), options

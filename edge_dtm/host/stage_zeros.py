@@ -23,7 +23,7 @@ from edge_dtm.reference import Reference
 if TYPE_CHECKING:
     from edge_dtm.host.compress import Pipeline
 
-METHOD = 1  # a change of it makes what was fitted before void
+METHOD = 2  # a change of it makes what was fitted before void
 
 
 def fit_plan(run: Pipeline, plan: Plan, shipped: Shipped, reference: Reference) -> Shipped:
@@ -70,6 +70,7 @@ def fit_plan(run: Pipeline, plan: Plan, shipped: Shipped, reference: Reference) 
                     c,
                     run.torch_device,
                 ),
+                torch.from_numpy(calibration.token_weights(c.name)).to(run.torch_device),
             )
             for c, t in zeros
         }
