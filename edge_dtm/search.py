@@ -312,7 +312,7 @@ def search(table: CostTable, max_bytes: int, zero_share: float = 0.0) -> Plan:
     return _trim_zeros(table, plan, zero_share)
 
 
-MIXES = tuple(i / 8 for i in range(9))
+MIXES = tuple(i / 32 for i in range(33))
 
 
 def search_transfer(table: CostTable, max_bytes: int, max_transfer_bytes: int) -> Plan:
@@ -364,8 +364,6 @@ def _walk_both(
     travels = table.fixed_transfer_bytes + sum(
         n[j] for n, j in zip(table.transfers, choice, strict=True)
     )
-    if size > max_bytes or travels > max_transfer_bytes:
-        return None
     heap: list[tuple[float, int, int]] = []
 
     def push(c: int, position: int) -> None:
@@ -380,10 +378,15 @@ def _walk_both(
         _, c, position = heapq.heappop(heap)
         a, b = hulls[c][position], hulls[c][position + 1]
         more, further = files[c][b] - files[c][a], table.transfers[c][b] - table.transfers[c][a]
-        if size + more > max_bytes or travels + further > max_transfer_bytes:
+        # The smallest in one currency may be too large in the other: then steps lead back to it.
+        if (more > 0 and size + more > max_bytes) or (
+            further > 0 and travels + further > max_transfer_bytes
+        ):
             continue  # its later steps build on this one; cheaper steps of others may still fit
         choice[c], size, travels = b, size + more, travels + further
         push(c, position + 1)
+    if size > max_bytes or travels > max_transfer_bytes:
+        return None
     return _plan(table, choice)
 
 

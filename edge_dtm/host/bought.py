@@ -72,8 +72,10 @@ def in_words(what: str, with_it: Weighed, without: Weighed) -> str:
     ) -> str:
         change = here / there - 1
         values = f"{here / scale:,.1f} {unit} against {there / scale:,.1f}"
-        if same or abs(change) < SAME:
+        if abs(change) < SAME:
             return f"{label} is the same ({values})"
+        if same:
+            return f"{label} is the same within the spread of its rounds ({values})"
         return f"{label} is {abs(change):.0%} {'lower' if change < 0 else 'higher'} ({values})"
 
     parts = [

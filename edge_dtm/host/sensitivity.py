@@ -599,7 +599,12 @@ def fit_zeros(
         for c, t in sorted(chosen, key=lambda pair: -pair[0].weights)
     ]
     if device.type == "cpu" and sum(c.weights for c, _ in chosen) > SMALL_WEIGHTS:
-        needed = max(2**29 + 12 * calibration.tokens * c.row_length for c, _ in chosen)
+        needed = max(
+            2**29
+            + 12 * calibration.tokens * c.row_length
+            + 40 * (c.weights + max(c.rows, c.row_length) ** 2)  # both sides' moments, as above
+            for c, _ in chosen
+        )
         workers = worker_count(len(tasks), needed)
     else:
         workers = 1
