@@ -141,16 +141,14 @@ def main() -> None:
 )
 @click.option(
     "--sparsity",
-    type=click.FloatRange(0, 0.95),
+    type=click.FloatRange(0, 0.94),  # 95 % is the most a row may have, rounded to whole weights
     default=0.0,
     help="Average share of zeros over the block matrices.",
 )
 @click.option(
     "--sparsity-steps",
     type=click.IntRange(1, 50),
-    default=1,
-    show_default=True,
-    help="Reach --sparsity in so many steps, with --recover after each.",
+    help="Reach --sparsity in so many steps, with --recover after each [default: 1].",
 )
 @click.option(
     "--mask-score",
@@ -169,9 +167,8 @@ def main() -> None:
     "--recover",
     "recover_steps",
     type=click.IntRange(0),
-    default=0,
     metavar="STEPS",
-    help="Train what is left, with zeros and grids held, on the original's own text.",
+    help="Train what is left, with zeros and grids held, on the original's own text [default: 0].",
 )
 @click.option(
     "--preset",
@@ -255,6 +252,8 @@ def compress(
         raise click.UsageError(
             "with --max-transfer the search decides on zeros: it goes with --max-bytes only"
         )
+    options["sparsity_steps"] = options["sparsity_steps"] or 1
+    options["recover_steps"] = options["recover_steps"] or 0
     if options["sparsity_steps"] > 1 and not (sparsity and options["recover_steps"]):
         raise click.UsageError("--sparsity-steps needs --sparsity and --recover")
     device_profile = load_profile(profile)
@@ -304,10 +303,10 @@ def _preset(
         # As the paper rounds: neither scales nor feedback.
         options["equalize"] = options["feedback"] = False
         return ("F16", "Q8_0"), 0.0
-    if not options["recover_steps"]:
+    if options["recover_steps"] is None:
         options["recover_steps"] = 500
-    if options["sparsity_steps"] == 1:
-        options["sparsity_steps"] = 4
+    if options["sparsity_steps"] is None:
+        options["sparsity_steps"] = 4 if options["recover_steps"] else 1
     return ("F16",), sparsity or 0.75
 
 

@@ -172,7 +172,7 @@ def test_quality(
     for owner, method in (
         (quality.Bench, "_quantize"),
         (quality.Pipeline, "measure"),
-        (quality.Pipeline, "_model"),
+        (quality.Pipeline, "model"),
         (quality.export, "export_gguf"),
         (quality, "treated_values"),
     ):

@@ -11,7 +11,15 @@ from conftest import load_script
 from edge_dtm.plan import CANDIDATE_TYPES
 
 MODULE = load_script("predict_time")
-SHAPE = {"layers": 2, "hidden": 256, "ffn": 512, "heads": 4, "kv_heads": 2, "vocab": 1000}
+SHAPE = {
+    "recover": 0,
+    "layers": 2,
+    "hidden": 256,
+    "ffn": 512,
+    "heads": 4,
+    "kv_heads": 2,
+    "vocab": 1000,
+}
 NS = dict.fromkeys(CANDIDATE_TYPES, 100.0)
 
 
@@ -61,3 +69,22 @@ def test_the_command_prints_every_stage(
     out = capsys.readouterr().out
     for word in ("Greedy reference", "Gradients", "Sensitivity", "together", "ns a weight"):
         assert word in out
+
+
+def test_recovery_counts_steps_and_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = MODULE.Machine(1.0, 1, 0.0, False, NS)
+
+    def seconds(steps: int) -> float:
+        shape = Namespace(**{**SHAPE, "recover": steps})
+        return float(MODULE.stages(shape, MODULE.Tokens(), machine)["Recovery"])
+
+    assert seconds(200) == pytest.approx(2 * seconds(100))
+    monkeypatch.setattr(MODULE, "quantize_ns", lambda: NS)
+    words = ["predict_time.py", "--gflops", "100", "--recover", "10"]
+    monkeypatch.setattr(sys, "argv", words)
+    MODULE.main()
+    # SmolLM2: 106 million weights in the blocks at 20 and 24 bytes, 28 million in the embedding.
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Recovery takes 2 GB, with grids other than F16 3 GB" in out

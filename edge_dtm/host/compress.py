@@ -84,11 +84,13 @@ from edge_dtm.search import (
     search,
     search_transfer,
 )
+from edge_dtm.transfer import packed_bytes
 
 SAMPLED_PROMPTS = 40
 EXTRA_PROMPTS = 48  # sampled too, but only ever used to fit error feedback and scales
 PACKAGED_PROMPTS = 48  # measured besides the user's own
 HELD_OUT_SHARE = 2 / 3
+TRANSFER_TRIES, TRANSFER_SLACK = 4, 0.001  # the estimate is a few tenths of a per cent off
 UNLIMITED_BYTES = 2**62
 MEASURED_SEQUENCES = 32  # enough for the ranking; more only narrows each cost (z^2 is a chi^2)
 METHOD = 3  # of the measurement; a change of it makes old costs in a work folder void
@@ -639,8 +641,11 @@ class Pipeline:
         allowed = table.restricted(s.types, sparse=s.sparse)
 
         def measured_plan(limit: int) -> tuple[Plan, Prediction, Measured]:
-            plan = self._search(allowed, limit)
-            self.exported = fit_plan(self, plan, shipped, reference)
+            if s.max_transfer is not None:
+                plan, self.exported = self._within_transfer(allowed, limit, shipped, reference)
+            else:
+                plan = self._search(allowed, limit)
+                self.exported = fit_plan(self, plan, shipped, reference)
             return (
                 plan,
                 predictor.predict(table.cost(plan)),
@@ -692,8 +697,6 @@ class Pipeline:
                     f"{plan.size_bytes:,} bytes, the budget is {limit:,}: raise --max-bytes"
                 )
             return plan
-        if s.max_transfer is not None:
-            return search_transfer(table, limit, s.max_transfer)
         return search(table, limit, s.zero_share)
 
     def export_and_measure(
@@ -704,18 +707,8 @@ class Pipeline:
         checkpoint: Checkpoint | None = None,
     ) -> Measured:
         """checkpoint: in place of the equalized base, for the vectors."""
-        path = self.work / "model.gguf"
-        made = digest_of([plan.hash, shipped.folder.name])
-        saved, mark = self.work / f"host-{made}.npz", self.work / "model.json"
-        if not mark.is_file() or mark.read_text() != made or not _is_plan(path, plan):
-            mark.unlink(missing_ok=True)
-            with self.stages(
-                "Exporting the plan", sum(c.weights for c in self.components)
-            ) as advance:
-                export.export_gguf(
-                    checkpoint or self.equalized, plan, path, shipped.blocks, advance
-                )
-            mark.write_text(made)
+        path, made = self._export(plan, shipped, checkpoint)
+        saved = self.work / f"host-{made}.npz"
         texts = [*NASTY_STRINGS, *(str(t) for t in reference.texts)]
         wrong = tokenization_mismatches(self.checkpoint.tokenizer, path, texts)
         if wrong:
@@ -729,6 +722,44 @@ class Pipeline:
         measured = self.measure(path, reference, "Plan in llama.cpp")
         measured.record.save(saved)
         return self.judge(measured.record, held_out, self.near_tie_margin)
+
+    def _export(
+        self, plan: Plan, shipped: Shipped | RecoveredBlocks, checkpoint: Checkpoint | None = None
+    ) -> tuple[Path, str]:
+        """The GGUF in the work folder, and the short name of what is in it."""
+        path, mark = self.work / "model.gguf", self.work / "model.json"
+        made = digest_of([plan.hash, shipped.folder.name])
+        if not mark.is_file() or mark.read_text() != made or not _is_plan(path, plan):
+            mark.unlink(missing_ok=True)
+            with self.stages(
+                "Exporting the plan", sum(c.weights for c in self.components)
+            ) as advance:
+                export.export_gguf(
+                    checkpoint or self.equalized, plan, path, shipped.blocks, advance
+                )
+            mark.write_text(made)
+        return path, made
+
+    def _within_transfer(
+        self, table: CostTable, limit: int, shipped: Shipped, reference: Reference
+    ) -> tuple[Plan, Shipped]:
+        """The best plan whose real file keeps the limit after zstd; estimates are a little off."""
+        wanted = self.s.max_transfer
+        assert wanted is not None
+        aim, real = wanted, 0
+        for _ in range(TRANSFER_TRIES):
+            plan = search_transfer(table, limit, aim)
+            exported = fit_plan(self, plan, shipped, reference)
+            path, _ = self._export(plan, exported)
+            real = packed_bytes(path)
+            self.stages.note(f"{real:,} bytes after zstd, the limit is {wanted:,}")
+            if real <= wanted:
+                return plan, exported
+            aim = int(aim * wanted / real * (1 - TRANSFER_SLACK))
+        raise EdgeDtmError(
+            f"no plan was found that has at most {wanted:,} bytes after zstd, the last had {real:,}: "
+            "raise --max-transfer"
+        )
 
     def weigh_zeros(self, plan: Plan) -> None:
         """What the plan's zeros bought, against the same types without zeros."""
@@ -813,6 +844,13 @@ class Pipeline:
             "run_settings": self.run_settings.to_json(),
             **self.story,
         }
+        if s.max_transfer is not None:
+            results["packed_bytes"] = packed_bytes(self.work / "model.gguf")
+            if results["packed_bytes"] > s.max_transfer:
+                raise EdgeDtmError(
+                    f"after recovery the model has {results['packed_bytes']:,} bytes after zstd, "
+                    f"more than {s.max_transfer:,}: raise --max-transfer or leave out --recover"
+                )
         details = {
             **export.provenance(self.checkpoint),
             "profile": s.profile.name,
