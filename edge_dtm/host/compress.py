@@ -126,11 +126,9 @@ class Settings:
     sparsity_steps: int = 1
     unlimited: bool = False  # whatever size the plan has
     in_order: bool = True
-    remove: float | None = (
-        None  # share of the block matrices; REMOVE_IF_WORTH lets the search decide
-    )
+    remove: float | None = None  # of the block matrices; REMOVE_IF_WORTH: the search decides
     recover_steps: int = 0
-    int8_share: float | None = None  # of the components: the paper's experiment instead of a search
+    int8_share: float | None = None  # of the components, instead of a search
 
     @property
     def sparse(self) -> bool:
