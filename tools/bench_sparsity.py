@@ -22,7 +22,7 @@ from edge_dtm.host.bought import ROUNDS, Weighed, weigh
 from edge_dtm.host.checkpoint import Checkpoint
 from edge_dtm.host.compress import Pipeline, Settings
 from edge_dtm.host.digest import digest_of
-from edge_dtm.host.stage_remove import neuron_block, unit_options
+from edge_dtm.host.stage_remove import measured_units, unit_options
 from edge_dtm.metrics import perplexity
 from edge_dtm.paths import default_model_dir
 from edge_dtm.plan import Plan, Treatment
@@ -158,18 +158,7 @@ def removals(bench: Bench, shares: tuple[float, ...]) -> tuple[list[Row], dict[s
     """Smaller dense models without recovery, and bytes, memory and speed of each beside the whole
     model's."""
     run, checkpoint = bench.run, bench.run.checkpoint
-    activations, calibration = run.captures(bench.reference)
-    run.capture(activations, calibration)
-    with run.stages("Costs of removal", 2 * checkpoint.config.layers) as advance:
-        units = removal.measure_units(
-            checkpoint,
-            activations,
-            calibration,
-            run.torch_device,
-            neuron_block(run.s.types, checkpoint.config.ffn),
-            run.work / f"units-{run.key}.jsonl",
-            advance,
-        )
+    units, calibration = measured_units(run, bench.reference), run.captures(bench.reference)[1]
     rows, files = [], {}
     whole = export.f16_plan(checkpoint, export.fixed_bytes(checkpoint))
     files["whole"] = bench.folder / "whole.gguf"

@@ -27,6 +27,7 @@ import torch
 
 from edge_dtm import ggml
 from edge_dtm.errors import EdgeDtmError
+from edge_dtm.files import write_whole
 from edge_dtm.host.model import module_name
 from edge_dtm.host.teacher import TeacherText, batches_by_length, padded
 from edge_dtm.metrics import (
@@ -142,9 +143,9 @@ class Recovered:
         _save_tensors(folder / "recovered.safetensors", tensors, {})
         names = ("best_step", "steps", "curve", "types", "tokens_per_s", "peak_rss_bytes")
         head = {name: getattr(self, name) for name in names}
-        head["curve"] = [_plain(p) for p in self.curve]
+        head["curve"] = [plain_point(p) for p in self.curve]
         head["row_lengths"] = {n: v.shape[1] for n, v in self.values.items()}
-        _write(folder / "recovered.json", json.dumps(head).encode())
+        write_whole(folder / "recovered.json", json.dumps(head).encode())
 
     @classmethod
     def load(cls, folder: Path) -> Recovered:
@@ -631,8 +632,8 @@ class _Run:
             self._save()
         else:
             self.curve.append(point)
-        lines = "".join(json.dumps(_plain(p)) + "\n" for p in self.curve)
-        _write(self.folder / "curve.jsonl", lines.encode())
+        lines = "".join(json.dumps(plain_point(p)) + "\n" for p in self.curve)
+        write_whole(self.folder / "curve.jsonl", lines.encode())
 
     def _best_file(self, step: int) -> Path:
         return self.folder / f"best-{step:07d}.safetensors"
@@ -652,7 +653,7 @@ class _Run:
         head = {
             "key": self.key,
             "step": self.step,
-            "curve": [_plain(p) for p in self.curve],
+            "curve": [plain_point(p) for p in self.curve],
             "best_step": self.best_step,
             "seconds": self.seconds,
             "tokens": self.tokens,
@@ -753,28 +754,13 @@ def peak_rss_bytes() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def _plain(point: Point) -> dict[str, float | None]:
+def plain_point(point: Point) -> dict[str, float | None]:
     """JSON has no NaN; the step before the first has no loss."""
     return {key: value if math.isfinite(value) else None for key, value in point.items()}
 
 
 def _point(data: Mapping[str, float | None]) -> Point:
     return {key: math.nan if value is None else value for key, value in data.items()}
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise EdgeDtmError(
-            f"{path} could not be written ({error.strerror or error}): free some space"
-        ) from None
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: dict[str, str]) -> None:

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from edge_dtm.host.digest import digest_of
 from edge_dtm.host.model import load_model
-from edge_dtm.host.recover import Recovered, RecoverSettings, Trained, recover
+from edge_dtm.host.recover import Recovered, RecoverSettings, Trained, plain_point, recover
 from edge_dtm.host.retrain import (
     RecoveredBlocks,
     same_head,
@@ -144,7 +142,7 @@ def _train(
     )
     run.story.setdefault("recovery", {})[name] = {
         # Before the first step there is no loss.
-        "curve": [{k: v if np.isfinite(v) else None for k, v in p.items()} for p in result.curve],
+        "curve": [plain_point(p) for p in result.curve],
         "best_step": result.best_step,
         "steps": result.steps,
         "tokens_per_s": result.tokens_per_s,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edge_dtm import ggml
 from edge_dtm.device.runner import Record
 from edge_dtm.errors import EdgeDtmError
+from edge_dtm.files import write_whole
 from edge_dtm.host import export, removal
 from edge_dtm.host.checkpoint import Checkpoint
 from edge_dtm.host.digest import digest_of
@@ -88,9 +89,7 @@ def remove(run: Pipeline, reference: Reference) -> None:
             reduced = _made(run, units, chosen, file.with_suffix(".safetensors"), reference)
             state["kept_kv_heads"] = reduced.config.kept_kv_heads
             state["kept_ffn"] = reduced.config.kept_ffn
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(state))
-        temporary.replace(file)
+        write_whole(file, json.dumps(state).encode())
     state = json.loads(file.read_text())
     run.story["removal"] = {"removed_share": state["removed_share"], "kept": state["chosen"]}
     if not state["chosen"]:
@@ -123,24 +122,29 @@ def remove(run: Pipeline, reference: Reference) -> None:
         )
 
 
-def _chosen(
-    run: Pipeline, reference: Reference
-) -> tuple[list[removal.Unit], dict[str, int], list[UnitOptions]]:
-    """The units, what is kept of those that lose something, and the options of all."""
-    s, checkpoint = run.s, run.checkpoint
+def measured_units(run: Pipeline, reference: Reference) -> list[removal.Unit]:
+    """The units of the checkpoint with their costs, from the work folder or measured now."""
+    checkpoint = run.checkpoint
     activations, calibration = run.captures(reference)
     run.capture(activations, calibration)
     with run.stages("Costs of removal", 2 * checkpoint.config.layers) as advance:
-        units = removal.measure_units(
+        return removal.measure_units(
             checkpoint,
             activations,
             calibration,
             run.torch_device,
-            neuron_block(s.types, checkpoint.config.ffn),
+            neuron_block(run.s.types, checkpoint.config.ffn),
             run.work / f"units-{run.key}.jsonl",
             advance,
         )
-    options = unit_options(checkpoint, units, s.types)
+
+
+def _chosen(
+    run: Pipeline, reference: Reference
+) -> tuple[list[removal.Unit], dict[str, int], list[UnitOptions]]:
+    """The units, what is kept of those that lose something, and the options of all."""
+    s, units = run.s, measured_units(run, reference)
+    options = unit_options(run.checkpoint, units, s.types)
     assert s.remove is not None
     if s.remove != REMOVE_IF_WORTH:
         return units, remove_share(options, s.remove), options

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from edge_dtm.errors import EdgeDtmError
+from edge_dtm.files import write_whole
 from edge_dtm.host.prompts import Prompt
 from edge_dtm.reference import DAMAGED, Reference
 
@@ -109,7 +109,7 @@ def sample_texts(
             )
             texts = _sample(model, [heads[i] for i in rows], tokens, generator, eos_ids, progress)
             if file is not None:
-                _write_json(file, {"key": key, "texts": texts})
+                write_whole(file, json.dumps({"key": key, "texts": texts}).encode())
         elif progress:
             progress(sum(len(t) - len(heads[i]) for t, i in zip(texts, rows, strict=True)))
         for index, text in zip(rows, texts, strict=True):
@@ -123,21 +123,6 @@ def _read_part(file: Path, key: str) -> list[list[int]] | None:
     except (OSError, ValueError):
         return None
     return data["texts"] if isinstance(data, dict) and data.get("key") == key else None
-
-
-def _write_json(path: Path, data: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise EdgeDtmError(
-            f"{path} could not be written ({error.strerror or error}): free some space"
-        ) from None
 
 
 @torch.no_grad()
@@ -264,7 +249,7 @@ class TeacherText:
                 file.flush()
                 self._done += 1
                 state = {"key": self.key, "done": self._done, "scale": self._scale}
-                _write_json(self._state, state)
+                write_whole(self._state, json.dumps(state).encode())
                 if progress:
                     progress(sum(self.lengths[i] for i in rows))
         except OSError as error:
