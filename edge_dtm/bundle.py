@@ -23,11 +23,12 @@ import zstandard
 
 from edge_dtm.errors import EdgeDtmError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KIND = "edge-dtm bundle"
 MANIFEST = "manifest.json"
 MODEL, REFERENCE, HOST_RECORD = "model.gguf", "reference.npz", "host.npz"
-REQUIRED_FILES = (MODEL, REFERENCE, HOST_RECORD)
+PROBE_RECORD = "probe.npz"  # what device/probe_model.py's small F16 model said on the host
+REQUIRED_FILES = (MODEL, REFERENCE, HOST_RECORD, PROBE_RECORD)
 
 # Level 19 makes a quantized model 0.1 % smaller than level 10 and takes fifty times as long.
 COMPRESSION_LEVEL = 10
@@ -49,15 +50,20 @@ Progress = Callable[[int], None]
 class Thresholds:
     """What a device must reach.
 
-    max_sdt: share (0 to 1) of divergent tokens against the original; min_fdt: tokens, mean over
-    sequences; max_sdt_vs_host: share against the host's run of the same file; max_kl_vs_host:
-    nats, mean over positions, on the host's stored top logits, renormalized.
+    Against the original: max_sdt, share (0 to 1) of divergent tokens; min_fdt, tokens, mean over
+    sequences. Against the host's run of the same file, where healthy kernels differ too:
+    max_kl_vs_host, nats, mean over positions, on the host's stored top logits, renormalized, each
+    position's capped at 1; max_decided_sdt_vs_host, share of other argmaxes among the positions
+    that the host decided by decided_margin logits or more. max_kl_probe: nats, mean over
+    positions of the small F16 model, whose kernels leave no room.
     """
 
     max_sdt: float
     min_fdt: float
-    max_sdt_vs_host: float
     max_kl_vs_host: float
+    decided_margin: float
+    max_decided_sdt_vs_host: float
+    max_kl_probe: float
 
     def __post_init__(self) -> None:
         problems = []
@@ -67,7 +73,7 @@ class Thresholds:
                 problems.append(f"{item.name} is no number")
             elif not math.isfinite(value) or value < 0:
                 problems.append(f"{item.name} is {value}, needs to be finite and 0 or more")
-            elif item.name.startswith("max_sdt") and value > 1:
+            elif "sdt" in item.name and value > 1:
                 problems.append(f"{item.name} is {value}, a share is at most 1")
         if problems:
             raise EdgeDtmError(f"wrong thresholds: {'; '.join(problems)}")

@@ -1,0 +1,95 @@
+"""Parameter types, exit codes and files that several commands share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge_dtm.errors import EdgeDtmError
+
+EXIT_ERROR, EXIT_USAGE, EXIT_VERIFIED_AND_FAILED = 1, 2, 3
+PATH = click.Path(path_type=Path)
+
+
+class Bytes(click.ParamType[int]):
+    """A number of bytes with an optional unit: 105000000, 105M (10^6), 4.2G (10^9)."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text, factor = str(value).strip(), 1
+        if text and text[-1].upper() in "KMG":
+            factor = {"K": 10**3, "M": 10**6, "G": 10**9}[text[-1].upper()]
+            text = text[:-1]
+        try:
+            number = float(text) * factor
+        except ValueError:
+            self.fail(f"{value!r} is no size: write 105000000, 105M or 4.2G", param, ctx)
+        if not 0 < number < 2**63:
+            self.fail(f"{value!r} is no size a file can have", param, ctx)
+        return int(number)
+
+
+class Types(click.ParamType[tuple[str, ...]]):
+    """GGML type names with commas between."""
+
+    name = "types"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        from edge_dtm.plan import ALL_TYPES
+
+        names = tuple(n.strip() for n in str(value).split(",") if n.strip())
+        unknown = [n for n in names if n not in ALL_TYPES]
+        if unknown or not names:
+            self.fail(
+                f"unknown types {', '.join(unknown) or '(none given)'}; choose among "
+                f"{', '.join(ALL_TYPES)}",
+                param,
+                ctx,
+            )
+        return names
+
+
+class Removal(click.ParamType[float]):
+    """A share, or `auto`, which is the share 0: the search decides."""
+
+    name = "share"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        if value == "auto":
+            return 0.0
+        try:
+            share = float(value)
+        except ValueError:
+            share = -1.0
+        if not 0 < share < 1:
+            self.fail(f"{value!r} is no share: write auto or a number such as 0.1", param, ctx)
+        return share
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.glob("*") if p.is_file())
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EdgeDtmError(f"{path} does not exist: give a folder that compress made") from None
+    except ValueError as error:
+        raise EdgeDtmError(f"{path} is no JSON ({error}): make the bundle again") from None
+
+
+def write_json(path: Path, data: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,102 @@
+"""Commands of the device: verify a bundle, measure any GGUF."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge_dtm.commands.common import EXIT_VERIFIED_AND_FAILED, PATH, write_json
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@click.option(
+    "--mode",
+    type=click.Choice(["teacher-forced", "generate"]),
+    default="teacher-forced",
+    show_default=True,
+)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores].")
+@click.option("--max-sequences", type=click.IntRange(1), help="Replay only the first N sequences.")
+@click.option(
+    "--max-sdt", type=click.FloatRange(0, 1), help="Threshold instead of the manifest's, a share."
+)
+@click.option(
+    "--min-fdt", type=click.FloatRange(0), help="Threshold instead of the manifest's, in tokens."
+)
+@click.option("--json", "json_file", type=PATH, help="Also write the verdict as JSON.")
+def verify(bundle: Path, mode: str, json_file: Path | None, **options: Any) -> None:
+    """Replay the original's greedy outputs on this device and say pass (0) or fail (3).
+
+    BUNDLE is a folder or a packed file."""
+    from edge_dtm.device.verify import print_verdict
+    from edge_dtm.device.verify import verify as run
+    from edge_dtm.progress import Stages
+
+    with Stages().several() as progress:
+        verdict = run(
+            bundle,
+            mode="generate" if mode == "generate" else "teacher_forced",
+            progress=progress,
+            **options,
+        )
+    print_verdict(verdict)
+    if json_file is not None:
+        write_json(json_file, verdict.to_json())
+    if not verdict.passed:
+        sys.exit(EXIT_VERIFIED_AND_FAILED)
+
+
+@click.command()
+@click.argument("gguf_file", metavar="MODEL.gguf", type=PATH)
+@click.option(
+    "--reference", type=PATH, required=True, help="A reference.npz, or a bundle's folder."
+)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores].")
+@click.option("--json", "json_file", type=PATH, help="Also write the result as JSON.")
+def measure(gguf_file: Path, reference: Path, threads: int | None, json_file: Path | None) -> None:
+    """FDT and SDT of anybody's GGUF against a reference, teacher-forced in llama.cpp."""
+    from edge_dtm.device.runner import (
+        LlamaRunner,
+        RunSettings,
+        check_gguf,
+        context_needed,
+        default_threads,
+        replay_tokens,
+    )  # fmt: skip
+    from edge_dtm.metrics import compare, perplexity
+    from edge_dtm.progress import Stages
+    from edge_dtm.reference import HELD_OUT, Reference
+    from edge_dtm.report import interval
+
+    check_gguf(gguf_file)
+    path = reference / "reference.npz" if reference.is_dir() else reference
+    held_out = Reference.load(path).part(HELD_OUT)
+    settings = RunSettings(threads=threads or default_threads())
+    with (
+        Stages()("Replaying", replay_tokens(held_out)) as advance,
+        LlamaRunner(gguf_file, settings, context_needed(held_out)) as runner,
+    ):
+        record = runner.teacher_forced(held_out, advance)
+    lengths = held_out.generated_lengths
+    result = compare(held_out.generated_ids, record.ids, lengths, held_out.margins)
+    data = {
+        **result.to_json(),
+        "perplexity": perplexity(record.reference_log_probabilities, lengths),
+        "prefill_tokens_per_s": record.prefill_tokens_per_s,
+        "size_bytes": gguf_file.stat().st_size,
+    }
+    click.echo(f"SDT {interval(data['sdt'], True)}")
+    click.echo(
+        f"mean FDT {interval(data['fdt'], False)} of at most {held_out.generated_ids.shape[1]}"
+    )
+    click.echo(f"{result.identical_share:.1%} of {result.sequences} sequences without divergence")
+    click.echo(f"perplexity on the original's text {data['perplexity']:.4f}")
+    if json_file is not None:
+        write_json(json_file, data)
+
+
+COMMANDS = (verify, measure)
