@@ -1,6 +1,7 @@
-"""The bundle: a folder, or one packed file, with all a device needs to judge a model by itself.
+"""The bundle: a folder with all a device needs to judge a model by itself.
 
-manifest.json lists every other file with its SHA-256, so nothing is read unchecked.
+manifest.json lists every other file with its SHA-256, so nothing is read unchecked; manifest.sig,
+where there is one, says who made that list (`sign`). `archive` opens bundles and packs them.
 """
 
 from __future__ import annotations
@@ -10,36 +11,26 @@ import json
 import math
 import os
 import re
-import shutil
-import tarfile
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
-
-import zstandard
+from typing import Any
 
 from edge_dtm.errors import EdgeDtmError
+from edge_dtm.scratch import Scratch
 
 SCHEMA_VERSION = 2
 KIND = "edge-dtm bundle"
-MANIFEST = "manifest.json"
+MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 MODEL, REFERENCE, HOST_RECORD = "model.gguf", "reference.npz", "host.npz"
 PROBE_RECORD = "probe.npz"  # what device/probe_model.py's small F16 model said on the host
 REQUIRED_FILES = (MODEL, REFERENCE, HOST_RECORD, PROBE_RECORD)
 
-# Level 19 makes a quantized model 0.1 % smaller than level 10 and takes fifty times as long.
-COMPRESSION_LEVEL = 10
 MANIFEST_LIMIT_BYTES = 16 * 2**20
-# More than any level up to 22 needs; without a bound a frame may ask for gigabytes.
-_WINDOW_LIMIT_BYTES = 2**27
-# zstd can turn 4 bytes into 128 KiB, so a small read bounds what one step can unfold to 32 MiB.
-_COMPRESSED_READ_BYTES = 1024
-_COPY_BYTES = 2**20
-_TAR_BLOCK = tarfile.BLOCKSIZE
-_TAR_END_LIMIT_BYTES = 2**20
+SIGNATURE_LIMIT_BYTES = 4096  # ten times what `sign` writes
+FILES_LIMIT = 256  # of a manifest; bundles have half a dozen
+COPY_BYTES = 2**20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,98}")  # at most 99: a tar header's name field
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -137,6 +128,10 @@ class Manifest:
         if not isinstance(listed, dict):
             problems.append("no files")
             listed = {}
+        if len(listed) > FILES_LIMIT:
+            raise EdgeDtmError(
+                f"{source} lists {len(listed)} files, the limit is {FILES_LIMIT}: do not use it"
+            )
         problems += _name_problems(list(listed))
         for name, entry in listed.items():
             if (
@@ -165,13 +160,15 @@ class Manifest:
 class Bundle:
     """An opened bundle; a context manager, because a packed one lies in a temporary folder.
 
-    source: what was opened; folder: where its files are.
+    source: what was opened; folder: where its files are; key_id: of the key that signed the
+    manifest, None when it is not signed.
     """
 
     source: Path
     folder: Path
     manifest: Manifest
-    _temporary: Path | None = None
+    key_id: str | None = None
+    _temporary: Scratch | None = None
 
     def __enter__(self) -> Bundle:
         return self
@@ -187,7 +184,7 @@ class Bundle:
     def close(self) -> None:
         """Remove the temporary folder of a packed bundle; a second call does nothing."""
         if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary.close()
             self._temporary = None
 
     @property
@@ -213,7 +210,7 @@ class Bundle:
         for name, entry in sorted(self.manifest.files.items()):
             if reason := _file_problem(self.folder / name, entry, progress):
                 problems.append(f"{name} {reason}")
-        known = {MANIFEST, *self.manifest.files, *REQUIRED_FILES}
+        known = {MANIFEST, SIGNATURE, *self.manifest.files, *REQUIRED_FILES}
         problems += [
             f"{item.name} is not listed"
             for item in sorted(self.folder.iterdir())
@@ -234,6 +231,7 @@ def write_manifest(
 ) -> Manifest:
     """Hash the files, plain names in folder, and write manifest.json, whole or not at all.
 
+    A manifest.sig of an earlier manifest is removed.
     EdgeDtmError for a missing file, a name that is not plain, or a value JSON cannot hold.
     """
     folder = Path(folder)
@@ -248,244 +246,44 @@ def write_manifest(
     except (TypeError, ValueError) as error:
         raise EdgeDtmError(f"cannot write the manifest of {folder}: {error}") from None
     temporary = folder / f".{MANIFEST}.tmp"
-    with temporary.open("wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / MANIFEST)
+    try:
+        with temporary.open("wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        (folder / SIGNATURE).unlink(missing_ok=True)
+        temporary.replace(folder / MANIFEST)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise EdgeDtmError(
+            f"cannot write the manifest of {folder}: {error.strerror or error}"
+        ) from None
     return manifest
 
 
-def open_bundle(path: Path, progress: Progress | None = None) -> Bundle:
-    """Open a folder or a packed file; a packed one is unpacked and checked on the way.
+def read_head(folder: Path) -> tuple[bytes, bytes | None]:
+    """The bytes of a folder's manifest and of its signature, None when there is none.
 
-    progress: called with the bytes unpacked. EdgeDtmError when path is no bundle.
+    EdgeDtmError when folder is no bundle or a file cannot be read or is above its limit.
     """
-    path = Path(path)
-    if path.is_dir():
-        return Bundle(path, path, _read_manifest(path))
-    if not path.exists():
-        raise EdgeDtmError(f"{path} does not exist")
-    temporary = Path(tempfile.mkdtemp(prefix="edge-dtm-"))
+    data = _read_within(folder / MANIFEST, MANIFEST_LIMIT_BYTES)
+    if data is None:
+        raise EdgeDtmError(f"{folder} is no bundle: it has no {MANIFEST}")
+    return data, _read_within(folder / SIGNATURE, SIGNATURE_LIMIT_BYTES)
+
+
+def _read_within(path: Path, limit_bytes: int) -> bytes | None:
+    """None when there is no such file."""
     try:
-        unpack(path, temporary / "bundle", progress)
-        folder = temporary / "bundle"
-        return Bundle(path, folder, _read_manifest(folder), temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def pack(
-    folder: Path,
-    out_path: Path,
-    level: int = COMPRESSION_LEVEL,
-    progress: Progress | None = None,
-) -> None:
-    """Check a bundle folder and write it as one zstd-compressed tar file.
-
-    The same files give the same bytes (with the same zstd release). Only the manifest and what it
-    lists go in. out_path is replaced when the new file is complete. progress: called with the
-    bytes packed. EdgeDtmError as in Bundle.check.
-    """
-    folder, out_path = Path(folder), Path(out_path)
-    bundle = open_bundle(folder)
-    bundle.check()
-    if out_path.is_dir():
-        raise EdgeDtmError(f"{out_path} is a folder: give the name of a file")
-    temporary = out_path.with_name(out_path.name + ".tmp")
-    # One thread: with several, the bytes depend on how many.
-    compressor = zstandard.ZstdCompressor(level=level, write_checksum=True, threads=0)
-    try:
-        with temporary.open("wb") as file:
-            # GNU writes a size above 8 GiB into the header itself, so a bundle never has the
-            # extended headers that unpack refuses.
-            with (
-                compressor.stream_writer(file, closefd=False) as stream,
-                tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT) as archive,
-            ):
-                for name in (MANIFEST, *sorted(bundle.manifest.files)):
-                    with (folder / name).open("rb") as source:
-                        info = tarfile.TarInfo(name)
-                        info.size = os.fstat(source.fileno()).st_size
-                        info.mode = 0o644
-                        archive.addfile(info, source)
-                    if progress:
-                        progress(info.size)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(out_path)
-    except OSError as error:
-        raise EdgeDtmError(f"cannot write {out_path}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def unpack(file: Path, out_dir: Path, progress: Progress | None = None) -> None:
-    """Unpack and check what pack wrote, into a folder that must not exist yet.
-
-    out_dir appears whole or not at all. progress: called with the bytes unpacked. EdgeDtmError
-    for an existing out_dir, a broken archive, and any member that the manifest, which comes
-    first, does not list with exactly this size and hash; links, devices and paths are such.
-    """
-    file, out_dir = Path(file), Path(out_dir)
-    if os.path.lexists(out_dir):
-        raise EdgeDtmError(f"{out_dir} exists already: give another folder or remove it")
-    try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-    except OSError as error:
-        raise EdgeDtmError(f"cannot write {out_dir}: {error.strerror or error}") from None
-    try:
-        with file.open("rb") as source:
-            _unpack(file, _Unfolding(file, source), temporary, progress)
-        temporary.chmod(0o755)  # mkdtemp's 0700 would keep other users out
-        temporary.rename(out_dir)
-    except OSError as error:
-        raise EdgeDtmError(f"cannot unpack {file}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-class _Unfolding:
-    """Reads exactly as much decompressed data as asked for; EdgeDtmError on a broken stream."""
-
-    def __init__(self, path: Path, source: BinaryIO) -> None:
-        self._path = path
-        self._source = source
-        decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW_LIMIT_BYTES)
-        self._object = decompressor.decompressobj()
-        self._buffer = bytearray()
-        self._start = 0
-
-    def _more(self) -> bool:
-        if self._object.eof:
-            return False
-        data = self._source.read(_COMPRESSED_READ_BYTES)
-        if not data:
-            raise EdgeDtmError(f"{self._path} is truncated: copy it again")
-        del self._buffer[: self._start]
-        self._start = 0
-        try:
-            self._buffer += self._object.decompress(data)
-        except zstandard.ZstdError as error:
-            raise EdgeDtmError(
-                f"{self._path} is damaged or no packed bundle ({error}): copy it again"
-            ) from None
-        return True
-
-    def read_some(self, limit: int) -> bytes:
-        """1 to limit bytes, none at the end of the frame."""
-        while self._start == len(self._buffer):
-            if not self._more():
-                return b""
-        end = min(self._start + limit, len(self._buffer))
-        data = bytes(self._buffer[self._start : end])
-        self._start = end
-        return data
-
-    def read(self, size: int) -> bytes:
-        parts = []
-        while size:
-            part = self.read_some(min(size, _COPY_BYTES))
-            if not part:
-                raise EdgeDtmError(f"{self._path} is truncated: copy it again")
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
-
-    def at_end_of_file(self) -> bool:
-        return not self._object.unused_data and not self._source.read(1)
-
-
-def _unpack(path: Path, stream: _Unfolding, folder: Path, progress: Progress | None) -> None:
-    # tarfile itself reads extended headers of any size into memory and follows links; the few
-    # members a bundle may have need only its header parser.
-    first = _read_header(path, stream)
-    if first is None or first.name != MANIFEST or not first.isreg():
-        raise EdgeDtmError(f"{path} is no packed bundle: {MANIFEST} is not its first member")
-    if first.size > MANIFEST_LIMIT_BYTES:
-        raise EdgeDtmError(
-            f"{path}: its manifest has {first.size} bytes, the limit is {MANIFEST_LIMIT_BYTES}"
-        )
-    data = stream.read(first.size)
-    _skip_padding(path, stream, first.size)
-    manifest = Manifest.parse(data, f"{path}: {MANIFEST}")
-    needed = sum(entry.size_bytes for entry in manifest.files.values())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise EdgeDtmError(f"{path} unpacks to {needed} bytes, only {free} are free: make room")
-    (folder / MANIFEST).write_bytes(data)
-    seen: set[str] = set()
-    while (member := _read_header(path, stream)) is not None:
-        name = member.name
-        entry = manifest.files.get(name)
-        if not member.isreg():
-            raise EdgeDtmError(f"{path}: {name!r} is not a plain file; do not use this archive")
-        if entry is None:
-            raise EdgeDtmError(f"{path}: {name!r} is not listed; do not use this archive")
-        if name in seen:
-            raise EdgeDtmError(f"{path}: {name!r} comes twice; do not use this archive")
-        if member.size != entry.size_bytes:
-            raise EdgeDtmError(
-                f"{path}: {name!r} has {member.size} bytes, the manifest says {entry.size_bytes}"
-            )
-        seen.add(name)
-        digest = hashlib.sha256()
-        with (folder / name).open("xb") as out:
-            left = member.size
-            while left:
-                part = stream.read(min(left, _COPY_BYTES))
-                out.write(part)
-                digest.update(part)
-                left -= len(part)
-                if progress:
-                    progress(len(part))
-            out.flush()
-            os.fsync(out.fileno())
-        if digest.hexdigest() != entry.sha256:
-            raise EdgeDtmError(f"{path}: {name} is changed (its hash differs): copy it again")
-        _skip_padding(path, stream, member.size)
-    if missing := sorted(set(manifest.files) - seen):
-        raise EdgeDtmError(f"{path} lacks {', '.join(missing)}: pack or copy it again")
-    rest = 0
-    while part := stream.read_some(_COPY_BYTES):
-        rest += len(part)
-        if part.strip(b"\0") or rest > _TAR_END_LIMIT_BYTES:
-            raise EdgeDtmError(f"{path} has data behind its end; do not use this archive")
-    if not stream.at_end_of_file():
-        raise EdgeDtmError(f"{path} has data behind its end; do not use this archive")
-
-
-def _read_header(path: Path, stream: _Unfolding) -> tarfile.TarInfo | None:
-    """The next member, None at the end mark."""
-    block = stream.read(_TAR_BLOCK)
-    if not block.strip(b"\0"):
-        return None
-    try:
-        member = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
-    except (tarfile.HeaderError, ValueError) as error:
-        raise EdgeDtmError(f"{path} is damaged or no packed bundle ({error})") from None
-    if member.size < 0:
-        raise EdgeDtmError(f"{path}: {member.name!r} has a negative size")
-    return member
-
-
-def _skip_padding(path: Path, stream: _Unfolding, size: int) -> None:
-    if stream.read(-size % _TAR_BLOCK).strip(b"\0"):
-        raise EdgeDtmError(f"{path} has data between its members; do not use this archive")
-
-
-def _read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST
-    try:
-        if path.stat().st_size > MANIFEST_LIMIT_BYTES:
-            raise EdgeDtmError(f"{path} is above {MANIFEST_LIMIT_BYTES} bytes")
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(limit_bytes + 1)
     except FileNotFoundError:
-        raise EdgeDtmError(f"{folder} is no bundle: it has no {MANIFEST}") from None
+        return None
     except OSError as error:
         raise EdgeDtmError(f"cannot read {path}: {error.strerror or error}") from None
-    return Manifest.parse(data, str(path))
+    if len(data) > limit_bytes:
+        raise EdgeDtmError(f"{path} is above {limit_bytes} bytes: do not use this bundle")
+    return data
 
 
 def _no_constant(name: str) -> None:
@@ -496,7 +294,7 @@ def _name_problems(names: Sequence[str]) -> list[str]:
     problems = [
         f"{name!r} is not a plain file name"
         for name in names
-        if not _NAME.fullmatch(name) or name.casefold() == MANIFEST
+        if not _NAME.fullmatch(name) or name.casefold() in (MANIFEST, SIGNATURE)
     ]
     folded = [name.casefold() for name in names]
     # A file system that ignores case would let one overwrite the other.
@@ -509,7 +307,7 @@ def _name_problems(names: Sequence[str]) -> list[str]:
 def _entry(path: Path, progress: Progress | None = None) -> FileEntry:
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
-        while part := file.read(_COPY_BYTES):
+        while part := file.read(COPY_BYTES):
             digest.update(part)
             size += len(part)
             if progress:
@@ -529,3 +327,12 @@ def _file_problem(path: Path, entry: FileEntry, progress: Progress | None) -> st
         return "is missing"
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
+
+
+def __getattr__(name: str) -> Any:
+    # What `archive` has now, for callers that still look for it here.
+    if name in ("COMPRESSION_LEVEL", "open_bundle", "pack", "unpack"):
+        from edge_dtm import archive
+
+        return getattr(archive, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from edge_dtm.bundle import COMPRESSION_LEVEL
+from edge_dtm.archive import COMPRESSION_LEVEL
 
 SAMPLE_BYTES = 2**20  # enough for a ratio within a per cent; zstd takes a second for 50 of these
 _READ_BYTES = 2**22

@@ -16,7 +16,7 @@ import zstandard
 from conftest import SEED, STARTS, Made
 
 from edge_dtm import ggml
-from edge_dtm.bundle import COMPRESSION_LEVEL
+from edge_dtm.archive import COMPRESSION_LEVEL
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host import sensitivity as module
 from edge_dtm.host.activations import activation_kind, round_activations

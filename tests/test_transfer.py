@@ -11,7 +11,7 @@ import zstandard
 from conftest import Made
 
 from edge_dtm import transfer as module
-from edge_dtm.bundle import COMPRESSION_LEVEL
+from edge_dtm.archive import COMPRESSION_LEVEL
 from edge_dtm.host.treat import treat
 from edge_dtm.plan import Treatment
 from edge_dtm.transfer import packed_bytes, packed_estimate, sample_step

@@ -1,4 +1,4 @@
-"""Commands that carry a bundle: pack and unpack."""
+"""Commands that carry a bundle: keygen, pack and unpack."""
 
 from __future__ import annotations
 
@@ -6,41 +6,83 @@ from pathlib import Path
 
 import click
 
-from edge_dtm.commands.common import PATH, folder_bytes
+from edge_dtm.commands.common import PATH, Bytes, folder_bytes
+
+
+@click.command()
+@click.argument("name", type=PATH)
+def keygen(name: Path) -> None:
+    """Make a key pair to sign bundles with: NAME.key, to keep secret, and NAME.pub for devices."""
+    from edge_dtm.sign import PRIVATE_SUFFIX, PUBLIC_SUFFIX, generate
+
+    identity = generate(name)
+    click.echo(f"{name}{PRIVATE_SUFFIX}: secret, for pack --sign; whoever has it can sign as you")
+    click.echo(f"{name}{PUBLIC_SUFFIX}: for the devices' folder of trusted keys")
+    click.echo(f"key id {identity}")
 
 
 @click.command()
 @click.argument("bundle", type=PATH)
-@click.option("-o", "--output", type=PATH, help="The file to write [default: BUNDLE.tar.zst].")
-def pack(bundle: Path, output: Path | None) -> None:
-    """Make one .tar.zst file of a bundle; the same bundle always gives the same bytes."""
-    from edge_dtm.bundle import pack as run
+@click.option("-o", "--output", type=PATH, help="The file to write [default: BUNDLE.edge].")
+@click.option(
+    "--sign", "key_file", type=PATH, help="Sign with this key, the .key file that keygen made."
+)
+@click.option(
+    "--for",
+    "program",
+    type=click.Choice(["ollama"]),
+    help="Also make a folder BUNDLE-ollama with a Modelfile, for ollama create.",
+)
+def pack(bundle: Path, output: Path | None, key_file: Path | None, program: str | None) -> None:
+    """Make one .edge file of a bundle; the same bundle and key always give the same bytes."""
+    from edge_dtm.archive import SUFFIX
+    from edge_dtm.archive import pack as run
     from edge_dtm.progress import Stages
+    from edge_dtm.sign import load_private
 
-    target = output or bundle.resolve().parent / f"{bundle.resolve().name}.tar.zst"
-    stages = Stages()
-    with stages("Packing", folder_bytes(bundle)) as advance:
-        run(bundle, target, progress=advance)
-    click.echo(f"{target}: {target.stat().st_size:,} bytes")
+    key = load_private(key_file) if key_file else None
+    target = output or bundle.resolve().parent / f"{bundle.resolve().name}{SUFFIX}"
+    with Stages()("Packing", folder_bytes(bundle)) as advance:
+        signed = run(bundle, target, progress=advance, sign_with=key)
+    click.echo(
+        f"{target}: {target.stat().st_size:,} bytes, "
+        f"{f'signed with the key {signed}' if signed else 'not signed'}"
+    )
+    if program == "ollama":
+        from edge_dtm.ollama import write_folder
+
+        folder = target.with_name(f"{target.name.removesuffix(SUFFIX)}-ollama")
+        write_folder(bundle, folder)
+        click.echo(f"{folder}: ollama create NAME -f {folder / 'Modelfile'}")
 
 
 @click.command()
 @click.argument("file", type=PATH)
+@click.option("-o", "--output", type=PATH, help="The folder to make [default: FILE without .edge].")
 @click.option(
-    "-o", "--output", type=PATH, help="The folder to make [default: FILE without .tar.zst]."
+    "--trusted-keys",
+    type=PATH,
+    help="Folder of .pub files: refuse what is not signed with one of these keys.",
 )
-def unpack(file: Path, output: Path | None) -> None:
+@click.option(
+    "--max-unpacked-bytes", type=Bytes(), help="Refuse what unpacks to more: N, NK, NM or NG."
+)
+def unpack(
+    file: Path, output: Path | None, trusted_keys: Path | None, max_unpacked_bytes: int | None
+) -> None:
     """Check a packed bundle and make a folder of it."""
-    from edge_dtm.bundle import unpack as run
+    from edge_dtm.archive import SUFFIX
+    from edge_dtm.archive import unpack as run
     from edge_dtm.progress import Stages
+    from edge_dtm.sign import load_trusted
 
-    name = file.name
-    for suffix in (".zst", ".tar"):
-        name = name.removesuffix(suffix)
+    trusted = load_trusted(trusted_keys) if trusted_keys else None
+    name = file.name.removesuffix(SUFFIX)
     target = output or file.resolve().parent / (name if name != file.name else f"{name}.bundle")
     with Stages()("Unpacking", 0) as advance:
-        run(file, target, progress=advance)
-    click.echo(f"{target}")
+        key = run(file, target, advance, trusted, max_unpacked_bytes)
+    trust = "" if trusted is None else ", which is trusted"
+    click.echo(f"{target}: {f'signed with the key {key}{trust}' if key else 'not signed'}")
 
 
-COMMANDS = (pack, unpack)
+COMMANDS = (keygen, pack, unpack)
