@@ -167,3 +167,22 @@ def perplexity(log_probabilities: npt.NDArray[np.floating[Any]], lengths: IntArr
     """exp of the mean negative log-probability (nats) over the counted positions."""
     counted = np.arange(log_probabilities.shape[1])[None, :] < np.asarray(lengths)[:, None]
     return float(np.exp(-np.asarray(log_probabilities, dtype=np.float64)[counted].mean()))
+
+
+def top_kl(
+    host: npt.NDArray[np.floating[Any]], device: npt.NDArray[np.floating[Any]]
+) -> npt.NDArray[np.float64]:
+    """KL divergence, host || device, in nats, at each position.
+
+    Both (..., K): logits of the same K tokens, the host's top ones. Each side is renormalized over
+    them, so what lies outside does not count.
+    """
+    ours, theirs = _log_softmax(np.asarray(device)), _log_softmax(np.asarray(host))
+    # Rounding can make the sum slightly negative where both agree.
+    return np.asarray(np.maximum((np.exp(theirs) * (theirs - ours)).sum(axis=-1), 0.0))
+
+
+def _log_softmax(logits: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from edge_dtm.bundle import Thresholds, write_manifest
+from edge_dtm.device import probe_model
 from edge_dtm.device.runner import LlamaRunner, Record, RunSettings, tokenize
 from edge_dtm.reference import CALIBRATION, HELD_OUT, PADDING, TOP_K, Reference
 
@@ -36,8 +37,17 @@ TEXTS = [
     "",
     "end</s>again",
 ]
-BUNDLE_FILES = ["model.gguf", "reference.npz", "host.npz", "plan.json", "report.md"]
-THRESHOLDS = Thresholds(max_sdt=0.1, min_fdt=20.0, max_sdt_vs_host=0.02, max_kl_vs_host=0.01)
+BUNDLE_FILES = [
+    "model.gguf", "reference.npz", "host.npz", "probe.npz", "plan.json", "report.md"
+]  # fmt: skip
+THRESHOLDS = Thresholds(
+    max_sdt=0.1,
+    min_fdt=20.0,
+    max_kl_vs_host=0.01,
+    decided_margin=1.0,
+    max_decided_sdt_vs_host=0.002,
+    max_kl_probe=1e-3,
+)
 
 
 def _write_tiny_gguf(path: Path, seed: int) -> None:
@@ -166,6 +176,8 @@ def _tiny_bundle(
     tiny_reference.save(folder / "reference.npz")
     with LlamaRunner(tiny_gguf, tiny_settings, 256) as llama:
         llama.teacher_forced(tiny_reference).save(folder / "host.npz", {"machine": "host"})
+    probe_model.record(folder / "p.gguf", tiny_settings).save(folder / "probe.npz", {})
+    (folder / "p.gguf").unlink()
     (folder / "plan.json").write_text("{}\n")
     (folder / "report.md").write_text("# Tiny\n")
     seal_bundle(folder)

@@ -10,16 +10,22 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from edge_dtm.bundle import Thresholds, pack
+from edge_dtm.archive import pack
+from edge_dtm.bundle import Thresholds
 from edge_dtm.device.runner import Record
-from edge_dtm.device.verify import Verdict, print_verdict, top_kl, verify
+from edge_dtm.device.verify import Options
+from edge_dtm.device.verify import verify as verify_with
 from edge_dtm.errors import EdgeDtmError
+from edge_dtm.metrics import top_kl
 from edge_dtm.reference import Reference
+from edge_dtm.verdict import Verdict
+from edge_dtm.verdict_table import print_verdict
 
 Seal = Callable[..., None]
 SCRIPT = """
@@ -27,12 +33,18 @@ import sys
 import edge_dtm.device.runner, edge_dtm.device.verify
 for name in ("llama_cpp", "gguf"):
     assert name not in sys.modules, name
-verdict = edge_dtm.device.verify.verify(sys.argv[1], threads=1)
-edge_dtm.device.verify.print_verdict(verdict)
+from edge_dtm.device.verify import Options, verify
+from edge_dtm.verdict_table import print_verdict
+verdict = verify(sys.argv[1], Options(threads=1)).verdict
+print_verdict(verdict)
 assert verdict.passed, verdict.reasons
 found = sorted({"torch", "transformers"} & {name.partition(".")[0] for name in sys.modules})
 assert not found, found
 """
+
+
+def verify(path: Path, progress: Any = None, **options: Any) -> Verdict:
+    return verify_with(path, Options(**options), progress).verdict
 
 
 def printed(verdict: Verdict) -> list[str]:
@@ -49,13 +61,19 @@ def test_pass(tiny_bundle: Path) -> None:
         progress=lambda stage, done, total: stages.update({stage: (done, total)}),
     )
     assert verdict.passed
-    assert len(verdict.reasons) == 4
-    assert verdict.against_original.sdt.value < 0.01
-    assert verdict.against_host.sdt.value == 0
-    assert verdict.kl_vs_host == pytest.approx(0, abs=1e-6)
-    assert verdict.against_original.near_tie_margin == 0.01
-    assert verdict.prefill_tokens_per_s > 0
-    assert verdict.decode_tokens_per_s > 0
+    assert len(verdict.reasons) == 6
+    assert verdict.diagnosis.code == "healthy"
+    assert verdict.evidence.against_original.sdt.value < 0.01
+    assert verdict.evidence.against_host.sdt.value == 0
+    assert verdict.evidence.host is not None
+    assert verdict.evidence.host.kl_nats == pytest.approx(0, abs=1e-6)
+    assert verdict.evidence.host.decided_positions > 0
+    assert verdict.evidence.kl_probe_nats == pytest.approx(0, abs=1e-6)
+    assert {k.type for k in verdict.evidence.kernels} == {"F32"}
+    assert verdict.bundle["key_id"] is None
+    assert verdict.evidence.against_original.near_tie_margin == 0.01
+    assert verdict.performance["prefill_tokens_per_s"] > 0
+    assert verdict.performance["decode_tokens_per_s"] > 0
     assert verdict.settings["threads"] == 1
     assert verdict.settings["batch_tokens"] == 64, "the host's settings are taken over"
     assert {stage: done == total for stage, (done, total) in stages.items()} == {
@@ -68,25 +86,26 @@ def test_pass(tiny_bundle: Path) -> None:
     assert tree["noise_floor"] == {"near_tie_margin": 0.01, "sdt": 0.002}
     lines = printed(verdict)
     assert any(line.startswith("PASS") for line in lines)
-    assert len(lines) < 30
+    assert len(lines) < 36
 
 
 def test_packed_bundle_and_fewer_sequences(tiny_bundle: Path, tmp_path: Path) -> None:
     pack(tiny_bundle, tmp_path / "tiny.edge")
     verdict = verify(tmp_path / "tiny.edge", threads=1, max_sequences=2)
     assert verdict.passed
+    assert any("thresholds were moved" in note for note in verdict.notes)
     assert (verdict.sequences, verdict.sequences_in_bundle) == (2, 6)
-    assert verdict.against_original.sequences == 2
-    assert "first 2 of 6" in verdict.to_json()["notes"][0]
+    assert verdict.evidence.against_original.sequences == 2
+    assert "first 2 of 6" in verdict.notes[0]
     assert verify(tiny_bundle, threads=1, max_sequences=100).sequences == 6
 
 
 def test_generate(tiny_bundle: Path) -> None:
     verdict = verify(tiny_bundle, mode="generate", threads=1, max_sdt=0.0)
     assert verdict.passed
-    assert len(verdict.reasons) == 1
-    assert verdict.kl_vs_host is None
-    assert verdict.against_original.identical_share == 1
+    assert len(verdict.reasons) == 3  # FDT, the small F16 model, the kernels
+    assert verdict.evidence.host is None
+    assert verdict.evidence.against_original.identical_share == 1
     tree = verdict.to_json()
     assert tree["against_original"]["sdt"] is None
     assert tree["against_original"]["fdt"]["value"] == pytest.approx(124 / 6)
@@ -118,12 +137,13 @@ def test_other_weights_fail(
     verdict = verify(tiny_bundle, mode=mode, threads=1)  # type: ignore[arg-type]
     assert not verdict.passed
     assert len(verdict.reasons) == (4 if mode == "teacher_forced" else 1)
-    assert verdict.against_original.fdt.value < 5
-    assert verdict.against_host.fdt.value < 5
+    assert verdict.diagnosis.code == ("broken_kernels" if mode == "teacher_forced" else "bad_plan")
+    assert verdict.evidence.against_original.fdt.value < 5
+    assert verdict.evidence.against_host.fdt.value < 5
     if mode == "teacher_forced":
-        assert verdict.against_original.sdt.value > 0.5
-        assert verdict.kl_vs_host is not None
-        assert verdict.kl_vs_host > 0.5
+        assert verdict.evidence.against_original.sdt.value > 0.5
+        assert verdict.evidence.host is not None
+        assert verdict.evidence.host.kl_nats > 0.3
 
 
 def test_only_the_host_differs(tiny_bundle: Path, seal: Seal) -> None:
@@ -137,9 +157,10 @@ def test_only_the_host_differs(tiny_bundle: Path, seal: Seal) -> None:
     seal(tiny_bundle)
     verdict = verify(tiny_bundle, threads=1)
     assert not verdict.passed
-    assert [reason.split()[0] for reason in verdict.reasons] == ["SDT", "KL"]
+    assert [reason.split()[0] for reason in verdict.reasons] == ["KL", "The"]
     assert all("host" in reason for reason in verdict.reasons)
-    assert verdict.against_host.divergent_tokens == 8
+    assert verdict.diagnosis.code == "broken_kernels"
+    assert verdict.evidence.against_host.divergent_tokens == 8
 
 
 def test_wrong_tokenization_is_an_error(tiny_bundle: Path, seal: Seal) -> None:
@@ -150,7 +171,6 @@ def test_wrong_tokenization_is_an_error(tiny_bundle: Path, seal: Seal) -> None:
     seal(tiny_bundle)
     with pytest.raises(EdgeDtmError, match=r"from 2 of 6 prompts .*first: prompt 2, token 2"):
         verify(tiny_bundle, threads=1)
-    assert verify(tiny_bundle, threads=1, max_sequences=1).passed
 
 
 def test_what_does_not_belong_together_is_an_error(tiny_bundle: Path, seal: Seal) -> None:
@@ -181,21 +201,93 @@ def test_wrong_arguments(tiny_bundle: Path, seal: Seal) -> None:
     seal(tiny_bundle, measured={"noise_floor": {"near_tie_margin": "small"}})
     with pytest.raises(EdgeDtmError, match="noise floor"):
         verify(tiny_bundle, threads=1)
-    loose = Thresholds(max_sdt=1, min_fdt=0, max_sdt_vs_host=1, max_kl_vs_host=100)
+    loose = Thresholds(
+        max_sdt=1,
+        min_fdt=0,
+        max_kl_vs_host=100,
+        decided_margin=1,
+        max_decided_sdt_vs_host=1,
+        max_kl_probe=100,
+    )
     seal(tiny_bundle, measured={}, thresholds=loose)
     assert verify(tiny_bundle, threads=1).noise_floor == {}
 
 
 def test_kl_is_that_of_the_renormalized_top(tiny_bundle: Path) -> None:
     host = Record.load(tiny_bundle / "host.npz")
-    assert top_kl(host, host.top_logits + 5) == pytest.approx(0, abs=1e-6)
-    flat = np.zeros_like(host.top_logits)
-    total, count = 0.0, 0
+    assert top_kl(host.top_logits, host.top_logits + 5).max() == pytest.approx(0, abs=1e-6)
+    found = top_kl(host.top_logits, np.zeros_like(host.top_logits))
     for row, length in enumerate(host.lengths):
-        for p in np.exp(host.top_logits[row, :length].astype(float)):
+        for at in range(length):
+            p = np.exp(host.top_logits[row, at].astype(float))
             p = p / p.sum()
-            total, count = total + float((p * np.log(p * len(p))).sum()), count + 1
-    assert top_kl(host, flat) == pytest.approx(total / count)
+            assert found[row, at] == pytest.approx(float((p * np.log(p * len(p))).sum()))
+
+
+def test_a_bad_plan_is_told_from_broken_kernels(tiny_bundle: Path, seal: Seal) -> None:
+    """Device and host agree, and both are far from the original."""
+    reference = Reference.load(tiny_bundle / "reference.npz")
+    ids = (reference.generated_ids + 1) % 259
+    dataclasses.replace(reference, generated_ids=ids).save(tiny_bundle / "reference.npz")
+    from edge_dtm.device.runner import LlamaRunner, RunSettings
+
+    changed = Reference.load(tiny_bundle / "reference.npz")
+    with LlamaRunner(tiny_bundle / "model.gguf", RunSettings(1, 64), 256) as llama:
+        llama.teacher_forced(changed).save(tiny_bundle / "host.npz", {})
+    seal(tiny_bundle)
+    verdict = verify(tiny_bundle, threads=1)
+    assert not verdict.passed
+    assert verdict.diagnosis.code == "bad_plan"
+    assert verdict.diagnosis.words in " ".join(printed(verdict))
+
+
+def test_a_probe_that_differs_is_broken_kernels(tiny_bundle: Path, seal: Seal) -> None:
+    probe = Record.load(tiny_bundle / "probe.npz")
+    dataclasses.replace(probe, top_logits=probe.top_logits * 1.2).save(tiny_bundle / "probe.npz")
+    seal(tiny_bundle)
+    verdict = verify(tiny_bundle, threads=1)
+    assert not verdict.passed
+    assert verdict.diagnosis.code == "broken_kernels"
+    assert "not quantization" in verdict.diagnosis.words
+    assert verify(tiny_bundle, threads=1, kernels="skip").passed
+    probe.rows(np.arange(2)).save(tiny_bundle / "probe.npz")
+    seal(tiny_bundle)
+    with pytest.raises(EdgeDtmError, match="probe record"):
+        verify(tiny_bundle, threads=1)
+
+
+def test_quick_ends_early_only_when_it_is_certain(
+    tiny_bundle: Path, seal: Seal, make_tiny_gguf: Callable[[Path, int], None]
+) -> None:
+    whole, quick = verify(tiny_bundle, threads=1), verify(tiny_bundle, threads=1, quick=True)
+    assert whole.passed and quick.passed
+    if quick.stopped_early is None:
+        assert quick.evidence.first_divergent_tokens == whole.evidence.first_divergent_tokens
+    make_tiny_gguf(tiny_bundle / "model.gguf", 1)
+    seal(tiny_bundle)
+    quick = verify(tiny_bundle, threads=1, quick=True)
+    assert not quick.passed
+    assert quick.stopped_early is not None
+    assert quick.stopped_early.saved_tokens > 0
+    assert any("Stopped after" in line for line in printed(quick))
+    with pytest.raises(EdgeDtmError, match="quick goes with neither"):
+        verify(tiny_bundle, threads=1, quick=True, mode="generate")
+
+
+def test_kernels_compared(tiny_bundle: Path) -> None:
+    verdict = verify(tiny_bundle, threads=1, kernels="compare")
+    assert verdict.passed
+    assert verdict.kernels_compared is not None
+    assert verdict.kernels_compared.positions == 124
+    assert verdict.kernels_compared.differing_tokens == 0  # F32 is never repacked
+
+
+def test_too_little_memory(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edge_dtm.device import memory
+
+    monkeypatch.setattr(memory, "room", lambda: memory.Room(10**6, "a test"))
+    with pytest.raises(EdgeDtmError, match="too little memory"):
+        verify(tiny_bundle, threads=1)
 
 
 def test_device_modules_never_import_torch(tiny_bundle: Path) -> None:

@@ -8,7 +8,12 @@ from typing import Any
 
 import click
 
-from edge_dtm.commands.common import EXIT_VERIFIED_AND_FAILED, PATH, write_json
+from edge_dtm.commands.common import (
+    EXIT_VERIFIED_AND_FAILED,
+    PATH,
+    require_folder_of,
+    write_json,
+)
 
 
 @click.command()
@@ -19,6 +24,11 @@ from edge_dtm.commands.common import EXIT_VERIFIED_AND_FAILED, PATH, write_json
     default="teacher-forced",
     show_default=True,
 )
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="Stop as soon as the verdict of the whole run is certain at 95 %.",
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores].")
 @click.option("--max-sequences", type=click.IntRange(1), help="Replay only the first N sequences.")
 @click.option(
@@ -27,26 +37,56 @@ from edge_dtm.commands.common import EXIT_VERIFIED_AND_FAILED, PATH, write_json
 @click.option(
     "--min-fdt", type=click.FloatRange(0), help="Threshold instead of the manifest's, in tokens."
 )
+@click.option(
+    "--kernels",
+    type=click.Choice(["check", "compare", "skip"]),
+    default="check",
+    show_default=True,
+    help="check: single products against numpy, and a small F16 model; compare: also replay "
+    "without repacked weights; skip: neither.",
+)
+@click.option(
+    "--trusted-keys",
+    type=PATH,
+    help="Folder of .pub files: refuse a bundle that none of these keys signed.",
+)
 @click.option("--json", "json_file", type=PATH, help="Also write the verdict as JSON.")
-def verify(bundle: Path, mode: str, json_file: Path | None, **options: Any) -> None:
+@click.option(
+    "--record", type=PATH, help="Also write what this device answered, for `report --record`."
+)
+def verify(
+    bundle: Path,
+    mode: str,
+    trusted_keys: Path | None,
+    json_file: Path | None,
+    record: Path | None,
+    **options: Any,
+) -> None:
     """Replay the original's greedy outputs on this device and say pass (0) or fail (3).
 
     BUNDLE is a folder or a packed file."""
-    from edge_dtm.device.verify import print_verdict
+    from edge_dtm.device.verify import Options
     from edge_dtm.device.verify import verify as run
     from edge_dtm.progress import Stages
+    from edge_dtm.sign import load_trusted
+    from edge_dtm.verdict_table import print_verdict
 
+    chosen = Options(
+        mode="generate" if mode == "generate" else "teacher_forced",
+        trusted=None if trusted_keys is None else load_trusted(trusted_keys),
+        **options,
+    )
+    for path in (json_file, record):
+        if path is not None:
+            require_folder_of(path)
     with Stages().several() as progress:
-        verdict = run(
-            bundle,
-            mode="generate" if mode == "generate" else "teacher_forced",
-            progress=progress,
-            **options,
-        )
-    print_verdict(verdict)
+        verified = run(bundle, chosen, progress)
+    print_verdict(verified.verdict)
     if json_file is not None:
-        write_json(json_file, verdict.to_json())
-    if not verdict.passed:
+        write_json(json_file, verified.verdict.to_json())
+    if record is not None:
+        verified.record.save(record)
+    if not verified.verdict.passed:
         sys.exit(EXIT_VERIFIED_AND_FAILED)
 
 
@@ -67,7 +107,7 @@ def measure(gguf_file: Path, reference: Path, threads: int | None, json_file: Pa
         default_threads,
         replay_tokens,
     )  # fmt: skip
-    from edge_dtm.metrics import compare, perplexity
+    from edge_dtm.metrics import compare, divergent_mask, first_divergent_tokens, perplexity
     from edge_dtm.progress import Stages
     from edge_dtm.reference import HELD_OUT, Reference
     from edge_dtm.report import interval
@@ -83,11 +123,16 @@ def measure(gguf_file: Path, reference: Path, threads: int | None, json_file: Pa
         record = runner.teacher_forced(held_out, advance)
     lengths = held_out.generated_lengths
     result = compare(held_out.generated_ids, record.ids, lengths, held_out.margins)
+    mask = divergent_mask(held_out.generated_ids, record.ids, lengths)
+    first = first_divergent_tokens(mask, lengths)
     data = {
         **result.to_json(),
+        "name": gguf_file.name,
         "perplexity": perplexity(record.reference_log_probabilities, lengths),
         "prefill_tokens_per_s": record.prefill_tokens_per_s,
         "size_bytes": gguf_file.stat().st_size,
+        "first_divergent_tokens": first.tolist(),
+        "lengths": lengths.tolist(),
     }
     click.echo(f"SDT {interval(data['sdt'], True)}")
     click.echo(

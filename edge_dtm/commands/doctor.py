@@ -2,6 +2,57 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
-COMMANDS: tuple[click.Command, ...] = ()
+from edge_dtm.commands.common import PATH, require_folder_of, write_json
+
+_COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "red"}
+
+
+@click.command()
+@click.argument("bundle_or_gguf", required=False, type=PATH)
+@click.option(
+    "--n-ctx",
+    type=click.IntRange(1),
+    default=2048,
+    show_default=True,
+    help="Context in tokens that memory must suffice for.",
+)
+@click.option("--json", "json_file", type=PATH, help="Also write the findings as JSON.")
+def doctor(bundle_or_gguf: Path | None, n_ctx: int, json_file: Path | None) -> None:
+    """What is wrong or slow on this machine, each with the command that mends it.
+
+    Compares what llama.cpp was compiled with to what the CPU has, decodes a small model in a child
+    process, and looks at threads, frequency, memory and swap. With a bundle (packed or not) or a
+    GGUF file, also at its types and at the memory it needs. Exit status 1 when anything is an
+    error.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+
+    from edge_dtm.device.cpu import read_cpu
+    from edge_dtm.device.doctor import errors, examine, to_json
+    from edge_dtm.errors import EdgeDtmError
+
+    if json_file is not None:
+        require_folder_of(json_file)
+    findings = examine(bundle_or_gguf, n_ctx)
+    console = Console()
+    for finding in findings:
+        colour = _COLOURS[finding.level]
+        label = f"[{colour}]{finding.level:7}[/{colour}]"
+        lines = [f"{label} [bold]{escape(finding.what)}[/bold]", f"        {escape(finding.why)}"]
+        if finding.command:
+            lines.append(f"        [bold]$[/bold] {escape(finding.command)}")
+        # Never wrapped, so that a command can be copied.
+        console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    if json_file is not None:
+        write_json(json_file, to_json(findings, read_cpu()))
+    if wrong := errors(findings):
+        what = "; ".join(finding.what for finding in wrong)
+        raise EdgeDtmError(f"{what}: see above what mends it")
+
+
+COMMANDS = (doctor,)

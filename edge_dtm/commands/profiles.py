@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
+
+from edge_dtm.commands.common import PATH
 
 
 @click.group()
@@ -34,6 +38,33 @@ def profiles_show(name: str) -> None:
         click.echo(f"{f.name} = {getattr(profile, f.name)}")
         if f.name in profile.sources:
             click.echo(f"    {profile.sources[f.name]}")
+
+
+@profiles.command("detect")
+@click.option("-o", "--output", type=PATH, help="File to write [default: NAME.toml].")
+@click.option("--name", help="Name of the profile [default: after the board or the CPU].")
+def profiles_detect(output: Path | None, name: str | None) -> None:
+    """Measure this machine and write its profile, to be used as `--profile FILE.toml`.
+
+    Memory bandwidth is measured by decoding in llama.cpp with models of random weights, which
+    takes about a minute and 256 MB or more in the temporary folder. Do it on the idle machine.
+    """
+    from edge_dtm.device.cpu import read_cpu
+    from edge_dtm.device.detect import board, check_name, default_name, detect, require_new, save
+    from edge_dtm.progress import Stages
+
+    root = Path("/")
+    name = check_name(name or default_name(board(root), read_cpu(root)))
+    path = output or Path(f"{name}.toml")
+    require_new(path)
+    with Stages().several() as progress:
+        profile = detect(name, root, progress)
+    save(profile, path)
+    click.echo(
+        f"{path}: {profile.description}; {profile.effective_bandwidth_bytes_per_s / 1e9:.2f}e9 "
+        f"bytes/s while decoding with {profile.threads} threads, "
+        f"{(profile.ram_bytes - profile.reserve_bytes) / 1e9:.1f} GB for a model"
+    )
 
 
 COMMANDS = (profiles,)

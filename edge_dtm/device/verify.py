@@ -1,169 +1,361 @@
-"""A bundle in, a verdict out: does this device reproduce the original's tokens well enough?"""
+"""A bundle in, a verdict out: does this device reproduce the original's tokens well enough?
+
+Nothing of a bundle is read before its hashes, and its signature where one is asked for, are
+checked; nothing is decoded here before a child has shown that this build of llama.cpp can.
+"""
 
 from __future__ import annotations
 
-import math
+import hashlib
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_dtm import bundle as bundles
-from edge_dtm.device import runner
-from edge_dtm.device.runner import LlamaRunner, Mode, Record, RunSettings
+from edge_dtm.archive import open_bundle
+from edge_dtm.device import cpu, probe_model, runner
+from edge_dtm.device.memory import require_memory
+from edge_dtm.device.runner import LlamaRunner, Record, RunSettings
 from edge_dtm.errors import EdgeDtmError
-from edge_dtm.metrics import Divergence, compare
+from edge_dtm.metrics import compare, top_kl
+from edge_dtm.quick import CERTAINTY, QuickVerdict
 from edge_dtm.reference import Reference
+from edge_dtm.verdict import (
+    Evidence,
+    KernelCheck,
+    KernelsCompared,
+    Mode,
+    StoppedEarly,
+    Verdict,
+    against_host,
+    divergences,
+    judge,
+    limits_of_part,
+)
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-SCHEMA_VERSION = 1
 SPEED_PROMPT_TOKENS, SPEED_DECODE_TOKENS = 128, 32
 
 # Stage, amount done, amount in all; the stages are "check" (bytes) and "replay" (tokens).
 Progress = Callable[[str, int, int], None]
+Kernels = Literal["check", "compare", "skip"]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a device did with a bundle.
+class Options:
+    """How to verify.
 
-    reasons: one sentence for each threshold missed, or for each one met if none is missed.
-    against_original, against_host: in mode "generate" their sdt is no SDT (see to_json).
-    kl_vs_host: nats, mean over positions, on the host's stored top logits, renormalized; None in
-    mode "generate". Speeds in tokens per second. sequences of sequences_in_bundle were replayed;
-    the thresholds hold for those. noise_floor: the uncompressed model's own figures, from the
-    manifest.
+    mode: "teacher_forced" feeds the original's tokens; "generate" decodes for real, so that FDT is
+    the one a user sees, and SDT and KL, defined on the original's text, are not judged.
+    threads: this machine's CPUs when None. max_sequences: replay the first ones only. quick:
+    replay in random order and stop when the verdict of the whole is certain. max_sdt (share) and
+    min_fdt (tokens) replace the bundle's thresholds. kernels: "check" single products against
+    numpy and run the small F16 model, "compare" replays without repacked weights too, "skip" does
+    neither. trusted: keys by id as sign.load_trusted gives them; a signature by one of them is
+    required then.
     """
 
-    passed: bool
-    reasons: list[str]
-    mode: Mode
-    against_original: Divergence
-    against_host: Divergence
-    kl_vs_host: float | None
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    peak_rss_bytes: int
-    sequences: int
-    sequences_in_bundle: int
-    settings: Mapping[str, Any]
-    runtime: Mapping[str, Any]
-    noise_floor: Mapping[str, Any]
-    thresholds: bundles.Thresholds
+    mode: Mode = "teacher_forced"
+    threads: int | None = None
+    max_sequences: int | None = None
+    quick: bool = False
+    max_sdt: float | None = None
+    min_fdt: float | None = None
+    kernels: Kernels = "check"
+    trusted: Mapping[str, Any] | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON; in mode "generate" what is only defined on the reference's text is null."""
-        notes = []
-        if self.mode == "generate":
-            notes.append(
-                "SDT is defined on the reference's own text: in mode generate FDT is judged and the "
-                "share of identical sequences shown, no SDT or KL threshold is applied"
+    def __post_init__(self) -> None:
+        if self.mode not in ("teacher_forced", "generate"):
+            raise EdgeDtmError(f"unknown mode {self.mode!r}: take teacher_forced or generate")
+        if self.max_sequences is not None and self.max_sequences < 1:
+            raise EdgeDtmError(f"max_sequences is {self.max_sequences}, needs to be 1 or more")
+        if self.quick and (self.mode == "generate" or self.max_sequences is not None):
+            raise EdgeDtmError(
+                "quick goes with neither mode generate nor max_sequences: it chooses by itself how "
+                "many sequences to replay, and needs what the host said to the same text"
             )
-        if self.sequences < self.sequences_in_bundle:
-            notes.append(
-                f"the thresholds were applied to the first {self.sequences} of "
-                f"{self.sequences_in_bundle} sequences"
-            )
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "kind": "edge-dtm verdict",
-            "passed": self.passed,
-            "reasons": list(self.reasons),
-            "notes": notes,
-            "mode": self.mode,
-            "sequences": self.sequences,
-            "sequences_in_bundle": self.sequences_in_bundle,
-            "against_original": self._divergence_json(self.against_original),
-            "against_host": self._divergence_json(self.against_host),
-            "kl_vs_host_nats": self.kl_vs_host,
-            "prefill_tokens_per_s": _finite_or_none(self.prefill_tokens_per_s),
-            "decode_tokens_per_s": _finite_or_none(self.decode_tokens_per_s),
-            "peak_rss_bytes": self.peak_rss_bytes,
-            "settings": dict(self.settings),
-            "runtime": dict(self.runtime),
-            "noise_floor": dict(self.noise_floor),
-            "thresholds": self.thresholds.to_json(),
-        }
-
-    def _divergence_json(self, divergence: Divergence) -> dict[str, Any]:
-        data = divergence.to_json()
-        if self.mode == "generate":
-            data |= {"sdt": None, "divergent_tokens": None, "near_tie_share": None}
-        return data
+        if self.mode == "generate" and self.kernels == "compare":
+            raise EdgeDtmError("kernels compare needs mode teacher_forced: both runs see one text")
 
 
-def verify(
-    bundle_path: Path,
-    *,
-    mode: Mode = "teacher_forced",
-    threads: int | None = None,
-    max_sequences: int | None = None,
-    max_sdt: float | None = None,
-    min_fdt: float | None = None,
-    progress: Progress | None = None,
-) -> Verdict:
+@dataclass(frozen=True)
+class Verified:
+    """The verdict, and what the device answered, for a report."""
+
+    verdict: Verdict
+    record: Record
+
+
+def verify(bundle_path: Path, options: Options, progress: Progress | None = None) -> Verified:
     """Check a bundle, folder or packed, replay its reference on this machine and judge.
 
-    threads: this machine's CPUs when None. max_sequences: replay the first ones only. max_sdt
-    (share) and min_fdt (tokens) replace the bundle's own thresholds. Mode "teacher_forced" feeds
-    the original's tokens; "generate" decodes for real, so that FDT is the one a user sees, and SDT
-    and KL, defined on the original's text, are not judged.
-    EdgeDtmError for a bundle that is not as it was made or that llama.cpp reads differently.
+    EdgeDtmError for a bundle that is not as it was made, that llama.cpp reads differently, that
+    does not fit into memory, or that this build of llama.cpp cannot run.
     """
-    if mode not in ("teacher_forced", "generate"):
-        raise EdgeDtmError(f"unknown mode {mode!r}: take teacher_forced or generate")
-    if max_sequences is not None and max_sequences < 1:
-        raise EdgeDtmError(f"max_sequences is {max_sequences}, needs to be 1 or more")
-    with bundles.open_bundle(Path(bundle_path)) as bundle:
+    with open_bundle(Path(bundle_path), trusted=options.trusted) as bundle:
         bundle.check(_counter(progress, "check", bundle.size_bytes))
-        thresholds = bundle.manifest.thresholds
-        if max_sdt is not None:
-            thresholds = replace(thresholds, max_sdt=max_sdt)
-        if min_fdt is not None:
-            thresholds = replace(thresholds, min_fdt=min_fdt)
         model = bundle.path(bundles.MODEL)
         runner.check_gguf(model)
-        reference, host = _load(bundle)
-        in_bundle = len(reference)
-        if max_sequences is not None and max_sequences < in_bundle:
-            first = np.arange(max_sequences)
-            reference, host = reference.rows(first), host.rows(first)
-        check_tokens(model, reference)
+        reference, host, probe = _load(bundle)
+        noise_floor = _noise_floor(bundle)
         # All but the threads as on the host: these settings can change an argmax.
         settings = replace(
-            RunSettings.from_json(host.settings), threads=threads or runner.default_threads()
+            RunSettings.from_json(host.settings),
+            threads=options.threads or runner.default_threads(),
         )
         context = max(runner.context_needed(reference), SPEED_PROMPT_TOKENS + SPEED_DECODE_TOKENS)
-        count = _counter(progress, "replay", runner.replay_tokens(reference))
-        logits_there = np.zeros_like(host.top_logits)
+        cpu.first_decode_in_child(settings)
+        require_memory(model, settings, context)
+        check_tokens(model, reference)
+        kl_probe: float | None = None
+        checked: list[KernelCheck] = []
+        if options.kernels != "skip":
+            # It loads ggml, which the child above has shown to be safe.
+            from edge_dtm.device import kernels
 
-        def observe(row: int, position: int, logits: npt.NDArray[np.float32]) -> None:
-            logits_there[row, position] = logits[host.top_ids[row, position]]
-
+            with tempfile.TemporaryDirectory(prefix="edge-dtm-") as folder:
+                kl_probe = probe_model.kl(
+                    probe,
+                    Path(folder) / "probe.gguf",
+                    replace(RunSettings.from_json(probe.settings), threads=settings.threads),
+                )
+            checked = [
+                KernelCheck(r.type, r.path, r.columns, r.relative_error, r.component, r.ok)
+                for r in kernels.check_kernels(model, settings.threads)
+            ]
+        in_bundle = len(reference)
+        thresholds = bundle.manifest.thresholds
+        overridden = {
+            name: value
+            for name, value in (("max_sdt", options.max_sdt), ("min_fdt", options.min_fdt))
+            if value is not None
+        }
+        thresholds = replace(thresholds, **overridden)
+        compared = None
         with LlamaRunner(model, settings, context) as llama:
             _check_host_ids(host, llama.n_vocab)
-            if mode == "teacher_forced":
-                record = llama.teacher_forced(reference, count, observe)
-            else:
-                record = llama.greedy(reference, count)
+            replayed = _replay(llama, reference, host, thresholds, options, progress)
             prefill, decode = llama.measure_speed(SPEED_PROMPT_TOKENS, SPEED_DECODE_TOKENS)
-        noise_floor = _noise_floor(bundle)
-        return _judge(
-            mode=mode,
-            reference=reference,
-            host=host,
-            record=record,
-            kl=top_kl(host, logits_there) if mode == "teacher_forced" else None,
-            speeds=(prefill, decode),
-            in_bundle=in_bundle,
-            noise_floor=noise_floor,
-            thresholds=thresholds,
+        if options.kernels == "compare":
+            with LlamaRunner(
+                model, replace(settings, repack=not settings.repack), context
+            ) as llama:
+                compared = _compare(llama, reference.rows(replayed.rows), replayed.record, progress)
+        rows = replayed.rows
+        part, host_part = reference.rows(rows), host.rows(rows)
+        evidence = _evidence(part, host_part, replayed, kl_probe, checked, noise_floor, thresholds)
+        lengths = reference.generated_lengths
+        host_all = compare(reference.generated_ids, host.ids, lengths)
+        if replayed.stopped_early is None:
+            host_there = compare(part.generated_ids, host_part.ids, part.generated_lengths)
+            moved = limits_of_part(thresholds, host_all, host_there, in_bundle, len(rows))
+            thresholds = replace(moved, **overridden)
+        host_meets = (
+            host_all.sdt.value <= thresholds.max_sdt and host_all.fdt.value >= thresholds.min_fdt
         )
+        passed, reasons, diagnosis = judge(evidence, thresholds, host_meets, replayed.met)
+        verdict = Verdict(
+            passed=passed,
+            reasons=reasons,
+            diagnosis=diagnosis,
+            evidence=evidence,
+            sequences=len(rows),
+            sequences_in_bundle=in_bundle,
+            thresholds=thresholds,
+            noise_floor=noise_floor,
+            bundle={
+                "name": Path(bundle_path).name,
+                "manifest_sha256": hashlib.sha256(
+                    (bundle.folder / bundles.MANIFEST).read_bytes()
+                ).hexdigest(),
+                "model_sha256": bundle.manifest.files[bundles.MODEL].sha256,
+                "key_id": bundle.key_id,
+            },
+            performance={
+                "prefill_tokens_per_s": prefill,
+                "decode_tokens_per_s": decode,
+                "peak_rss_bytes": runner.peak_rss_bytes(),
+            },
+            settings=settings.to_json(),
+            runtime=runner.runtime_info(),
+            stopped_early=replayed.stopped_early,
+            kernels_compared=compared,
+            notes=_notes(options, replayed, in_bundle, bool(overridden)),
+        )
+        return Verified(verdict, replayed.record)
+
+
+@dataclass(frozen=True)
+class _Replayed:
+    """rows: which sequences; record and kl (nats, (rows, N)) in that order."""
+
+    rows: npt.NDArray[np.int64]
+    record: Record
+    kl: npt.NDArray[np.float64]
+    stopped_early: StoppedEarly | None = None
+    met: Mapping[str, bool] | None = None
+
+
+def _replay(
+    llama: LlamaRunner,
+    reference: Reference,
+    host: Record,
+    thresholds: bundles.Thresholds,
+    options: Options,
+    progress: Progress | None,
+) -> _Replayed:
+    if options.quick:
+        return _replay_quickly(llama, reference, host, thresholds, progress)
+    rows = np.arange(min(options.max_sequences or len(reference), len(reference)))
+    part = reference.rows(rows)
+    count = _counter(progress, "replay", runner.replay_tokens(part))
+    if options.mode == "generate":
+        record = llama.greedy(part, count)
+        return _Replayed(rows, record, np.zeros(record.ids.shape))
+    record, kl = _teacher_forced(llama, part, host.rows(rows), count)
+    return _Replayed(rows, record, kl)
+
+
+def _teacher_forced(
+    llama: LlamaRunner,
+    reference: Reference,
+    other: Record,
+    count: Callable[[int], None] | None,
+) -> tuple[Record, npt.NDArray[np.float64]]:
+    """The record, and the KL, other || this run, at each position."""
+    there = np.zeros_like(other.top_logits)
+
+    def observe(row: int, position: int, logits: npt.NDArray[np.float32]) -> None:
+        there[row, position] = logits[other.top_ids[row, position]]
+
+    record = llama.teacher_forced(reference, count, observe)
+    return record, top_kl(other.top_logits, there)
+
+
+def _replay_quickly(
+    llama: LlamaRunner,
+    reference: Reference,
+    host: Record,
+    thresholds: bundles.Thresholds,
+    progress: Progress | None,
+) -> _Replayed:
+    """Some sequences at a time in random order, until the verdict of all is certain."""
+    quick = QuickVerdict(
+        reference.generated_ids,
+        host.ids,
+        host.top_logits[:, :, 0] - host.top_logits[:, :, 1],
+        reference.generated_lengths,
+        thresholds,
+    )
+    count = _counter(progress, "replay", runner.replay_tokens(reference))
+    # Small beside the whole, or nothing is saved; several, as they share a call.
+    step = max(min(llama.settings.parallel_sequences, len(reference) // 16), 1)
+    records, kls, taken = [], [], 0
+    while taken < len(reference):
+        rows = quick.order[taken : taken + step]
+        record, kl = _teacher_forced(llama, reference.rows(rows), host.rows(rows), count)
+        records.append(record)
+        kls.append(kl)
+        taken += len(rows)
+        quick.add(rows, record.ids, kl)
+        if quick.passed is not None:
+            break
+    rows = quick.order[:taken]
+    record, kl = _joined(records), np.concatenate(kls)
+    if taken == len(reference):
+        back = np.argsort(rows)
+        return _Replayed(rows[back], record.rows(back), kl[back])
+    left = reference.rows(quick.order[taken:])
+    stopped = StoppedEarly(taken, runner.replay_tokens(left), CERTAINTY, quick.by)
+    return _Replayed(rows, record, kl, stopped, quick.met)
+
+
+def _joined(records: list[Record]) -> Record:
+    """One record of all their sequences."""
+    arrays: dict[str, Any] = {
+        f.name: np.concatenate([getattr(r, f.name) for r in records])
+        for f in fields(Record)
+        if isinstance(getattr(records[0], f.name), np.ndarray)
+    }
+    return replace(records[0], **arrays)
+
+
+def _compare(
+    llama: LlamaRunner, reference: Reference, record: Record, progress: Progress | None
+) -> KernelsCompared:
+    count = _counter(progress, "replay without repacking", runner.replay_tokens(reference))
+    other, kl = _teacher_forced(llama, reference, record, count)
+    lengths = reference.generated_lengths
+    counted = np.arange(kl.shape[1])[None, :] < lengths[:, None]
+    differing = compare(record.ids, other.ids, lengths).divergent_tokens
+    return KernelsCompared(int(lengths.sum()), differing, float(kl[counted].mean()))
+
+
+def _evidence(
+    part: Reference,
+    host: Record,
+    replayed: _Replayed,
+    kl_probe: float | None,
+    checked: list[KernelCheck],
+    noise_floor: Mapping[str, Any],
+    thresholds: bundles.Thresholds,
+) -> Evidence:
+    mode = replayed.record.mode
+    lengths = part.generated_lengths
+    original, against, first = divergences(
+        part.generated_ids,
+        host.ids,
+        replayed.record.ids,
+        lengths,
+        part.margins,
+        float(noise_floor.get("near_tie_margin", 0.0)),
+        mode,
+    )
+    return Evidence(
+        mode=mode,
+        against_original=original,
+        against_host=against,
+        host=None
+        if mode == "generate"
+        else against_host(
+            host.ids,
+            host.top_logits,
+            replayed.record.ids,
+            replayed.kl,
+            lengths,
+            thresholds.decided_margin,
+        ),
+        kl_probe_nats=kl_probe,
+        kernels=checked,
+        first_divergent_tokens=first,
+        lengths=[int(n) for n in lengths],
+    )
+
+
+def _notes(options: Options, replayed: _Replayed, in_bundle: int, overridden: bool) -> list[str]:
+    notes = []
+    if options.mode == "generate":
+        notes.append(
+            "SDT is defined on the reference's own text: in mode generate FDT is judged and the "
+            "share of identical sequences shown, no SDT or KL threshold is applied"
+        )
+    if options.kernels == "skip":
+        notes.append("the kernels were not checked by themselves")
+    taken = len(replayed.rows)
+    if replayed.stopped_early is None and taken < in_bundle:
+        notes.append(
+            f"the first {taken} of {in_bundle} sequences were replayed; "
+            + (
+                "the thresholds given were applied to those"
+                if overridden
+                else "the thresholds were moved to what the host's own run shows for those"
+            )
+        )
+    return notes
 
 
 def check_tokens(model: Path, reference: Reference) -> None:
@@ -177,92 +369,17 @@ def check_tokens(model: Path, reference: Reference) -> None:
         at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         at = min(len(made[row]), len(expected)) if at is None else at
         raise EdgeDtmError(
-            f"llama.cpp makes other token ids from {len(wrong)} of {len(reference)} prompts than "
-            f"the original's tokenizer (first: prompt {row + 1}, token {at + 1}: "
-            f"{made[row][at : at + 3]} instead of {expected[at : at + 3]}): the GGUF's tokenizer "
-            "is wrong, make the bundle again"
+            f"wrong tokenizer: llama.cpp makes other token ids from {len(wrong)} of "
+            f"{len(reference)} prompts than the original's tokenizer (first: prompt {row + 1}, "
+            f"token {at + 1}: {made[row][at : at + 3]} instead of {expected[at : at + 3]}): make "
+            "the bundle again, or take the llama-cpp-python that the host had"
         )
 
 
-def top_kl(host: Record, logits: npt.NDArray[np.float32]) -> float:
-    """Mean KL divergence, host || device, in nats over the counted positions.
-
-    logits float32 (S, N, K): the device's at host.top_ids. Both sides are renormalized over these
-    K tokens, so what lies outside them does not count.
-    """
-    counted = np.arange(host.ids.shape[1])[None, :] < host.lengths[:, None]
-    ours = _log_softmax(logits[counted])
-    theirs = _log_softmax(host.top_logits[counted])
-    if not len(ours):
-        return 0.0
-    # Rounding can make the sum slightly negative where both agree.
-    return max(float((np.exp(theirs) * (theirs - ours)).sum(axis=-1).mean()), 0.0)
-
-
-def print_verdict(verdict: Verdict, console: Console | None = None) -> None:
-    """Print a table and, as the last line, PASS or FAIL with the reason."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = console or Console()
-    generate = verdict.mode == "generate"
-    limits = verdict.thresholds
-    table = Table(
-        title=f"{verdict.sequences} of {verdict.sequences_in_bundle} sequences; FDT in tokens"
-    )
-    for name in ("", "measured", "95 % interval", "threshold", "noise floor"):
-        table.add_column(name, justify="left" if not name else "right")
-
-    def row(label: str, value: str, interval: str = "", limit: str = "", floor: str = "") -> None:
-        table.add_row(label, value, interval, limit, floor)
-
-    def divergence(
-        name: str, d: Divergence, sdt_limit: str, fdt_limit: str, floor: Mapping[str, Any]
-    ) -> None:
-        if not generate:
-            interval = f"{d.sdt.low:.1%} to {d.sdt.high:.1%}"
-            row(f"SDT {name}", f"{d.sdt.value:.2%}", interval, sdt_limit, _share(floor.get("sdt")))
-        fdt_floor = _plain(floor.get("fdt"))
-        interval = f"{d.fdt.low:.1f} to {d.fdt.high:.1f}"
-        row(f"FDT {name}", f"{d.fdt.value:.1f}", interval, fdt_limit, fdt_floor)
-        identical = _share(floor.get("identical_share"))
-        row(f"identical {name}", f"{d.identical_share:.1%}", floor=identical)
-
-    original = verdict.against_original
-    divergence(
-        "vs original",
-        original,
-        f"≤ {limits.max_sdt:.2%}",
-        f"≥ {limits.min_fdt:.1f}",
-        verdict.noise_floor,
-    )
-    if not generate:
-        row(
-            f"near-ties (≤ {original.near_tie_margin:.2g})",
-            f"{original.near_tie_share:.2%}",
-        )
-    divergence("vs host", verdict.against_host, f"≤ {limits.max_sdt_vs_host:.2%}", "", {})
-    if verdict.kl_vs_host is not None:
-        row(
-            "KL vs host, nats",
-            f"{verdict.kl_vs_host:.2g}",
-            "",
-            f"≤ {limits.max_kl_vs_host:.2g}",
-        )
-    row("prefill, tokens/s", f"{verdict.prefill_tokens_per_s:.1f}")
-    row("decode, tokens/s", f"{verdict.decode_tokens_per_s:.1f}")
-    row("peak memory, MB", f"{verdict.peak_rss_bytes / 1e6:.0f}")
-    console.print(table)
-    for note in verdict.to_json()["notes"]:
-        console.print(escape(f"Note: {note}."))
-    word = "[bold green]PASS[/]" if verdict.passed else "[bold red]FAIL[/]"
-    console.print(f"{word} {escape(' '.join(verdict.reasons))}")
-
-
-def _load(bundle: bundles.Bundle) -> tuple[Reference, Record]:
+def _load(bundle: bundles.Bundle) -> tuple[Reference, Record, Record]:
     reference = Reference.load(bundle.path(bundles.REFERENCE))
     host = Record.load(bundle.path(bundles.HOST_RECORD))
+    probe = Record.load(bundle.path(bundles.PROBE_RECORD))
     if not len(reference):
         raise EdgeDtmError(f"{bundle.source}: its reference has no sequences; make it again")
     if host.mode != "teacher_forced" or not (
@@ -272,7 +389,13 @@ def _load(bundle: bundles.Bundle) -> tuple[Reference, Record]:
         raise EdgeDtmError(
             f"{bundle.source}: its host record does not belong to its reference; make it again"
         )
-    return reference, host
+    expected = probe_model.sequences()
+    if (
+        probe.ids.shape != expected.generated_ids.shape
+        or not ((probe.top_ids >= 0) & (probe.top_ids < probe_model.VOCAB)).all()
+    ):
+        raise EdgeDtmError(f"{bundle.source}: its probe record is not ours; make it again")
+    return reference, host, probe
 
 
 def _check_host_ids(host: Record, n_vocab: int) -> None:
@@ -290,96 +413,6 @@ def _noise_floor(bundle: bundles.Bundle) -> dict[str, Any]:
     return dict(floor)
 
 
-def _judge(
-    *,
-    mode: Mode,
-    reference: Reference,
-    host: Record,
-    record: Record,
-    kl: float | None,
-    speeds: tuple[float, float],
-    in_bundle: int,
-    noise_floor: Mapping[str, Any],
-    thresholds: bundles.Thresholds,
-) -> Verdict:
-    lengths = reference.generated_lengths
-    original = compare(
-        reference.generated_ids,
-        record.ids,
-        lengths,
-        reference.margins,
-        float(noise_floor.get("near_tie_margin", 0.0)),
-    )
-    host_lengths = lengths
-    if mode == "generate":
-        # The host was fed the original's text: behind its first divergence its argmaxes are no
-        # longer what it would have generated.
-        off = host.ids != reference.generated_ids
-        first = np.where(off.any(axis=1), off.argmax(axis=1) + 1, lengths)
-        host_lengths = np.minimum(first, lengths)
-    against_host = compare(host.ids, record.ids, host_lengths)
-
-    # Whether it is met, and the sentence.
-    checks: list[tuple[bool, str]] = []
-
-    def judge(met: bool, what: str, value: str, relation: str, limit: str) -> None:
-        checks.append(
-            (
-                met,
-                f"{what} is {value}{', wanted' if met else ', but wanted is'} {relation} {limit}.",
-            )
-        )
-
-    fdt, sdt = original.fdt.value, original.sdt.value
-    judge(
-        fdt >= thresholds.min_fdt,
-        "FDT against the original",
-        f"{fdt:.2f} tokens",
-        "at least",
-        f"{thresholds.min_fdt:g}",
-    )
-    if mode == "teacher_forced" and kl is not None:
-        judge(
-            sdt <= thresholds.max_sdt,
-            "SDT against the original",
-            f"{sdt:.3%}",
-            "at most",
-            f"{thresholds.max_sdt:.3%}",
-        )
-        judge(
-            against_host.sdt.value <= thresholds.max_sdt_vs_host,
-            "SDT against the host's run of this file",
-            f"{against_host.sdt.value:.3%}",
-            "at most",
-            f"{thresholds.max_sdt_vs_host:.3%}",
-        )
-        judge(
-            kl <= thresholds.max_kl_vs_host,
-            "KL against the host's run of this file",
-            f"{kl:.3g} nats",
-            "at most",
-            f"{thresholds.max_kl_vs_host:.3g}",
-        )
-    passed = all(met for met, _ in checks)
-    return Verdict(
-        passed=passed,
-        reasons=[text for met, text in checks if met == passed],
-        mode=mode,
-        against_original=original,
-        against_host=against_host,
-        kl_vs_host=kl,
-        prefill_tokens_per_s=speeds[0],
-        decode_tokens_per_s=speeds[1],
-        peak_rss_bytes=runner.peak_rss_bytes(),
-        sequences=len(reference),
-        sequences_in_bundle=in_bundle,
-        settings=record.settings,
-        runtime=runner.runtime_info(),
-        noise_floor=noise_floor,
-        thresholds=thresholds,
-    )
-
-
 def _counter(progress: Progress | None, stage: str, total: int) -> Callable[[int], None] | None:
     if progress is None:
         return None
@@ -391,32 +424,3 @@ def _counter(progress: Progress | None, stage: str, total: int) -> Callable[[int
         progress(stage, done, total)
 
     return count
-
-
-def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
-
-
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _value(item: object) -> float | None:
-    """A number, or the value of an Interval's JSON."""
-    if isinstance(item, dict):
-        item = item.get("value")
-    if isinstance(item, bool) or not isinstance(item, (int, float)):
-        return None
-    return float(item)
-
-
-def _share(item: object) -> str:
-    value = _value(item)
-    return "" if value is None else f"{value:.2%}"
-
-
-def _plain(item: object) -> str:
-    value = _value(item)
-    return "" if value is None else f"{value:.1f}"

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from edge_dtm import bundle, report, target
+from edge_dtm.device import probe_model
 from edge_dtm.device.runner import LlamaRunner, Record, RunSettings, context_needed, replay_tokens
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host import export
@@ -53,7 +54,13 @@ from edge_dtm.host.tokenizer import NASTY_STRINGS, tokenization_mismatches
 from edge_dtm.host.workers import memory_available_bytes
 from edge_dtm.imatrix import check_imatrix, read_imatrix
 from edge_dtm.inspect import describe
-from edge_dtm.metrics import Divergence, compare, divergent_mask, perplexity
+from edge_dtm.metrics import (
+    Divergence,
+    compare,
+    divergent_mask,
+    first_divergent_tokens,
+    perplexity,
+)
 from edge_dtm.plan import (
     CANDIDATE_TYPES,
     SPARSE_LEVELS,
@@ -85,6 +92,7 @@ from edge_dtm.search import (
     search_transfer,
 )
 from edge_dtm.transfer import packed_bytes
+from edge_dtm.verdict import thresholds_from
 
 SAMPLED_PROMPTS = 40
 EXTRA_PROMPTS = 48  # sampled too, but only ever used to fit error feedback and scales
@@ -96,9 +104,6 @@ MEASURED_SEQUENCES = 32  # enough for the ranking; more only narrows each cost (
 METHOD = 3  # of the measurement; a change of it makes old costs in a work folder void
 SAME_LOGITS = 1e-3  # relative to the largest: float32 rounding through all layers stays below
 COMPUTE_BUFFER_BYTES = 64 * 2**20  # llama.cpp's graph buffers, besides the logits of one batch
-# Healthy ARM kernels differ from x86 in up to 8 % of the argmaxes (Q4_0) at a KL of 0.008 nats
-# (measured under emulation, see docs); these bounds leave room above that.
-MAX_SDT_VS_HOST, MAX_KL_VS_HOST = 0.12, 0.05
 
 
 @dataclass(frozen=True)
@@ -617,12 +622,15 @@ class Pipeline:
             path.unlink()
         self.floor = floor
         mask = divergent_mask(held_out.generated_ids, floor.record.ids, held_out.generated_lengths)
+        first = first_divergent_tokens(mask, held_out.generated_lengths)
         ties = held_out.margins[mask]
         self.near_tie_margin = float(np.percentile(ties, 95)) if ties.size else 0.0
         return {
             **floor.divergence.to_json(),
             "perplexity": floor.perplexity,
             "near_tie_margin": self.near_tie_margin,
+            "first_divergent_tokens": first.tolist(),
+            "lengths": held_out.generated_lengths.tolist(),
             "type": "F16",
         }
 
@@ -870,12 +878,12 @@ class Pipeline:
             **({"sparsity_steps": s.sparsity_steps} if s.zero_share else {}),
             **({"recover_steps": s.recover_steps} if s.recover_steps else {}),
         }
-        thresholds = bundle.Thresholds(
-            max_sdt=s.max_sdt if s.max_sdt is not None else d.sdt.high,
-            min_fdt=s.min_fdt if s.min_fdt is not None else d.fdt.low,
-            max_sdt_vs_host=MAX_SDT_VS_HOST,
-            max_kl_vs_host=MAX_KL_VS_HOST,
+        quantized = any(t.type not in ("F32", "F16", "BF16") for t in plan.treatments)
+        thresholds = thresholds_from(d, quantized, s.max_sdt, s.min_fdt)
+        probe_model.record(self.work / "probe.gguf", self.run_settings).save(
+            self.work / bundle.PROBE_RECORD
         )
+        (self.work / "probe.gguf").unlink()
         zeros = (
             {
                 t.component: t.zero_share or 0.0
@@ -886,9 +894,10 @@ class Pipeline:
             else {}
         )
         (self.work / "report.md").write_text(report.markdown(plan, results, details, zeros))
-        files = ["model.gguf", "reference.npz", "host.npz", "plan.json", "report.md"]
-        # An old manifest would vouch for files that are being replaced.
-        (out / "manifest.json").unlink(missing_ok=True)
+        files = [*bundle.REQUIRED_FILES, "plan.json", "report.md"]
+        # An old manifest or signature would vouch for files that are being replaced.
+        for name in (bundle.MANIFEST, bundle.SIGNATURE):
+            (out / name).unlink(missing_ok=True)
         for name in files:
             (self.work / name).replace(out / name)
         bundle.write_manifest(out, files, thresholds, details, results)
@@ -931,8 +940,8 @@ def _is_plan(path: Path, plan: Plan) -> bool:
 def _check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise EdgeDtmError(f"{out} is a file: give a folder to -o")
-    known = {"work", "manifest.json", "model.gguf", "reference.npz", "host.npz", "plan.json",
-             "report.md", "frontier.png"}  # fmt: skip
+    known = {"work", bundle.MANIFEST, bundle.SIGNATURE, *bundle.REQUIRED_FILES, "plan.json",
+             "report.md", "report.html", "frontier.png"}  # fmt: skip
     foreign = sorted(p.name for p in out.iterdir() if p.name not in known) if out.exists() else []
     if foreign:
         raise EdgeDtmError(

@@ -1,0 +1,145 @@
+"""What a model needs in memory, and what this process may still take; asked before loading."""
+
+from __future__ import annotations
+
+import os
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_dtm.device.runner import RunSettings
+from edge_dtm.errors import EdgeDtmError
+
+# llama.cpp's graph besides the logits, and what Python and its libraries take on the way.
+GRAPH_BYTES = 48 * 2**20
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes: of the file, which has to stay in memory whole; of the KV cache; of the rest."""
+
+    file_bytes: int
+    kv_bytes: int
+    buffer_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.file_bytes + self.kv_bytes + self.buffer_bytes
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes this process may still take, and what sets that limit, in words."""
+
+    free_bytes: int
+    limit: str
+
+
+def need(path: Path, settings: RunSettings, context_tokens: int) -> Need:
+    """Of a Llama GGUF with parallel_sequences contexts of context_tokens each.
+
+    KV cache: 2 (K and V) x KV heads x head size x bytes of its type, over layers and tokens. Logits
+    are kept for each token of a batch, once in the graph and once for the reader.
+    """
+    import gguf
+
+    from edge_dtm import ggml
+
+    reader = gguf.GGUFReader(path)
+
+    def value(name: str) -> list[int]:
+        field = reader.get_field(name)
+        found = None if field is None else field.contents()
+        return [int(v) for v in found] if isinstance(found, list) else [int(found or 0)]
+
+    field = reader.get_field("general.architecture")
+    arch = "llama" if field is None else str(field.contents())
+    layers, width = value(f"{arch}.block_count")[0], value(f"{arch}.embedding_length")[0]
+    heads, kv_heads = (
+        value(f"{arch}.attention.head_count"),
+        value(f"{arch}.attention.head_count_kv"),
+    )
+    # Where layers differ, both are lists of one number a layer.
+    kv = kv_heads if len(kv_heads) > 1 else kv_heads * layers
+    head = value(f"{arch}.attention.key_length")[0] or width // max(max(heads), 1)
+    row = [n * head for n in kv if n]
+    tokens = context_tokens * settings.parallel_sequences
+    kv_bytes = 2 * tokens * sum(ggml.row_bytes(settings.kv_type, n) for n in row)
+    vocab = next((int(t.shape[1]) for t in reader.tensors if t.name == "token_embd.weight"), 0)
+    logits = 2 * 4 * vocab * settings.batch_tokens
+    return Need(path.stat().st_size, kv_bytes, logits + GRAPH_BYTES)
+
+
+def room(root: Path = Path("/")) -> Room:
+    """The tightest of free memory, the control group's limit and this process's own (ulimit -v).
+
+    root: where proc and sys are. Infinite room where the system tells nothing.
+    """
+    rooms = [Room(2**62, "nothing that can be read")]
+    try:
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                rooms.append(Room(int(line.split()[1]) * 1024, "free memory"))
+    except (OSError, ValueError, IndexError):
+        pass
+    rooms += _cgroup_rooms(root)
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        try:
+            pages = int((root / "proc/self/statm").read_text().split()[0])
+        except (OSError, ValueError, IndexError):
+            pages = 0
+        taken = pages * os.sysconf("SC_PAGE_SIZE")
+        rooms.append(Room(max(soft - taken, 0), "the address space of this process (ulimit -v)"))
+    return min(rooms, key=lambda r: r.free_bytes)
+
+
+def _cgroup_rooms(root: Path) -> list[Room]:
+    """Of the process's own control group and those above it, version 2 and 1."""
+    out = []
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        names = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            if controllers
+            else ("memory.max", "memory.current")
+        )
+        folder = base / path.lstrip("/")
+        for place in (folder, *folder.parents):
+            try:
+                limit = (place / names[0]).read_text().strip()
+                used = int((place / names[1]).read_text())
+                # The page cache counts as used but gives way.
+                stat = dict(
+                    item.split() for item in (place / "memory.stat").read_text().splitlines()
+                )
+                used -= int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+                if limit.isdigit() and int(limit) < 2**60:
+                    out.append(
+                        Room(max(int(limit) - used, 0), "the memory limit of the control group")
+                    )
+            except (OSError, ValueError):
+                pass
+            if place == base:
+                break
+    return out
+
+
+def require_memory(path: Path, settings: RunSettings, context_tokens: int) -> None:
+    """EdgeDtmError when the model does not fit into what this process may still take."""
+    needed, there = need(path, settings, context_tokens), room()
+    if needed.total_bytes > there.free_bytes:
+        raise EdgeDtmError(
+            f"too little memory: {path.name} needs about {needed.total_bytes / 1e6:,.0f} MB here "
+            f"(file {needed.file_bytes / 1e6:,.0f}, KV cache {needed.kv_bytes / 1e6:,.0f}, buffers "
+            f"{needed.buffer_bytes / 1e6:,.0f}), {there.limit} leaves "
+            f"{there.free_bytes / 1e6:,.0f} MB: stop other programs, raise the limit, or compress "
+            "with a smaller --max-bytes"
+        )

@@ -1,0 +1,453 @@
+"""What a device's run of a bundle amounts to: three comparisons, a verdict, a diagnosis. Pure.
+
+Device against the original says whether the tokens are good enough; device against the host's run
+of the same file says whether this machine computes what the host computed; the noise floor says
+what no compression at all would have cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_dtm.bundle import Thresholds
+from edge_dtm.metrics import Divergence, compare, divergent_mask, first_divergent_tokens
+
+SCHEMA_VERSION = 2
+KL_CAP_NATS = 1.0  # so that one position cannot decide over thousands
+
+# The healthy band, from emulated ARM devices (docs/emulated-devices.md), with room above: kernels
+# of quantized types round activations each in their own way, those of F16 next to not at all.
+MAX_KL_VS_HOST_NATS = {"quantized": 0.05, "F16": 1e-3}
+DECIDED_MARGIN_LOGITS = 1.5
+MAX_DECIDED_SDT_VS_HOST = 0.005
+MAX_KL_PROBE_NATS = 1e-3
+# The room above the host's own figure, in half-widths of its 95 % interval: a healthy device adds
+# its kernels' rounding to what the choice of sequences does.
+ROOM = 1.5
+
+Mode = Literal["teacher_forced", "generate"]
+Code = Literal["healthy", "broken_kernels", "bad_plan", "too_close"]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Why it failed, or that it did not: a code for machines, a sentence for people."""
+
+    code: Code
+    words: str
+
+    def to_json(self) -> dict[str, str]:
+        return {"code": self.code, "words": self.words}
+
+
+@dataclass(frozen=True)
+class AgainstHost:
+    """Device against the host's run of the same file.
+
+    kl_nats: mean of top_kl over positions, each capped at KL_CAP_NATS; decided_sdt: share of other
+    argmaxes among the decided_positions, which are those where the host's own margin is at least
+    the threshold's decided_margin; largest_margin: the host's largest margin, in logits, at which
+    the device chose another token, 0 when it never did.
+    """
+
+    kl_nats: float
+    decided_sdt: float
+    decided_positions: int
+    largest_margin: float
+
+
+@dataclass(frozen=True)
+class KernelCheck:
+    """One kernel against numpy: a GGML type, in its plain or repacked layout, with so many columns.
+
+    worst_relative_error: of the sum of |weight| |activation| of an output.
+    """
+
+    type: str
+    path: str
+    columns: int
+    worst_relative_error: float
+    component: str
+    ok: bool
+
+    def to_json(self) -> dict[str, Any]:
+        error = self.worst_relative_error
+        return {
+            "type": self.type,
+            "path": self.path,
+            "columns": self.columns,
+            "worst_relative_error": error if math.isfinite(error) else None,
+            "component": self.component,
+            "ok": self.ok,
+        }
+
+
+@dataclass(frozen=True)
+class KernelsCompared:
+    """The same positions with and without repacked weights."""
+
+    positions: int
+    differing_tokens: int
+    kl_nats: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "positions": self.positions,
+            "differing_tokens": self.differing_tokens,
+            "kl_nats": self.kl_nats,
+        }
+
+
+@dataclass(frozen=True)
+class StoppedEarly:
+    """A quick run's end: the verdict of the whole run was certain after so many sequences."""
+
+    after_sequences: int
+    saved_tokens: int
+    certainty: float
+    by: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "after_sequences": self.after_sequences,
+            "saved_tokens": self.saved_tokens,
+            "certainty": self.certainty,
+            "by": self.by,
+        }
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that was measured on the device.
+
+    against_original, against_host: in mode "generate" their sdt is no SDT. host: None in mode
+    "generate". kl_probe_nats: the small F16 model against the host's; None when not run.
+    first_divergent_tokens and lengths, tokens: of each sequence replayed, against the original.
+    """
+
+    mode: Mode
+    against_original: Divergence
+    against_host: Divergence
+    host: AgainstHost | None
+    kl_probe_nats: float | None
+    kernels: Sequence[KernelCheck]
+    first_divergent_tokens: Sequence[int]
+    lengths: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict with all that led to it; `report.print_verdict` shows it.
+
+    reasons: one sentence for each threshold missed, or for each one met if none is missed.
+    thresholds: those applied, which hold for the sequences replayed.
+    """
+
+    passed: bool
+    reasons: Sequence[str]
+    diagnosis: Diagnosis
+    evidence: Evidence
+    sequences: int
+    sequences_in_bundle: int
+    thresholds: Thresholds
+    noise_floor: Mapping[str, Any]
+    bundle: Mapping[str, Any]
+    performance: Mapping[str, float | None]
+    settings: Mapping[str, Any]
+    runtime: Mapping[str, Any]
+    stopped_early: StoppedEarly | None = None
+    kernels_compared: KernelsCompared | None = None
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON as data/verdict.schema.json describes it."""
+        e = self.evidence
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "edge-dtm verdict",
+            "passed": self.passed,
+            "reasons": list(self.reasons),
+            "diagnosis": self.diagnosis.to_json(),
+            "notes": list(self.notes),
+            "mode": e.mode,
+            "bundle": dict(self.bundle),
+            "sequences": self.sequences,
+            "sequences_in_bundle": self.sequences_in_bundle,
+            "stopped_early": None if self.stopped_early is None else self.stopped_early.to_json(),
+            "against_original": _divergence_json(e.against_original, e.mode),
+            "against_host": _divergence_json(e.against_host, e.mode),
+            "kl_vs_host_nats": None if e.host is None else e.host.kl_nats,
+            "decided_sdt_vs_host": None if e.host is None else e.host.decided_sdt,
+            "largest_margin_vs_host": None if e.host is None else e.host.largest_margin,
+            "kl_probe_nats": e.kl_probe_nats,
+            "kernels": [k.to_json() for k in e.kernels],
+            "kernels_compare": (
+                None if self.kernels_compared is None else self.kernels_compared.to_json()
+            ),
+            "performance": {
+                name: value if value is not None and math.isfinite(value) else None
+                for name, value in self.performance.items()
+            },
+            "settings": dict(self.settings),
+            "runtime": dict(self.runtime),
+            "noise_floor": dict(self.noise_floor),
+            "thresholds": self.thresholds.to_json(),
+            "first_divergent_tokens": list(e.first_divergent_tokens),
+            "lengths": list(e.lengths),
+        }
+
+
+def _divergence_json(divergence: Divergence, mode: Mode) -> dict[str, Any]:
+    data = divergence.to_json()
+    if mode == "generate":
+        data |= {"sdt": None, "divergent_tokens": None, "near_tie_share": None}
+    return data
+
+
+def thresholds_from(
+    host: Divergence, quantized: bool, max_sdt: float | None = None, min_fdt: float | None = None
+) -> Thresholds:
+    """The thresholds of a bundle whose GGUF did `host` against the original on the host.
+
+    quantized: whether it has other types than F32, F16 and BF16. max_sdt (share) and min_fdt
+    (tokens) are the user's own, who may be stricter than the file is.
+    """
+    sdt, fdt = host.sdt, host.fdt
+    return Thresholds(
+        max_sdt=min(sdt.value + ROOM * (sdt.high - sdt.value), 1.0) if max_sdt is None else max_sdt,
+        min_fdt=max(fdt.value - ROOM * (fdt.value - fdt.low), 0.0) if min_fdt is None else min_fdt,
+        max_kl_vs_host=MAX_KL_VS_HOST_NATS["quantized" if quantized else "F16"],
+        decided_margin=DECIDED_MARGIN_LOGITS,
+        max_decided_sdt_vs_host=MAX_DECIDED_SDT_VS_HOST,
+        max_kl_probe=MAX_KL_PROBE_NATS,
+    )
+
+
+def against_host(
+    host_ids: npt.NDArray[np.integer[Any]],
+    host_top_logits: npt.NDArray[np.floating[Any]],
+    device_ids: npt.NDArray[np.integer[Any]],
+    kl: npt.NDArray[np.floating[Any]],
+    lengths: npt.NDArray[np.integer[Any]],
+    decided_margin: float,
+) -> AgainstHost:
+    """host_ids, device_ids, kl (nats, top_kl) of shape (S, N), host_top_logits (S, N, K) falling,
+    lengths (S,)."""
+    counted = np.arange(host_ids.shape[1])[None, :] < np.asarray(lengths)[:, None]
+    other = divergent_mask(host_ids, device_ids, lengths)
+    margins = host_top_logits[:, :, 0] - host_top_logits[:, :, 1]
+    decided = counted & (margins >= decided_margin)
+    n = int(decided.sum())
+    return AgainstHost(
+        kl_nats=float(np.minimum(kl[counted], KL_CAP_NATS).mean()) if counted.any() else 0.0,
+        decided_sdt=float((other & decided).sum() / n) if n else 0.0,
+        decided_positions=n,
+        largest_margin=float(margins[other].max()) if other.any() else 0.0,
+    )
+
+
+def limits_of_part(
+    thresholds: Thresholds, host: Divergence, part: Divergence, total: int, taken: int
+) -> Thresholds:
+    """The thresholds against the original for `taken` of the bundle's `total` sequences.
+
+    host and part: the host's own run of the file against the original, on all and on these. Some
+    sequences are easier than others, which the host's run shows; and what remains, the difference
+    between device and host, is a mean of fewer, so that its room grows with the root.
+    """
+    if taken >= total:
+        return thresholds
+    wider = math.sqrt(total / taken)
+    return replace(
+        thresholds,
+        max_sdt=min(
+            max(part.sdt.value + max(thresholds.max_sdt - host.sdt.value, 0.0) * wider, 0.0), 1.0
+        ),
+        min_fdt=max(part.fdt.value - max(host.fdt.value - thresholds.min_fdt, 0.0) * wider, 0.0),
+    )
+
+
+@dataclass(frozen=True)
+class _Check:
+    """name: as in quick.QuickVerdict where that decides it. of_host: whether it compares the
+    machine with the host, not the model with the original."""
+
+    name: str
+    met: bool
+    text: str
+    of_host: bool
+
+
+def _checks(e: Evidence, t: Thresholds, certain: Mapping[str, bool] | None) -> list[_Check]:
+    def _check(
+        name: str,
+        met: bool,
+        what: str,
+        value: str,
+        relation: str,
+        limit: str,
+        of_host: bool = False,
+    ) -> _Check:
+        if certain is not None and name in certain:
+            met, so_far = certain[name], " so far"
+        else:
+            so_far = ""
+        wanted = ", wanted" if met else ", but wanted is"
+        return _Check(name, met, f"{what} is {value}{so_far}{wanted} {relation} {limit}.", of_host)
+
+    fdt, sdt = e.against_original.fdt.value, e.against_original.sdt.value
+    out = [
+        _check(
+            "fdt",
+            fdt >= t.min_fdt,
+            "FDT against the original",
+            f"{fdt:.2f} tokens",
+            "at least",
+            f"{t.min_fdt:.2f}",
+        )
+    ]
+    if e.mode == "teacher_forced":
+        out.append(
+            _check(
+                "sdt",
+                sdt <= t.max_sdt,
+                "SDT against the original",
+                f"{sdt:.3%}",
+                "at most",
+                f"{t.max_sdt:.3%}",
+            )
+        )
+    if e.host is not None:
+        out += [
+            _check(
+                "kl",
+                e.host.kl_nats <= t.max_kl_vs_host,
+                "KL against the host's run of this file",
+                f"{e.host.kl_nats:.2g} nats",
+                "at most",
+                f"{t.max_kl_vs_host:.2g}",
+                True,
+            ),
+            _check(
+                "decided",
+                e.host.decided_sdt <= t.max_decided_sdt_vs_host,
+                f"The share of other tokens where the host was sure ({t.decided_margin:g} logits)",
+                f"{e.host.decided_sdt:.3%}",
+                "at most",
+                f"{t.max_decided_sdt_vs_host:.3%}",
+                True,
+            ),
+        ]
+    if e.kl_probe_nats is not None:
+        out.append(
+            _check(
+                "probe",
+                e.kl_probe_nats <= t.max_kl_probe,
+                "KL of the small F16 model against the host's",
+                f"{e.kl_probe_nats:.2g} nats",
+                "at most",
+                f"{t.max_kl_probe:.2g}",
+                True,
+            )
+        )
+    if e.kernels:
+        worst = max(e.kernels, key=lambda k: (not k.ok, k.worst_relative_error))
+        out.append(
+            _Check(
+                "kernels",
+                worst.ok,
+                f"All {len(e.kernels)} kernels agree with numpy (largest relative error "
+                f"{worst.worst_relative_error:.1g})."
+                if worst.ok
+                else f"{sum(not k.ok for k in e.kernels)} of {len(e.kernels)} kernels compute "
+                f"wrong products (worst: {worst.type} {worst.path}, {worst.columns} columns, "
+                f"{worst.component}, relative error {worst.worst_relative_error:.1g}).",
+                True,
+            )
+        )
+    return out
+
+
+def judge(
+    evidence: Evidence,
+    thresholds: Thresholds,
+    host_meets: bool,
+    certain: Mapping[str, bool] | None = None,
+) -> tuple[bool, list[str], Diagnosis]:
+    """(passed, reasons, diagnosis). host_meets: whether the host's own run of this file meets the
+    thresholds against the original. certain: what a quick run found of the whole bundle, by the
+    name of a check, which then counts and not the figures so far."""
+    checks = _checks(evidence, thresholds, certain)
+    passed = all(c.met for c in checks)
+    reasons = [c.text for c in checks if c.met == passed]
+    return passed, reasons, _diagnosis(checks, evidence, host_meets)
+
+
+def _diagnosis(checks: Sequence[_Check], e: Evidence, host_meets: bool) -> Diagnosis:
+    if all(c.met for c in checks):
+        return Diagnosis("healthy", "This machine computes what the host computed.")
+    if any(c.of_host and not c.met for c in checks):
+        bad = sorted({f"{k.type} ({k.path})" for k in e.kernels if not k.ok})
+        if bad:
+            where = f"its kernels for {', '.join(bad)} are wrong"
+        elif any(c.name == "probe" and not c.met for c in checks):
+            where = "even the small F16 model comes out differently, so it is not quantization"
+        else:
+            where = "single products are right, so look at attention, threads and memory"
+        return Diagnosis(
+            "broken_kernels",
+            f"Broken kernels: this machine does not compute what the host computed from the same "
+            f"file; {where}. Run edge-dtm doctor, then edge-dtm verify --kernels compare, and "
+            "rebuild llama-cpp-python.",
+        )
+    if e.mode == "generate":
+        return Diagnosis(
+            "bad_plan",
+            "The text leaves the original's too early. Run edge-dtm verify without --mode generate, "
+            "which tells a bad plan from broken kernels.",
+        )
+    if not host_meets:
+        return Diagnosis(
+            "bad_plan",
+            "Bad plan: this machine computes what the host computed, and both are as far from the "
+            "original. Compress again with a larger --max-bytes, or set other thresholds.",
+        )
+    return Diagnosis(
+        "too_close",
+        "This machine computes what the host computed, but for the rounding that healthy kernels "
+        "differ by, and that carried it over a threshold that the host just meets. Compress again "
+        "with a larger --max-bytes, or set thresholds with more room.",
+    )
+
+
+def divergences(
+    reference_ids: npt.NDArray[np.integer[Any]],
+    host_ids: npt.NDArray[np.integer[Any]],
+    device_ids: npt.NDArray[np.integer[Any]],
+    lengths: npt.NDArray[np.integer[Any]],
+    margins: npt.NDArray[np.floating[Any]],
+    near_tie_margin: float,
+    mode: Mode,
+) -> tuple[Divergence, Divergence, list[int]]:
+    """(against the original, against the host, first divergent tokens against the original).
+
+    Ids and margins of shape (S, N), lengths (S,). In mode "generate" the host, which was fed the
+    original's text, says what it would have generated up to its own first divergence only.
+    """
+    original = compare(reference_ids, device_ids, lengths, margins, near_tie_margin)
+    host_lengths = lengths
+    if mode == "generate":
+        first = first_divergent_tokens(divergent_mask(reference_ids, host_ids, lengths), lengths)
+        host_lengths = np.minimum(first + 1, lengths)
+    mask = divergent_mask(reference_ids, device_ids, lengths)
+    return (
+        original,
+        compare(host_ids, device_ids, host_lengths),
+        [int(i) for i in first_divergent_tokens(mask, lengths)],
+    )
