@@ -139,6 +139,23 @@ def masks(bench: Bench) -> list[Row]:
     return rows
 
 
+def wire(run: Pipeline) -> list[str]:
+    """File bytes, and bytes that travel, against the share of zeros in Q8_0; Markdown. Zeros by
+    |W|·||x|| and nothing else, since what the other weights are does not matter here."""
+    vectors, _ = run.imatrix()
+    path = run.work / "wire.gguf"
+    lines = [
+        "| zeros in the block matrices, all in Q8_0 | file MB | after zstd MB | ratio |",
+        "|---|---:|---:|---:|",
+    ]
+    for share in (0.0, *LEVELS):
+        export.export_gguf(run.checkpoint, uniform(run, "Q8_0", share), path, vectors)
+        size, packed = path.stat().st_size, packed_bytes(path)
+        lines.append(f"| {share:.0%} | {size / 1e6:.1f} | {packed / 1e6:.1f} | {packed / size:.3f} |")
+        path.unlink()
+    return [*lines, ""]
+
+
 def int8(bench: Bench, run: Pipeline) -> list[Row]:
     """The paper's int8 experiment: shares of the components in Q8_0, plainly rounded."""
     table, shipped = run.costs(bench.reference)
@@ -227,7 +244,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--model", type=Path, default=default_model_dir())
     parser.add_argument("--out", type=Path, default=Path("sparsity.md"))
-    parser.add_argument("--parts", default="masks,int8,removal", help="which to measure")
+    parser.add_argument("--parts", default="wire,masks,int8,removal", help="which to measure")
     parser.add_argument("--removed", default="0.05,0.1,0.2", help="shares to remove")
     args = parser.parse_args()
     stages, parts = Stages(), args.parts.split(",")
@@ -250,6 +267,8 @@ def main() -> None:
     ]
     if "masks" in parts:
         lines += ["## Zeros", "", *table_of(masks(bench))]
+    if "wire" in parts:
+        lines += ["## Bytes that travel", "", *wire(run)]
     if "int8" in parts:
         plain, _ = Pipeline.reopen(
             Settings(
