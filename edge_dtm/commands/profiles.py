@@ -62,7 +62,7 @@ def profiles_detect(output: Path | None, name: str | None) -> None:
     save(profile, path)
     click.echo(
         f"{path}: {profile.description}; {profile.effective_bandwidth_bytes_per_s / 1e9:.2f}e9 "
-        f"bytes/s while decoding with {profile.threads} threads, "
+        f"bytes/s while decoding, threads: {profile.threads}, "
         f"{(profile.ram_bytes - profile.reserve_bytes) / 1e9:.1f} GB for a model"
     )
 

@@ -108,7 +108,8 @@ def verify(bundle_path: Path, options: Options, progress: Progress | None = None
             threads=options.threads or runner.default_threads(),
         )
         context = max(runner.context_needed(reference), SPEED_PROMPT_TOKENS + SPEED_DECODE_TOKENS)
-        cpu.first_decode_in_child(settings)
+        # One thread has the same kernels, and a busy machine is quicker with it.
+        cpu.first_decode_in_child(replace(settings, threads=1))
         require_memory(model, settings, context)
         check_tokens(model, reference)
         kl_probe: float | None = None
