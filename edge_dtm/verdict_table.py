@@ -21,11 +21,13 @@ def print_verdict(verdict: Verdict, console: Console | None = None) -> None:
     console = console or Console()
     console.print(_table(verdict))
     for line in _lines(verdict):
-        console.print(escape(line), soft_wrap=True, highlight=False)
+        console.print(escape(line), soft_wrap=True, highlight=False, emoji=False)
     if not verdict.passed:
-        console.print(escape(verdict.diagnosis.words), soft_wrap=True, highlight=False)
+        console.print(escape(verdict.diagnosis.words), soft_wrap=True, highlight=False, emoji=False)
     word = "[bold green]PASS[/]" if verdict.passed else "[bold red]FAIL[/]"
-    console.print(f"{word} {escape(' '.join(verdict.reasons))}", soft_wrap=True, highlight=False)
+    console.print(
+        f"{word} {escape(' '.join(verdict.reasons))}", soft_wrap=True, highlight=False, emoji=False
+    )
 
 
 def _table(verdict: Verdict) -> Table:

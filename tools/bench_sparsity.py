@@ -151,7 +151,9 @@ def wire(run: Pipeline) -> list[str]:
     for share in (0.0, *LEVELS):
         export.export_gguf(run.checkpoint, uniform(run, "Q8_0", share), path, vectors)
         size, packed = path.stat().st_size, packed_bytes(path)
-        lines.append(f"| {share:.0%} | {size / 1e6:.1f} | {packed / 1e6:.1f} | {packed / size:.3f} |")
+        lines.append(
+            f"| {share:.0%} | {size / 1e6:.1f} | {packed / 1e6:.1f} | {packed / size:.3f} |"
+        )
         path.unlink()
     return [*lines, ""]
 

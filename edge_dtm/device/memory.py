@@ -36,10 +36,9 @@ class Room:
 
 
 def need(path: Path, settings: RunSettings, context_tokens: int) -> Need:
-    """Of a Llama GGUF with parallel_sequences contexts of context_tokens each.
+    """Of a Llama GGUF whose longest sequence has context_tokens.
 
-    KV cache: 2 (K and V) x KV heads x head size x bytes of its type, over layers and tokens. Logits
-    are kept for each token of a batch, once in the graph and once for the reader.
+    KV cache: 2 (K and V) x KV heads x head size x bytes of its type, over layers and cells.
     """
     import gguf
 
@@ -63,11 +62,10 @@ def need(path: Path, settings: RunSettings, context_tokens: int) -> Need:
     kv = kv_heads if len(kv_heads) > 1 else kv_heads * layers
     head = value(f"{arch}.attention.key_length")[0] or width // max(max(heads), 1)
     row = [n * head for n in kv if n]
-    tokens = context_tokens * settings.parallel_sequences
+    tokens = settings.cache_tokens(context_tokens)
     kv_bytes = 2 * tokens * sum(ggml.row_bytes(settings.kv_type, n) for n in row)
     vocab = next((int(t.shape[1]) for t in reader.tensors if t.name == "token_embd.weight"), 0)
-    logits = 2 * 4 * vocab * settings.batch_tokens
-    return Need(path.stat().st_size, kv_bytes, logits + GRAPH_BYTES)
+    return Need(path.stat().st_size, kv_bytes, settings.logits_bytes(vocab) + GRAPH_BYTES)
 
 
 def room(root: Path = Path("/")) -> Room:
@@ -120,7 +118,9 @@ def _cgroup_rooms(root: Path) -> list[Room]:
                 stat = dict(
                     item.split() for item in (place / "memory.stat").read_text().splitlines()
                 )
-                used -= int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+                # Version 1 has the groups below in the total only, version 2 in the plain figures.
+                for name in ("inactive_file", "active_file"):
+                    used -= int(stat.get(f"total_{name}", stat.get(name, 0)))
                 if limit.isdigit() and int(limit) < 2**60:
                     out.append(
                         Room(max(int(limit) - used, 0), "the memory limit of the control group")

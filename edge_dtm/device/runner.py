@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from edge_dtm.device.gguf_header import read_header
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.reference import PADDING, TOP_K, Reference, load_npz, save_npz
 
@@ -31,6 +32,9 @@ Mode = Literal["teacher_forced", "generate"]
 Progress = Callable[[int], None]
 Observer = Callable[[int, int, npt.NDArray[np.float32]], None]
 
+BEGINNING_TOKENS = 16  # those that sequences are sorted by, so that neighbours begin alike
+CACHE_STEP = 256  # llama.cpp rounds the context of a sequence up to a multiple
+MAX_SEQUENCES = 64  # LLAMA_MAX_SEQ of the oldest llama.cpp that is supported
 _ARRAYS = (
     "ids",
     "top_ids",
@@ -47,23 +51,51 @@ _last_errors: deque[str] = deque(maxlen=3)
 class RunSettings:
     """How llama.cpp is run; everything here may change an argmax in a near-tie.
 
-    threads: CPU threads; batch_tokens: most tokens in one decode call; parallel_sequences:
-    sequences side by side in one call; kv_type: GGML type of the KV cache. Flash attention is off
-    by default: its kernels differ more between machines.
+    threads: CPU threads; batch_tokens: most tokens in one decode call; parallel_sequences: most
+    sequences that share one call, at most MAX_SEQUENCES, 1 for one after the other; kv_type: GGML
+    type of the KV cache; micro_batch_tokens: tokens that run through the layers at once, at most
+    batch_tokens count; repack: let llama.cpp rearrange the weights for this CPU's kernels. Flash
+    attention is off by default: its kernels differ more between machines.
+
+    Memory: a KV cache of the whole context for each parallel sequence (cache_tokens), and logits,
+    4 bytes x vocabulary for each token of a micro-batch and for each token of a call whose logits
+    are wanted (logits_bytes at most).
     """
 
     threads: int
     batch_tokens: int = 256
-    parallel_sequences: int = 1
+    parallel_sequences: int = 4
     flash_attention: bool = False
     kv_type: str = "F16"
+    micro_batch_tokens: int = 64
+    repack: bool = True
 
     def __post_init__(self) -> None:
-        if min(self.threads, self.batch_tokens, self.parallel_sequences) < 1:
+        numbers = {
+            name: getattr(self, name)
+            for name in ("threads", "batch_tokens", "parallel_sequences", "micro_batch_tokens")
+        }
+        small = [f"{name} is {value}" for name, value in numbers.items() if value < 1]
+        if small:
+            raise EdgeDtmError(f"{', '.join(small)}, must be 1 or more")
+        if self.parallel_sequences > MAX_SEQUENCES:
             raise EdgeDtmError(
-                f"threads {self.threads}, batch_tokens {self.batch_tokens} and parallel_sequences "
-                f"{self.parallel_sequences} must be 1 or more"
+                f"parallel_sequences is {self.parallel_sequences}, must be at most {MAX_SEQUENCES}"
             )
+
+    @property
+    def sequences_per_call(self) -> int:
+        """llama.cpp wants no fewer tokens in a micro-batch than sequences in a context."""
+        return min(self.parallel_sequences, self.micro_batch_tokens, self.batch_tokens)
+
+    def cache_tokens(self, context_tokens: int) -> int:
+        """Tokens that the KV cache has room for, in all sequences together."""
+        return -(-context_tokens // CACHE_STEP) * CACHE_STEP * self.sequences_per_call
+
+    def logits_bytes(self, vocabulary: int) -> int:
+        """Most bytes that logits take, in the graph of a micro-batch and behind a call."""
+        micro = min(self.micro_batch_tokens, self.batch_tokens)
+        return 4 * vocabulary * (micro + self.batch_tokens)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,11 +104,11 @@ class RunSettings:
     def from_json(cls, data: Mapping[str, Any]) -> RunSettings:
         """EdgeDtmError when data is not what to_json wrote."""
         try:
-            settings = cls(**data)
-            for item in fields(cls):
-                if type(getattr(settings, item.name)).__name__ != item.type:
-                    raise TypeError(f"{item.name} is no {item.type}")
-            return settings
+            types = {item.name: item.type for item in fields(cls)}
+            for name, value in data.items():
+                if name in types and type(value).__name__ != types[name]:
+                    raise TypeError(f"{name} is no {types[name]}")
+            return cls(**data)
         except TypeError as error:
             raise EdgeDtmError(f"no settings of a run: {error}") from None
 
@@ -170,13 +202,40 @@ class Record:
 
 
 class _Step(NamedTuple):
-    """One token of a decode call; target is its index in the generated tokens, -1 without one."""
+    """One token of a decode call; slot: its sequence in the KV cache; row: of the reference; target:
+    its index in the generated tokens, -1 if its logits are not wanted."""
 
     token: int
     position: int
-    slot: int
+    slot: int = 0
+    row: int = 0
+    target: int = -1
+
+
+class Feed(NamedTuple):
+    """A sequence in a call. slot: where in the KV cache; kept: how many of its tokens, from the
+    first on, lie there already, from the sequence before."""
+
     row: int
-    target: int
+    slot: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One prompt and what was decoded behind it, one token a call, in seconds."""
+
+    prompt_tokens: int
+    prefill_s: float
+    decode_s: tuple[float, ...]
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return _rate(self.prompt_tokens, self.prefill_s)
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        return _rate(len(self.decode_s), sum(self.decode_s))
 
 
 class LlamaRunner:
@@ -201,12 +260,15 @@ class LlamaRunner:
         if kv_type is None:
             raise EdgeDtmError(f"{settings.kv_type!r} is no GGML type; take F16 as kv_type")
         try:
-            self._model = _load_model(self.path, vocab_only=False)
+            self._model = _load_model(self.path, repack=settings.repack)
             params = lib.llama_context_default_params()
-            # llama.cpp divides n_ctx among the sequences when their caches are separate.
-            params.n_ctx = context_tokens * settings.parallel_sequences
-            params.n_batch = params.n_ubatch = settings.batch_tokens
-            params.n_seq_max = settings.parallel_sequences
+            # In a cache of its own each sequence has the same place as if it ran alone, and with it
+            # the same order of summation: the answer does not depend on its neighbours.
+            params.kv_unified = False
+            params.n_ctx = settings.cache_tokens(context_tokens)
+            params.n_batch = settings.batch_tokens
+            params.n_ubatch = min(settings.micro_batch_tokens, settings.batch_tokens)
+            params.n_seq_max = settings.sequences_per_call
             params.n_threads = params.n_threads_batch = settings.threads
             params.flash_attn_type = (
                 lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
@@ -215,7 +277,6 @@ class LlamaRunner:
             )
             params.type_k = params.type_v = kv_type
             params.offload_kqv = params.op_offload = False
-            params.kv_unified = False
             params.no_perf = True
             _last_errors.clear()
             self._context = lib.llama_init_from_model(self._model, params)
@@ -272,7 +333,9 @@ class LlamaRunner:
     ) -> Record:
         """Feed the reference's own tokens and note the argmax at every generated position.
 
-        progress: called with the tokens done since its last call, replay_tokens() in all.
+        Short sequences share decode calls (see `calls`). progress: called with the tokens done
+        since its last call, replay_tokens() in all, those that were still in the cache
+        included.
         observe: called with row, position and all logits float32 (V,), which are valid during the
         call only; for what a Record does not hold.
         EdgeDtmError when a sequence does not fit the context or the vocabulary.
@@ -280,26 +343,28 @@ class LlamaRunner:
         self._check(reference)
         out = _Arrays(reference)
         seconds, count = 0.0, 0
-        width = self.settings.parallel_sequences
-        for start in range(0, len(reference), width):
-            self._lib.llama_memory_clear(self._memory, False)
-            steps = [
-                step
-                for slot, row in enumerate(range(start, min(start + width, len(reference))))
-                for step in self._steps(reference, slot, row)
-            ]
-            for chunk in _chunks(steps, self.settings.batch_tokens):
+        self._lib.llama_memory_clear(self._memory, False)
+        width, most = self.settings.sequences_per_call, self.settings.batch_tokens
+        for call in calls(reference, most, width):
+            steps = []
+            for feed in call:
+                if not self._lib.llama_memory_seq_rm(self._memory, feed.slot, feed.kept, -1):
+                    raise EdgeDtmError(f"{self.path}: llama.cpp cannot shorten its KV cache")
+                steps += self._steps(reference, feed)
+            kept = sum(feed.kept for feed in call)
+            for chunk in _chunks(steps, most):
                 seconds += self._decode(chunk)
                 count += len(chunk)
                 for i, step in enumerate(chunk):
                     if step.target >= 0:
-                        token = int(reference.generated_ids[step.row, step.target])
                         logits = self._logits(i)
+                        token = int(reference.generated_ids[step.row, step.target])
                         out.note(step.row, step.target, logits, token)
                         if observe:
                             observe(step.row, step.target, logits)
                 if progress:
-                    progress(len(chunk))
+                    progress(len(chunk) + kept)
+                kept = 0
         return out.record("teacher_forced", _rate(count, seconds), math.nan, self.settings)
 
     def greedy(self, reference: Reference, progress: Progress | None = None) -> Record:
@@ -314,8 +379,7 @@ class LlamaRunner:
         for row in range(len(reference)):
             self._lib.llama_memory_clear(self._memory, False)
             prompt = reference.prompt(row)
-            steps = [_Step(token, i, 0, row, -1) for i, token in enumerate(prompt)]
-            steps[-1] = steps[-1]._replace(target=0)
+            steps = _prompt_steps(prompt)
             for chunk in _chunks(steps, self.settings.batch_tokens):
                 seconds[0] += self._decode(chunk)
                 count[0] += len(chunk)
@@ -324,8 +388,7 @@ class LlamaRunner:
                     progress(len(chunk))
             token = out.note(row, 0, self._logits(last), None)
             for target in range(1, int(reference.generated_lengths[row])):
-                step = _Step(token, len(prompt) + target - 1, 0, row, target)
-                seconds[1] += self._decode([step])
+                seconds[1] += self._decode([_Step(token, len(prompt) + target - 1, target=target)])
                 count[1] += 1
                 token = out.note(row, target, self._logits(0), None)
                 if progress:
@@ -336,29 +399,36 @@ class LlamaRunner:
     def measure_speed(
         self, prompt_tokens: int = 128, decode_tokens: int = 32
     ) -> tuple[float, float]:
-        """Prefill and decode speed in tokens per second, after one unmeasured round.
+        """Prefill and decode speed in tokens per second, after one unmeasured round."""
+        self.time_decoding(min(prompt_tokens, 16), min(decode_tokens, 2))
+        timing = self.time_decoding(prompt_tokens, decode_tokens)
+        return timing.prefill_tokens_per_s, timing.decode_tokens_per_s
 
-        The tokens are arbitrary ids; speed does not depend on them.
+    def time_decoding(self, prompt_tokens: int, decode_tokens: int) -> Timing:
+        """Time a prompt, and tokens decoded behind it one a call, in an empty cache.
+
+        The tokens are arbitrary ids; speed does not depend on them. EdgeDtmError when they do not
+        fit the context.
         """
         if prompt_tokens < 1 or prompt_tokens + decode_tokens > self.context_tokens:
             raise EdgeDtmError(
                 f"{prompt_tokens} + {decode_tokens} tokens do not fit the context of "
                 f"{self.context_tokens}"
             )
-        rates = (math.nan, math.nan)
-        warm_up = min(prompt_tokens, 16), min(decode_tokens, 2)
-        for prompt, decode in (warm_up, (prompt_tokens, decode_tokens)):
-            self._lib.llama_memory_clear(self._memory, False)
-            ids = np.random.default_rng(0).integers(0, self.n_vocab, prompt + decode)
-            steps = [_Step(int(token), i, 0, 0, -1) for i, token in enumerate(ids)]
-            # As in use: logits only behind the last prompt token and behind each decoded one.
-            steps[prompt - 1 :] = [step._replace(target=0) for step in steps[prompt - 1 :]]
-            prefill = sum(
-                self._decode(c) for c in _chunks(steps[:prompt], self.settings.batch_tokens)
-            )
-            decoding = sum(self._decode([step]) for step in steps[prompt:])
-            rates = _rate(prompt, prefill), _rate(decode, decoding)
-        return rates
+        self._lib.llama_memory_clear(self._memory, False)
+        random = np.random.default_rng(0)
+        ids = random.integers(0, self.n_vocab, prompt_tokens + decode_tokens).tolist()
+        # As in use: logits only behind the last prompt token and behind each decoded one.
+        steps = _prompt_steps(ids[:prompt_tokens])
+        prefill = sum(self._decode(c) for c in _chunks(steps, self.settings.batch_tokens))
+        decode = [
+            self._decode([_Step(ids[at], at, target=0)]) for at in range(prompt_tokens, len(ids))
+        ]
+        return Timing(prompt_tokens, prefill, tuple(decode))
+
+    def set_threads(self, threads: int) -> None:
+        """Use another number of CPU threads from the next call on."""
+        self._lib.llama_set_n_threads(self._context, threads, threads)
 
     def _check(self, reference: Reference) -> None:
         # The last generated token is never fed.
@@ -377,11 +447,15 @@ class LlamaRunner:
                     f"{self.n_vocab}: model and reference do not belong together"
                 )
 
-    def _steps(self, reference: Reference, slot: int, row: int) -> Iterator[_Step]:
-        prompt = reference.prompt(row)
-        first = len(prompt) - 1
-        for i, token in enumerate(prompt + reference.generated(row)[:-1]):
-            yield _Step(token, i, slot, row, i - first if i >= first else -1)
+    @staticmethod
+    def _steps(reference: Reference, feed: Feed) -> list[_Step]:
+        row, slot, kept = feed
+        tokens = reference.prompt(row) + reference.generated(row)[:-1]
+        first = int(reference.prompt_lengths[row]) - 1
+        return [
+            _Step(tokens[i], i, slot, row, i - first if i >= first else -1)
+            for i in range(kept, len(tokens))
+        ]
 
     def _decode(self, steps: Sequence[_Step]) -> float:
         """Run one call and return its seconds."""
@@ -467,12 +541,54 @@ def summarize(
     normalizer = top + math.log(float(np.exp(logits - np.float32(top)).sum(dtype=np.float64)))
     if not math.isfinite(normalizer):
         raise EdgeDtmError("the model computes logits that are not finite: its weights are broken")
-    # Everything that ties with the eighth is a candidate; argpartition would pick any of them.
-    eighth = np.partition(logits, logits.size - TOP_K)[logits.size - TOP_K]
-    candidates = np.flatnonzero(logits >= eighth)
+    # The eighth largest of the maxima of some stretches is no larger than the eighth logit, so that
+    # what reaches it holds all candidates, ties included, without sorting the vocabulary.
+    stretches = max(min(logits.size // 32, 1024), TOP_K)
+    maxima = np.maximum.reduceat(logits, np.arange(stretches) * logits.size // stretches)
+    bound = np.partition(maxima, stretches - TOP_K)[stretches - TOP_K]
+    candidates = np.flatnonzero(logits >= bound)
     order = np.lexsort((candidates, -logits[candidates]))[:TOP_K]
     ids = candidates[order]
     return ids, logits[ids], normalizer
+
+
+def calls(reference: Reference, batch_tokens: int, sequences: int) -> Iterator[list[Feed]]:
+    """The sequences of each call; each row is in one call.
+
+    As many as `sequences` share a call if they fit into batch_tokens; one that is longer has a
+    call of its own, to be fed in chunks. Tokens that the slot's sequence before began with stay in
+    the cache, up to where logits are wanted; so neighbours should begin alike (a chat template's
+    beginning is fed once a slot) and have about one length, since llama.cpp feeds equal lengths at
+    once.
+    """
+    fed = [reference.prompt(row) + reference.generated(row)[:-1] for row in range(len(reference))]
+    held: list[list[int]] = [[] for _ in range(sequences)]
+    order = sorted(range(len(fed)), key=lambda row: (fed[row][:BEGINNING_TOKENS], len(fed[row])))
+    call: list[Feed] = []
+    size = 0
+    for row in order:
+        kept = _kept(reference, row, held[len(call) % sequences], fed[row])
+        if call and (len(call) == sequences or size + len(fed[row]) - kept > batch_tokens):
+            yield call
+            call, size = [], 0
+            kept = _kept(reference, row, held[0], fed[row])
+        held[len(call)] = fed[row]
+        call.append(Feed(row, len(call), kept))
+        size += len(fed[row]) - kept
+    if call:
+        yield call
+
+
+def _kept(reference: Reference, row: int, held: Sequence[int], tokens: Sequence[int]) -> int:
+    """How many tokens in front of the first wanted logits a slot that holds `held` has already."""
+    first = int(reference.prompt_lengths[row]) - 1
+    pairs = zip(held, tokens[:first], strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(held), first))
+
+
+def _prompt_steps(prompt: Sequence[int]) -> list[_Step]:
+    last = len(prompt) - 1
+    return [_Step(token, i, target=0 if i == last else -1) for i, token in enumerate(prompt)]
 
 
 def replay_tokens(reference: Reference) -> int:
@@ -497,7 +613,7 @@ def tokenize(path: Path, texts: Sequence[str], add_special: bool = True) -> list
     itself asks for (BOS, EOS) around each text. EdgeDtmError when the file cannot be loaded.
     """
     lib = _library()
-    model = _load_model(Path(path), vocab_only=True)
+    model = _load_model(Path(path), vocab_only=True, repack=False)
     try:
         vocab = lib.llama_model_get_vocab(model)
         result = []
@@ -525,41 +641,10 @@ def check_gguf(path: Path) -> None:
 
     llama.cpp may abort the process on a broken file, so this looks first: magic, version 3 in
     little endian, every tensor's data inside the file, architecture llama or deci, which is a
-    llama whose layers differ in shape.
+    llama whose layers differ in shape. Only the head is read: nothing of the weights is in memory
+    afterwards.
     """
-    import gguf
-
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            head = file.read(8)
-        size = path.stat().st_size
-    except OSError as error:
-        raise EdgeDtmError(f"cannot read {path}: {error.strerror or error}") from None
-    if head[:4] != b"GGUF":
-        raise EdgeDtmError(f"{path} is no GGUF file: it does not start with GGUF")
-    if head[4:] != (3).to_bytes(4, "little"):
-        raise EdgeDtmError(
-            f"{path} is not GGUF version 3 in little endian: convert the model again"
-        )
-    try:
-        with np.errstate(all="ignore"):
-            reader = gguf.GGUFReader(path)
-            ends = [int(t.data_offset) + int(t.n_bytes) for t in reader.tensors]
-        architecture = reader.get_field("general.architecture")
-        name = "" if architecture is None else str(architecture.contents())
-    # The reader trusts the file; what it raises on a broken one is any kind of error.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise EdgeDtmError(
-            f"{path} is truncated or no GGUF file ({reason}): copy or make it again"
-        ) from None
-    if not ends:
-        raise EdgeDtmError(f"{path} holds no tensors")
-    if max(ends) > size:
-        raise EdgeDtmError(
-            f"{path} is truncated: its tensors need {max(ends)} bytes, it has {size}; copy it again"
-        )
+    name = read_header(path).architecture
     if name not in ("llama", "deci"):
         raise EdgeDtmError(
             f"{path} has the architecture {name!r}; edge-dtm reads llama and deci only"
@@ -629,13 +714,20 @@ def _library() -> Any:
     return module
 
 
-def _load_model(path: Path, vocab_only: bool) -> Any:
+def _load_model(path: Path, *, vocab_only: bool = False, repack: bool) -> Any:
     lib = _library()
     # Whoever else loaded a model in this process may have redirected the log since.
     lib.llama_log_set(lib.edge_dtm_log_callback, ctypes.c_void_p(0))
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
     params.vocab_only = vocab_only
+    params.use_extra_bufts = repack
+    # Repacked weights are copies: with the file mapped both would count, twice the model at the
+    # peak. Without repacking the map is the cheapest, since the system may drop its pages.
+    if hasattr(params, "load_mode"):
+        params.load_mode = lib.LLAMA_LOAD_MODE_NONE if repack else lib.LLAMA_LOAD_MODE_MMAP
+    else:  # llama-cpp-python before 0.3.36
+        params.use_mmap = not repack
     _last_errors.clear()
     model = lib.llama_model_load_from_file(os.fsencode(path), params)
     if not model:

@@ -1,0 +1,77 @@
+"""Figures as people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+NOTHING = "–"
+
+
+def number(data: object, *path: str) -> float | None:
+    """The finite number at a path of a JSON object, None where there is none."""
+    for name in path:
+        if not isinstance(data, Mapping):
+            return None
+        data = data.get(name)
+    if isinstance(data, bool) or not isinstance(data, (int, float)) or not math.isfinite(data):
+        return None
+    return float(data)
+
+
+def estimate(data: object, name: str) -> tuple[float, float | None, float | None] | None:
+    """(value, low, high) of an Interval's JSON, or of a bare number."""
+    value = number(data, name)
+    if value is not None:
+        return value, None, None
+    value = number(data, name, "value")
+    return None if value is None else (value, number(data, name, "low"), number(data, name, "high"))
+
+
+def share(value: float | None, digits: int = 2) -> str:
+    # No line may break before the sign.
+    return NOTHING if value is None else f"{value * 100:.{digits}f}\u00a0%"
+
+
+def plain(value: float | None, digits: int = 1) -> str:
+    return NOTHING if value is None else f"{value:,.{digits}f}"
+
+
+def short(value: float | None) -> str:
+    """Two significant digits, for figures over many orders."""
+    return NOTHING if value is None else f"{value:.2g}"
+
+
+def megabytes(value: float | None, digits: int = 1) -> str:
+    return NOTHING if value is None else f"{value / 1e6:,.{digits}f} MB"
+
+
+def interval(data: object, name: str, percent: bool) -> tuple[str, str]:
+    """(value, `2.20 to 3.05`), the second empty where there is no interval."""
+    found = estimate(data, name)
+    if found is None:
+        return NOTHING, ""
+    value, low, high = found
+    scale, digits = (100, 2) if percent else (1, 1)
+    shown = share(value) if percent else plain(value)
+    if low is None or high is None:
+        return shown, ""
+    return shown, f"{low * scale:.{digits}f} to {high * scale:.{digits}f}"
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def spelled(value: Any) -> str:
+    """A value of free-form JSON in one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}: {spelled(v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(spelled, value))
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: NOTHING}[value]
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 100_000 else str(value)
+    return str(value)

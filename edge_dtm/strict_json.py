@@ -1,0 +1,56 @@
+"""JSON that others wrote, read so that nothing in it surprises later.
+
+json.loads takes NaN, numbers that no float holds, halves of characters, and nests as deep as the
+stack allows; each of them fails somewhere else then, far from the file that it came from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+MAX_DEPTH = 32  # our own files have less than ten
+MAX_DIGITS = 20  # 2^64
+_SHOWN = 20
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def loads(data: bytes) -> Any:
+    """What UTF-8 text stands for. ValueError, in one line, when it is no JSON or goes beyond what
+    any of our files has."""
+    text = data.decode()
+    try:
+        tree = json.loads(text, parse_int=_integer, parse_float=_real, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level, depth = [tree], 0
+    while level := [node for node in level if isinstance(node, (dict, list))]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+        level = [
+            child for node in level for child in (node.values() if isinstance(node, dict) else node)
+        ]
+    if _HALF_CHARACTER.search(text):
+        # UnicodeEncodeError, a ValueError, unless the halves are pairs.
+        json.dumps(tree, ensure_ascii=False).encode()
+    return tree
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"the number {text[:_SHOWN]}... has too many digits")
+    return int(text)
+
+
+def _real(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:_SHOWN]} is too large")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
