@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 def print_verdict(verdict: Verdict, console: Console | None = None) -> None:
     """Print it; the last line begins with PASS or FAIL."""
     from rich.console import Console
-    from rich.markup import escape
+    from rich.text import Text
 
     console = console or Console()
     console.print(_table(verdict))
-    for line in _lines(verdict):
-        console.print(escape(line), soft_wrap=True, highlight=False, emoji=False)
+    lines = _lines(verdict)
     if not verdict.passed:
-        console.print(escape(verdict.diagnosis.words), soft_wrap=True, highlight=False, emoji=False)
-    word = "[bold green]PASS[/]" if verdict.passed else "[bold red]FAIL[/]"
-    console.print(
-        f"{word} {escape(' '.join(verdict.reasons))}", soft_wrap=True, highlight=False, emoji=False
-    )
+        lines.append(verdict.diagnosis.words)
+    # Text, not markup: whatever a bundle says stays what it is.
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+    word = Text("PASS", "bold green") if verdict.passed else Text("FAIL", "bold red")
+    console.print(word.append(f" {' '.join(verdict.reasons)}", "not bold default"), soft_wrap=True)
 
 
 def _table(verdict: Verdict) -> Table:

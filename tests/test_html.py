@@ -516,9 +516,7 @@ def test_no_torch_is_needed() -> None:
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium here"
-)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 # A frame of its own, whose width is the phone's: a window cannot be as narrow everywhere.
 WRAPPER = """<!DOCTYPE html><body style="margin:0">
 <iframe id="page" style="border:0;width:{width}px;height:3000px" srcdoc="{document}"></iframe>

@@ -310,6 +310,8 @@ def test_the_worst_kernel_is_named_even_where_a_right_one_rounds_more():
     hopeless = dataclasses.replace(
         BAD_KERNEL, type="Q6_K", component="blk.7.ffn_up", worst_relative_error=math.inf
     )
+    _, (reason,), _ = judge(evidence(kernels=[BAD_KERNEL, coarse]), THRESHOLDS, True)
+    assert reason.startswith("1 of 2") and "Q4_K repacked, 32 columns, blk.1.ffn_down" in reason
     found = evidence(kernels=[BAD_KERNEL, coarse, hopeless])
     passed, reasons, diagnosis = judge(found, THRESHOLDS, True)
     assert not passed and reasons[0].startswith("2 of 3")

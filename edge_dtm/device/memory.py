@@ -114,13 +114,7 @@ def _cgroup_rooms(root: Path) -> list[Room]:
             try:
                 limit = (place / names[0]).read_text().strip()
                 used = int((place / names[1]).read_text())
-                # The page cache counts as used but gives way.
-                stat = dict(
-                    item.split() for item in (place / "memory.stat").read_text().splitlines()
-                )
-                # Version 1 has the groups below in the total only, version 2 in the plain figures.
-                for name in ("inactive_file", "active_file"):
-                    used -= int(stat.get(f"total_{name}", stat.get(name, 0)))
+                used -= _page_cache_bytes(place / "memory.stat")
                 if limit.isdigit() and int(limit) < 2**60:
                     out.append(
                         Room(max(int(limit) - used, 0), "the memory limit of the control group")
@@ -130,6 +124,19 @@ def _cgroup_rooms(root: Path) -> list[Room]:
             if place == base:
                 break
     return out
+
+
+def _page_cache_bytes(path: Path) -> int:
+    """It counts as used but gives way. Version 1 has the groups below in the total only, version 2
+    in the plain figures."""
+    try:
+        stat = dict(item.split() for item in path.read_text().splitlines())
+        return sum(
+            int(stat.get(f"total_{name}", stat.get(name, 0)))
+            for name in ("inactive_file", "active_file")
+        )
+    except (OSError, ValueError):
+        return 0
 
 
 def require_memory(path: Path, settings: RunSettings, context_tokens: int) -> None:
