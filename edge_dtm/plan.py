@@ -193,8 +193,9 @@ class Plan:
                 tuple(Treatment.from_json(r) for r in rows),
                 int(data["fixed_bytes"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise EdgeDtmError(f"not a plan: {error!r}; make it again with compress") from None
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            reason = repr(error)[:200]
+            raise EdgeDtmError(f"not a plan: {reason}; make it again with compress") from None
 
 
 def uniform(components: Iterable[Component], type_name: str, fixed_bytes: int) -> Plan:

@@ -86,7 +86,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EdgeDtmError(f"{path} does not exist: give a folder that compress made") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EdgeDtmError(f"{path} is no JSON ({error}): make the bundle again") from None
 
 

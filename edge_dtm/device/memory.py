@@ -48,8 +48,13 @@ def need(path: Path, settings: RunSettings, context_tokens: int) -> Need:
 
     def value(name: str) -> list[int]:
         field = reader.get_field(name)
-        found = None if field is None else field.contents()
-        return [int(v) for v in found] if isinstance(found, list) else [int(found or 0)]
+        try:
+            found = None if field is None else field.contents()
+            return [int(v) for v in found] if isinstance(found, list) else [int(found or 0)]
+        except (TypeError, ValueError) as error:
+            raise EdgeDtmError(
+                f"{path}: {name} is no number ({error}): copy or make it again"
+            ) from None
 
     field = reader.get_field("general.architecture")
     arch = "llama" if field is None else str(field.contents())
