@@ -38,7 +38,9 @@ from edge_dtm.reference import PACKAGED, Reference, load_imatrix
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS, MAX_BYTES = 24, 1_600_000
-BUNDLE = {"manifest.json", "model.gguf", "reference.npz", "host.npz", "plan.json", "report.md"}
+BUNDLE = {
+    "manifest.json", "model.gguf", "reference.npz", "host.npz", "probe.npz", "plan.json", "report.md"
+}  # fmt: skip
 LINES = [
     "The baker went to the market and",
     "Anna has three red apples.",
