@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from edge_dtm import strict_json
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.scratch import Scratch
 
@@ -112,8 +113,8 @@ class Manifest:
     def parse(cls, data: bytes, source: str) -> Manifest:
         """EdgeDtmError, naming source, unless data is a manifest of this schema."""
         try:
-            tree = json.loads(data.decode(), parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
+            tree = strict_json.loads(data)
+        except ValueError as error:
             raise EdgeDtmError(f"{source} is no JSON ({error}): copy the bundle again") from None
         if not isinstance(tree, dict) or tree.get("kind") != KIND:
             raise EdgeDtmError(f"{source} is not the manifest of an edge-dtm bundle")
@@ -286,10 +287,6 @@ def _read_within(path: Path, limit_bytes: int) -> bytes | None:
     return data
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
-
-
 def _name_problems(names: Sequence[str]) -> list[str]:
     problems = [
         f"{name!r} is not a plain file name"
@@ -327,12 +324,3 @@ def _file_problem(path: Path, entry: FileEntry, progress: Progress | None) -> st
         return "is missing"
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
-
-
-def __getattr__(name: str) -> Any:
-    # What `archive` has now, for callers that still look for it here.
-    if name in ("COMPRESSION_LEVEL", "open_bundle", "pack", "unpack"):
-        from edge_dtm import archive
-
-        return getattr(archive, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

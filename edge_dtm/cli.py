@@ -11,7 +11,7 @@ from edge_dtm.commands import artifact, device, doctor, host, look, performance,
 from edge_dtm.commands.common import EXIT_ERROR, EXIT_USAGE, EXIT_VERIFIED_AND_FAILED, Bytes
 from edge_dtm.errors import EdgeDtmError
 
-__all__ = ["EXIT_ERROR", "EXIT_USAGE", "EXIT_VERIFIED_AND_FAILED", "Bytes", "main"]
+__all__ = ["EXIT_ERROR", "EXIT_USAGE", "EXIT_VERIFIED_AND_FAILED", "Bytes", "main", "run"]
 
 
 class Group(click.Group):
@@ -27,6 +27,9 @@ class Group(click.Group):
             where = f"{error.filename}: " if error.filename else ""
             click.echo(f"error: {where}{error.strerror or error}", err=True)
             ctx.exit(EXIT_ERROR)
+        except MemoryError:
+            click.echo("error: memory ran out: stop other programs, or raise the limit", err=True)
+            ctx.exit(EXIT_ERROR)
         except ImportError as error:
             if error.name and error.name.split(".")[0] in ("torch", "transformers", "safetensors",
                                                           "matplotlib", "jinja2", "sentencepiece"):  # fmt: skip
@@ -35,7 +38,13 @@ class Group(click.Group):
                     err=True,
                 )
                 ctx.exit(EXIT_ERROR)
-            raise
+            words = " ".join(str(error).split())
+            click.echo(
+                f"error: a library cannot be loaded ({words}): install edge-dtm again, or free "
+                "memory",
+                err=True,
+            )
+            ctx.exit(EXIT_ERROR)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,6 +54,13 @@ def main() -> None:
 
     Exit status: 0 pass, 1 error, 2 wrong usage, 3 verified and failed.
     """
+
+
+def run() -> None:
+    """The program edge-dtm: main in a child, whose death is an error line as well."""
+    from edge_dtm.shield import shielded
+
+    shielded(lambda: main(prog_name="edge-dtm"))
 
 
 for _module in (host, artifact, device, doctor, performance, reports, look, profiles):

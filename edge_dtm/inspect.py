@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 
 from edge_dtm import ggml
+from edge_dtm.device.gguf_header import read_header
 
 # Coarser grids round many weights to zero anyway; there a share of zeros says nothing of a mask.
 _COUNTED = ("F32", "F16", "Q8_0")
@@ -47,12 +47,13 @@ class TensorInfo:
 def describe(path: Path) -> list[TensorInfo]:
     """All tensors of a GGUF in file order; shapes are (rows, row_length)."""
     out = []
-    for t in gguf.GGUFReader(path).tensors:
-        shape = tuple(int(n) for n in reversed(t.shape))
-        kind, zeros = t.tensor_type.name, None
-        if len(shape) == 2 and kind in _COUNTED:
-            raw = np.ascontiguousarray(t.data).view(np.uint8).reshape(shape[0], -1)
-            values = ggml.dequantize(kind, raw, shape[1])
+    for t in read_header(path).tensors:
+        shape, zeros = tuple(reversed(t.shape)), None
+        if len(shape) == 2 and t.type in _COUNTED:
+            raw = np.memmap(
+                path, np.uint8, "r", t.offset_bytes, (shape[0], t.size_bytes // shape[0])
+            )
+            values = ggml.dequantize(t.type, raw, shape[1])
             zeros = 1 - np.count_nonzero(values) / values.size
-        out.append(TensorInfo(t.name, kind, shape, int(t.n_bytes), zeros))
+        out.append(TensorInfo(t.name, t.type, shape, t.size_bytes, zeros))
     return out

@@ -38,7 +38,12 @@ class Treatment:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Treatment:
-        return cls(str(data["type"]), float(data["zero_share"]))
+        """EdgeDtmError for an unknown type, ValueError for a share that is none."""
+        name, share = str(data["type"]), float(data["zero_share"])
+        ggml.block_size(name)
+        if not 0 <= share <= 1:
+            raise ValueError(f"zero_share is {share}")
+        return cls(name, share)
 
 
 @dataclass(frozen=True)
@@ -182,20 +187,33 @@ class Plan:
         try:
             if data["schema_version"] != SCHEMA_VERSION:
                 raise EdgeDtmError(
-                    f"plan has schema version {data['schema_version']}, this edge-dtm reads "
+                    f"plan has schema version {data['schema_version']!r}, this edge-dtm reads "
                     f"{SCHEMA_VERSION}: use the edge-dtm that wrote it"
                 )
             rows = data["components"]
-            return cls(
+            plan = cls(
                 tuple(
-                    Component(str(r["name"]), int(r["rows"]), int(r["row_length"])) for r in rows
+                    Component(str(r["name"]), _size(r["rows"]), _size(r["row_length"]))
+                    for r in rows
                 ),
                 tuple(Treatment.from_json(r) for r in rows),
-                int(data["fixed_bytes"]),
+                _size(data["fixed_bytes"]),
             )
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-            reason = repr(error)[:200]
-            raise EdgeDtmError(f"not a plan: {reason}; make it again with compress") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise EdgeDtmError(f"not a plan: {error!r}; make it again with compress") from None
+        for c, t in zip(plan.components, plan.treatments, strict=True):
+            if not c.fits(t.type):
+                raise EdgeDtmError(
+                    f"not a plan: {c.name!r} cannot be {t.type}; make it again with compress"
+                )
+        return plan
+
+
+def _size(value: object) -> int:
+    """ValueError unless it is a number of rows, weights or bytes."""
+    if type(value) is not int or not 0 <= value < 2**53:
+        raise ValueError(f"{value!r} is no size")
+    return value
 
 
 def uniform(components: Iterable[Component], type_name: str, fixed_bytes: int) -> Plan:

@@ -20,6 +20,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from edge_dtm import strict_json
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.files import write_whole
 from edge_dtm.scratch import Scratch
@@ -168,8 +169,8 @@ def _parse(data: bytes, source: str | Path) -> tuple[str, Ed25519PublicKey, byte
         return EdgeDtmError(f"{source}: its signature file {why}; do not use it, get it again")
 
     try:
-        tree = json.loads(data.decode())
-    except (ValueError, RecursionError):
+        tree = strict_json.loads(data)
+    except ValueError:
         raise malformed("is no JSON") from None
     if not isinstance(tree, dict) or set(tree) != _FIELDS:
         raise malformed(f"needs exactly the names {', '.join(sorted(_FIELDS))}")

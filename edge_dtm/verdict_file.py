@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from edge_dtm import strict_json
 from edge_dtm.errors import EdgeDtmError
 
 LIMIT_BYTES = 16 * 2**20  # a thousand times what verify writes
@@ -67,13 +68,9 @@ def read_numbers(path: Path) -> Any:
     if len(raw) > LIMIT_BYTES:
         raise EdgeDtmError(f"{path} is above {LIMIT_BYTES} bytes: it is none of ours")
     try:
-        return json.loads(raw.decode(), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        return strict_json.loads(raw)
+    except ValueError as error:
         raise EdgeDtmError(f"{path} is no JSON ({error}): make it again") from None
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def problems(data: Any) -> list[str]:

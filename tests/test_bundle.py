@@ -224,11 +224,3 @@ def test_limits_of_the_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_bytes(b" " * (bundles.MANIFEST_LIMIT_BYTES + 1))
     with pytest.raises(EdgeDtmError, match="above 16777216 bytes"):
         open_bundle(folder)
-
-
-def test_what_moved_to_archive_is_still_found_here() -> None:
-    from edge_dtm import archive
-
-    assert bundles.open_bundle is archive.open_bundle
-    with pytest.raises(AttributeError, match="no attribute 'holiday'"):
-        bundles.holiday  # noqa: B018

@@ -6,13 +6,18 @@ import dataclasses
 import math
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge_dtm.device import runner
+from edge_dtm.device.gguf_header import read_header
 from edge_dtm.device.runner import LlamaRunner, Record, RunSettings
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.metrics import divergent_mask, share_of_divergent_tokens
@@ -82,7 +87,18 @@ def test_logits_are_those_of_the_high_level_api(tiny_gguf: Path, tiny_reference:
     llama.close()
 
 
-@pytest.mark.parametrize("settings", [{"batch_tokens": 16}, {"parallel_sequences": 3}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_tokens": 16},
+        {"parallel_sequences": 1},
+        {"parallel_sequences": 3},
+        {"parallel_sequences": 64, "batch_tokens": 200},
+        {"micro_batch_tokens": 1},
+        {"micro_batch_tokens": 7},
+        {"repack": False},
+    ],
+)
 def test_chunks_and_parallel_sequences_do_not_change_the_answer(
     tiny_gguf: Path, tiny_reference: Reference, settings: dict[str, int]
 ) -> None:
@@ -153,6 +169,11 @@ def test_what_does_not_fit_is_refused(tiny_gguf: Path, tiny_reference: Reference
     ("data", "message"),
     [
         ({"threads": 0}, "1 or more"),
+        ({"threads": 1, "micro_batch_tokens": 0}, "1 or more"),
+        ({"threads": 1, "batch_tokens": 2**40}, "at most"),
+        ({"threads": 1, "parallel_sequences": 65}, "at most 64"),
+        ({"threads": 1, "repack": 1}, "repack is no bool"),
+        ({"threads": True}, "threads is no int"),
         ({"threads": "2"}, "no settings"),
         ({"threads": 1, "colour": 1}, "no settings"),
         ({}, "no settings"),
@@ -161,6 +182,201 @@ def test_what_does_not_fit_is_refused(tiny_gguf: Path, tiny_reference: Reference
 def test_wrong_settings_are_refused(data: dict[str, object], message: str) -> None:
     with pytest.raises(EdgeDtmError, match=message):
         RunSettings.from_json(data)
+
+
+def test_records_without_the_newer_settings_are_read() -> None:
+    old = {"threads": 2, "batch_tokens": 64, "parallel_sequences": 1, "flash_attention": False}
+    settings = RunSettings.from_json(old | {"kv_type": "F16"})
+    assert settings == RunSettings(threads=2, batch_tokens=64, parallel_sequences=1)
+    assert settings.repack
+
+
+@st.composite
+def references(draw: st.DrawFn) -> Reference:
+    """Sequences of few different tokens, so that many begin alike."""
+    sizes = draw(
+        st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=12)
+    )
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    start = rng.integers(0, 2, 40)
+    s, p, n = len(sizes), max(a for a, _ in sizes), max(b for _, b in sizes)
+    prompts, generated = np.full((s, p), PADDING), np.full((s, n), PADDING)
+    for row, (a, b) in enumerate(sizes):
+        # The start that all have, up to where this one goes its own way.
+        own = rng.integers(0, 45)
+        ids = np.where(np.arange(a + b) < own, np.resize(start, a + b), rng.integers(0, 2, a + b))
+        prompts[row, :a], generated[row, :b] = ids[:a], ids[a:]
+    return Reference(
+        prompt_ids=prompts.astype(np.int32),
+        prompt_lengths=np.array([a for a, _ in sizes], dtype=np.int32),
+        generated_ids=generated.astype(np.int32),
+        generated_lengths=np.array([b for _, b in sizes], dtype=np.int32),
+        top_ids=np.zeros((s, n, TOP_K), dtype=np.int32),
+        top_logits=np.zeros((s, n, TOP_K), dtype=np.float32),
+        log_normalizers=np.zeros((s, n), dtype=np.float32),
+        split=np.zeros(s, dtype=np.uint8),
+        texts=np.full(s, ""),
+        provenance={},
+    )
+
+
+@given(references(), st.integers(1, 60), st.integers(1, 5))
+def test_calls_feed_each_sequence_as_if_alone(
+    reference: Reference, batch_tokens: int, sequences: int
+) -> None:
+    """Replays the calls on lists in place of the KV cache."""
+    cache: list[list[int]] = [[] for _ in range(sequences)]
+    rows = []
+    for call in runner.calls(reference, batch_tokens, sequences):
+        assert len({feed.slot for feed in call}) == len(call) <= sequences
+        fresh = 0
+        for row, slot, kept in call:
+            tokens = reference.prompt(row) + reference.generated(row)[:-1]
+            assert kept < len(reference.prompt(row)), "the logits behind the prompt are wanted"
+            assert kept <= len(cache[slot])
+            cache[slot] = cache[slot][:kept] + tokens[kept:]
+            assert cache[slot] == tokens
+            fresh += len(tokens) - kept
+            rows.append(row)
+        assert fresh <= batch_tokens or len(call) == 1
+    assert sorted(rows) == list(range(len(reference)))
+
+
+def test_a_shared_beginning_is_fed_once_a_slot(tiny_reference: Reference) -> None:
+    many = tiny_reference.rows(np.array([1] * 9))
+    first = int(many.prompt_lengths[0]) - 1
+    kept = [feed.kept for call in runner.calls(many, 500, 2) for feed in call]
+    assert kept == [0, 0] + [first] * 7
+
+
+def test_sequences_that_share_the_cache_answer_as_alone(
+    tiny_gguf: Path, tiny_reference: Reference
+) -> None:
+    many = tiny_reference.rows(np.array([1, 0, 1, 5, 1, 1, 2, 0]))
+    alone = [forced(tiny_gguf, many.rows(np.array([row]))) for row in range(len(many))]
+    with LlamaRunner(tiny_gguf, RunSettings(threads=1, parallel_sequences=2), 256) as llama:
+        # Twice: the second run finds the cache full of the first.
+        for record in (llama.teacher_forced(many), llama.teacher_forced(many)):
+            for row, one in enumerate(alone):
+                n = int(many.generated_lengths[row])
+                np.testing.assert_array_equal(record.ids[row, :n], one.ids[0, :n])
+                np.testing.assert_allclose(
+                    record.top_logits[row, :n], one.top_logits[0, :n], rtol=0, atol=0.05
+                )
+
+
+def test_the_room_that_settings_ask_for() -> None:
+    settings = RunSettings(threads=1, batch_tokens=100, parallel_sequences=3, micro_batch_tokens=40)
+    assert settings.cache_tokens(256) == 3 * 256
+    assert settings.cache_tokens(257) == 3 * 512
+    assert settings.logits_bytes(1000) == 4 * 1000 * 140
+    few = RunSettings(threads=1, batch_tokens=2, parallel_sequences=3, micro_batch_tokens=40)
+    assert few.sequences_per_call == 2 and few.logits_bytes(10) == 4 * 10 * 4
+
+
+@given(
+    st.lists(st.integers(-5, 5), min_size=TOP_K, max_size=3000),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+)
+def test_summarize_is_a_stable_sort(values: list[int], seed: int, spread: bool) -> None:
+    logits = np.array(values, dtype=np.float32)
+    if spread:
+        logits += np.random.default_rng(seed).standard_normal(len(values)).astype(np.float32)
+    ids, top, normalizer = runner.summarize(logits)
+    order = np.argsort(-logits, kind="stable")[:TOP_K]
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_array_equal(top, logits[order])
+    exact = np.log(np.exp(logits.astype(np.float64)).sum())
+    assert normalizer == pytest.approx(exact, abs=1e-5)
+
+
+def test_the_head_agrees_with_ggufs_own_reader(tiny_gguf: Path) -> None:
+    import gguf
+
+    header = read_header(tiny_gguf)
+    reader = gguf.GGUFReader(tiny_gguf)
+    assert [(t.name, t.shape, t.type, t.offset_bytes, t.size_bytes) for t in header.tensors] == [
+        (t.name, tuple(map(int, t.shape)), t.tensor_type.name, t.data_offset, t.n_bytes)
+        for t in reader.tensors
+    ]
+    assert header.architecture == "llama"
+    for key, value in header.values.items():
+        if not isinstance(value, tuple):
+            assert value == pytest.approx(reader.fields[key].contents())
+    assert header.integers("block_count") == [2]
+    assert header.integers("attention.key_length") == []
+    assert "tokenizer.ggml.tokens" not in header.values
+
+
+@given(st.data())
+def test_a_damaged_head_is_refused_or_read(data: st.DataObject) -> None:
+    good = _small_gguf()
+    broken = bytearray(good)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(good) - 9))
+        kind = data.draw(st.sampled_from(["byte", "word", "cut"]))
+        if kind == "byte":
+            broken[at] = data.draw(st.integers(0, 255))
+        elif kind == "word":
+            number = data.draw(st.sampled_from([0, 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1]))
+            broken[at : at + 8] = number.to_bytes(8, "little")
+        else:
+            del broken[-at - 1 :]
+            break
+    with tempfile.NamedTemporaryFile(suffix=".gguf") as file:
+        file.write(broken)
+        file.flush()
+        try:
+            header = read_header(Path(file.name))
+        except EdgeDtmError as error:
+            assert "\n" not in str(error)
+        else:
+            assert all(t.end_bytes <= len(broken) for t in header.tensors)
+
+
+@cache
+def _small_gguf() -> bytes:
+    import gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "small.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_token_list(["a", "bc"])
+        writer.add_block_count(2)
+        writer.add_rope_scaling_factor(1.5)
+        writer.add_tensor("t", np.zeros((2, 4), dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path.read_bytes()
+
+
+@pytest.mark.parametrize("count", [2**40, 2**64 - 1])
+def test_no_count_keeps_the_reader_going(tmp_path: Path, count: int) -> None:
+    """A file that promises more than it holds is refused before any loop over it."""
+    path = tmp_path / "many.gguf"
+    key = b"tokens"
+    array = len(key).to_bytes(8, "little") + key + (9).to_bytes(4, "little")
+    for head in (
+        (1).to_bytes(8, "little") + count.to_bytes(8, "little"),
+        count.to_bytes(8, "little") + (0).to_bytes(8, "little"),
+        bytes(8) + (1).to_bytes(8, "little") + array + (8).to_bytes(4, "little")
+        + count.to_bytes(8, "little"),
+    ):  # fmt: skip
+        path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + head + bytes(1000))
+        with pytest.raises(EdgeDtmError, match="truncated or no GGUF"):
+            read_header(path)
+
+
+def test_checking_leaves_no_weights_in_memory(tiny_gguf: Path) -> None:
+    """Its pages would count twice: once for the check and once for llama.cpp."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc")
+    runner.check_gguf(tiny_gguf)
+    assert str(tiny_gguf) not in maps.read_text()
 
 
 def test_summarize_takes_the_lowest_id_on_ties() -> None:

@@ -203,8 +203,15 @@ def test_the_hosts_own_run_of_a_part_meets_the_limits_of_it(replay, max_sdt, min
     if taken == total:
         assert moved == limits
     else:
-        assert part.sdt.value <= moved.max_sdt <= 1
-        assert 0 <= moved.min_fdt <= part.fdt.value
+        # A limit that the host misses on all is the user's own, and does not move.
+        if host.sdt.value <= max_sdt:
+            assert part.sdt.value <= moved.max_sdt <= 1
+        else:
+            assert moved.max_sdt == max_sdt
+        if host.fdt.value >= min_fdt:
+            assert 0 <= moved.min_fdt <= part.fdt.value
+        else:
+            assert moved.min_fdt == min_fdt
 
 
 @given(st.floats(0, 1), st.floats(0, 96), st.integers(1, 50), st.integers(1, 49))
@@ -331,7 +338,8 @@ def test_what_is_certain_counts_and_not_the_figures_so_far(certain, names):
     wanted = [start for name, (_, start) in MISSED.items() if met[name] == passed]
     assert len(reasons) == len(wanted)
     assert all(" so far, " in r for r in reasons if "kernels" not in r and "F16" not in r)
-    of_host = [met[name] for name in ("kl", "decided", "probe", "kernels")]
+    # What is bad so far speaks for the device even where a quick run ended before it was certain.
+    of_host = [met[n] and n not in names for n in ("kl", "decided", "probe", "kernels")]
     wanted_code = "healthy" if passed else "too_close" if all(of_host) else "broken_kernels"
     assert diagnosis.code == wanted_code
 

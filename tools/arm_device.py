@@ -48,6 +48,7 @@ ROOT_SUITE, ROOT_PACKAGES = "bookworm", (PYTHON, "libstdc++6", "libgomp1")
 # The release before has QEMU 7, which shows the host's /proc/cpuinfo and knows no neoverse-v1.
 QEMU_SUITE, QEMU_PACKAGE, QEMU_LEAST = "trixie", "qemu-user", 8
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+KEEP_WHEELS_S = 24 * 3600
 WHEEL_PLATFORMS = ("manylinux2014_aarch64", "manylinux_2_28_aarch64", "manylinux_2_34_aarch64")
 
 
@@ -284,7 +285,12 @@ class Maker:
             only = ["--python-version=3.11", "--only-binary=:all:"]
             self._pip("install", *platforms, *only, "-c", constraints, "--target", new, *wanted)
 
-        return self.once(target, "wheels for arm64", fill)
+        found = self.once(target, "wheels for arm64", fill)
+        # Of other constraints; what was made today may be in use by another checkout.
+        for other in self.folder.glob("wheels-*"):
+            if other != found and time.time() - other.stat().st_mtime > KEEP_WHEELS_S:
+                shutil.rmtree(other, ignore_errors=True)
+        return found
 
     def libraries(self, arch: str) -> Path:
         """llama.cpp's libraries for one -march. Only libggml-cpu differs between two of them."""

@@ -5,6 +5,7 @@ Every function takes a random.Random and gives bytes, the same for the same stat
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -87,11 +88,11 @@ def mutate_tree(source: random.Random, tree: Any) -> Any:
     for _ in range(source.choice((1, 1, 1, 2, 3))):
         places = list(_places(tree))
         if not places:
-            return source.choice(_VALUES)
+            return _value(source)
         holder, key = source.choice(places)
         kind = source.randrange(10)
         if kind < 5:
-            holder[key] = source.choice(_VALUES)
+            holder[key] = _value(source)
         elif kind == 5:
             del holder[key]
         elif kind == 6 and isinstance(holder, dict):
@@ -105,8 +106,13 @@ def mutate_tree(source: random.Random, tree: Any) -> Any:
         elif isinstance(holder[key], (int, float)) and not isinstance(holder[key], bool):
             holder[key] = source.choice(INTEGERS) * source.choice((1, -1))
         else:
-            return source.choice(_VALUES) if source.random() < 0.1 else tree
+            return _value(source) if source.random() < 0.1 else tree
     return tree
+
+
+def _value(source: random.Random) -> Any:
+    """A copy, since later changes would be seen by all inputs."""
+    return copy.deepcopy(source.choice(_VALUES))
 
 
 def _places(tree: Any) -> Any:
@@ -213,11 +219,8 @@ def write_npz(items: Sequence[tuple[str, bytes]], how: int = zipfile.ZIP_DEFLATE
             # Without its own date a member has the time of day in it.
             info = zipfile.ZipInfo(name or "/", (1980, 1, 1, 0, 0, 0))
             info.compress_type = how
-            if name not in archive.namelist():
-                archive.writestr(info, data)
-                continue
             # zipfile warns of a second member of one name; that is what is wanted here.
-            archive.NameToInfo.pop(name)
+            archive.NameToInfo.pop(info.filename, None)
             archive.writestr(info, data)
     return out.getvalue()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from edge_dtm import strict_json
 from edge_dtm.errors import EdgeDtmError
 
 EXIT_ERROR, EXIT_USAGE, EXIT_VERIFIED_AND_FAILED = 1, 2, 3
@@ -83,10 +84,10 @@ def folder_bytes(folder: Path) -> int:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return strict_json.loads(path.read_bytes())
     except FileNotFoundError:
         raise EdgeDtmError(f"{path} does not exist: give a folder that compress made") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise EdgeDtmError(f"{path} is no JSON ({error}): make the bundle again") from None
 
 

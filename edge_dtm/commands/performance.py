@@ -2,6 +2,160 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 
-COMMANDS: tuple[click.Command, ...] = ()
+from edge_dtm.commands.common import PATH, require_folder_of, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from edge_dtm.device.performance import Performance
+    from edge_dtm.profiles import DeviceProfile
+
+
+@click.command()
+@click.argument("source", metavar="BUNDLE_OR_GGUF", type=PATH)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores].")
+@click.option(
+    "--threads-sweep", is_flag=True, help="Try 1 thread to all (or --threads); measure the best."
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, 3600, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Decode for about so long.",
+)
+@click.option(
+    "--profile", "profile_name", help="Compare with its estimate [default: the bundle's profile]."
+)
+@click.option("--json", "json_file", type=PATH, help="Also write the figures as JSON.")
+def bench(
+    source: Path,
+    threads: int | None,
+    threads_sweep: bool,
+    seconds: float,
+    profile_name: str | None,
+    json_file: Path | None,
+) -> None:
+    """Speed, memory, energy and heat of a model here, against its profile's estimate.
+
+    The figures come from a process of their own. Energy, temperature and throttling need sensors;
+    what is absent is said with its reason."""
+    from rich.console import Console
+
+    from edge_dtm import bundle as bundles
+    from edge_dtm.archive import open_bundle
+    from edge_dtm.device.cpu import first_decode_in_child
+    from edge_dtm.device.memory import require_memory
+    from edge_dtm.device.performance import (
+        CONTEXT_TOKENS,
+        estimated_tokens_per_s,
+        in_words,
+        measure,
+    )
+    from edge_dtm.device.runner import RunSettings, check_gguf, default_threads
+    from edge_dtm.profiles import load_profile
+
+    if json_file is not None:
+        require_folder_of(json_file)
+    profile = None if profile_name is None else load_profile(profile_name)
+    most = threads or default_threads()
+    # One sequence, as in use.
+    settings = RunSettings(threads=most, parallel_sequences=1)
+    with ExitStack() as stack:
+        if _is_gguf(source):
+            model = source
+        else:
+            bundle = stack.enter_context(open_bundle(source))
+            bundle.check()
+            model = bundle.path(bundles.MODEL)
+            profile = profile or _profile_of(bundle.manifest.provenance.get("profile"))
+        check_gguf(model)
+        first_decode_in_child(settings)
+        require_memory(model, settings, CONTEXT_TOKENS)
+        found = measure(model, settings, seconds, range(1, most + 1) if threads_sweep else ())
+    sentences = in_words(found, profile)
+    console = Console()
+    _print(found, profile, console)
+    for sentence in sentences:
+        console.print(sentence, markup=False, highlight=False)
+    if json_file is not None:
+        data = found.to_json() | {
+            "profile": None if profile is None else profile.name,
+            "estimated_decode_tokens_per_s": None
+            if profile is None
+            else estimated_tokens_per_s(found, profile),
+            "sentences": sentences,
+        }
+        write_json(json_file, data)
+
+
+def _is_gguf(path: Path) -> bool:
+    if path.is_dir():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def _profile_of(name: object) -> DeviceProfile | None:
+    """A bundle's profile; None when it names none or one that is not packaged."""
+    from edge_dtm.profiles import load_profile, profiles_dir
+
+    # A name from a file: never taken as a path.
+    known = {path.stem for path in profiles_dir().glob("*.toml")}
+    return load_profile(name) if isinstance(name, str) and name in known else None
+
+
+def _print(found: Performance, profile: DeviceProfile | None, console: Console) -> None:
+    from rich.table import Table
+
+    from edge_dtm.device.performance import estimated_tokens_per_s
+
+    table = Table(
+        "", "measured", title=f"{found.model_bytes / 1e6:.1f} MB, {found.threads} threads"
+    )
+    table.columns[1].justify = "right"
+    rows = {
+        "decode, tokens/s": f"{found.decode_tokens_per_s:.1f}",
+        "prefill, tokens/s": f"{found.prefill_tokens_per_s:.1f}",
+        f"first token of a prompt of {found.prompt_tokens}, s": f"{found.time_to_first_token_s:.2f}",
+        "decoded token, ms, p50": f"{found.decode_ms_p50:.1f}",
+        "decoded token, ms, p95": f"{found.decode_ms_p95:.1f}",
+        "peak memory of the process, MB": f"{found.peak_rss_bytes / 1e6:.0f}",
+    }
+    if found.energy_j_per_token is not None and found.mean_power_w is not None:
+        rows[f"energy, J/token ({found.power_sensor})"] = f"{found.energy_j_per_token:.3g}"
+        rows["power while decoding, W"] = f"{found.mean_power_w:.2f}"
+    if found.temperatures_c_after:
+        hottest = max(found.temperatures_c_after, key=lambda zone: found.temperatures_c_after[zone])
+        before = found.temperatures_c_before.get(hottest)
+        start = "" if before is None else f"{before:.0f} to "
+        rows[f"temperature, °C ({hottest})"] = f"{start}{found.temperatures_c_after[hottest]:.0f}"
+    if found.clock_share is not None:
+        rows["clock, share of its maximum"] = f"{found.clock_share:.0%}"
+    if profile is not None:
+        rows[f"estimated decode, tokens/s ({profile.name})"] = (
+            f"{estimated_tokens_per_s(found, profile):.1f}"
+        )
+    for label, value in rows.items():
+        table.add_row(label, value)
+    console.print(table)
+    if found.sweep:
+        sweep = Table("threads", "prefill, tokens/s", "decode, tokens/s")
+        for column in sweep.columns:
+            column.justify = "right"
+        for speed in found.sweep:
+            sweep.add_row(
+                str(speed.threads),
+                f"{speed.prefill_tokens_per_s:.1f}",
+                f"{speed.decode_tokens_per_s:.1f}",
+            )
+        console.print(sweep)
+
+
+COMMANDS = (bench,)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_dtm.errors import EdgeDtmError
+from edge_dtm.scratch import Scratch
 
 if TYPE_CHECKING:
     from edge_dtm.device.runner import RunSettings
@@ -457,8 +458,8 @@ def _child(words: Sequence[str]) -> None:
             with LlamaRunner(path, settings, 32) as llama:
                 llama.measure_speed(16, 2)
 
-        with tempfile.TemporaryDirectory(prefix="edge-dtm-") as folder:
-            for path in _small_models(Path(folder)):
+        with Scratch("edge-dtm", Path(tempfile.gettempdir())) as folder:
+            for path in _small_models(folder):
                 decode(path)
         for given in words[2:]:
             check_gguf(Path(given))

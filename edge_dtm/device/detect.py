@@ -39,6 +39,7 @@ from edge_dtm.device.runner import LlamaRunner, RunSettings
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.files import write_whole
 from edge_dtm.profiles import SCHEMA_VERSION, DeviceProfile, load_profile
+from edge_dtm.scratch import Scratch
 
 MODEL_BYTES = 256 * 10**6
 CACHES = 4  # the measured bytes are at least as many times the last-level cache
@@ -139,7 +140,7 @@ def measure(
         if progress:
             progress("Decoding", done, steps)
 
-    with tempfile.TemporaryDirectory(prefix="edge-dtm-") as folder:
+    with Scratch("edge-dtm", Path(tempfile.gettempdir())) as folder:
         path = Path(folder) / "model.gguf"
         first, *others = MEASURED_TYPES
         write_model(path, first, model_bytes)

@@ -48,6 +48,7 @@ class TensorInfo:
 class Header:
     """values: metadata by key, without arrays of strings and arrays above KEPT_ITEMS."""
 
+    path: Path
     file_bytes: int
     values: Mapping[str, Value]
     tensors: tuple[TensorInfo, ...]
@@ -57,9 +58,18 @@ class Header:
         return str(self.values.get("general.architecture", ""))
 
     def integers(self, key: str) -> list[int]:
-        """A number or an array of numbers of this architecture, such as `block_count`; [] without."""
-        value = self.values.get(f"{self.architecture}.{key}", ())
-        return [int(v) for v in (value if isinstance(value, tuple) else (value,))]
+        """A number or an array of numbers of this architecture, such as `block_count`; [] without.
+
+        EdgeDtmError when it is something else or below 0.
+        """
+        name = f"{self.architecture}.{key}"
+        value = self.values.get(name, ())
+        found = list(value) if isinstance(value, tuple) else [value]
+        if not all(isinstance(v, int) and v >= 0 for v in found):
+            raise EdgeDtmError(
+                f"{self.path}: {name!r} is no whole number of 0 or more: copy or make it again"
+            )
+        return [int(v) for v in found]
 
 
 def read_header(path: Path) -> Header:
@@ -89,14 +99,14 @@ def read_header(path: Path) -> Header:
         raise EdgeDtmError(
             f"{path} is truncated: its tensors need {end} bytes, it has {size}; copy it again"
         )
-    return Header(size, values, tuple(tensors))
+    return Header(path, size, values, tuple(tensors))
 
 
 def kv_bytes_per_token(header: Header, kv_type: str) -> int:
     """Bytes of the KV cache of one token over all layers, in the GGML type kv_type.
 
     2 (K and V) x KV heads x head size x bytes of the type; in architecture `deci` each layer has
-    its own numbers.
+    its own numbers. EdgeDtmError when one of them is no number.
     """
     from edge_dtm import ggml
 
@@ -105,8 +115,8 @@ def kv_bytes_per_token(header: Header, kv_type: str) -> int:
     kv_heads = header.integers("attention.head_count_kv") or heads
     width = (header.integers("embedding_length") or [0])[0]
     head_size = (header.integers("attention.key_length") or [width // max(*heads, 1)])[0]
-    each = kv_heads if len(kv_heads) > 1 else kv_heads * layers
-    return 2 * sum(ggml.row_bytes(kv_type, n * head_size) for n in each if n)
+    times = 1 if len(kv_heads) > 1 else layers
+    return 2 * times * sum(ggml.row_bytes(kv_type, n * head_size) for n in kv_heads if n)
 
 
 class _Broken(Exception):

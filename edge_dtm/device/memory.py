@@ -7,6 +7,7 @@ import resource
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_dtm.device.gguf_header import kv_bytes_per_token, read_header
 from edge_dtm.device.runner import RunSettings
 from edge_dtm.errors import EdgeDtmError
 
@@ -40,36 +41,9 @@ def need(path: Path, settings: RunSettings, context_tokens: int) -> Need:
 
     KV cache: 2 (K and V) x KV heads x head size x bytes of its type, over layers and cells.
     """
-    import gguf
-
-    from edge_dtm import ggml
-
-    reader = gguf.GGUFReader(path)
-
-    def value(name: str) -> list[int]:
-        field = reader.get_field(name)
-        try:
-            found = None if field is None else field.contents()
-            return [int(v) for v in found] if isinstance(found, list) else [int(found or 0)]
-        except (TypeError, ValueError) as error:
-            raise EdgeDtmError(
-                f"{path}: {name} is no number ({error}): copy or make it again"
-            ) from None
-
-    field = reader.get_field("general.architecture")
-    arch = "llama" if field is None else str(field.contents())
-    layers, width = value(f"{arch}.block_count")[0], value(f"{arch}.embedding_length")[0]
-    heads, kv_heads = (
-        value(f"{arch}.attention.head_count"),
-        value(f"{arch}.attention.head_count_kv"),
-    )
-    # Where layers differ, both are lists of one number a layer.
-    kv = kv_heads if len(kv_heads) > 1 else kv_heads * layers
-    head = value(f"{arch}.attention.key_length")[0] or width // max(max(heads), 1)
-    row = [n * head for n in kv if n]
-    tokens = settings.cache_tokens(context_tokens)
-    kv_bytes = 2 * tokens * sum(ggml.row_bytes(settings.kv_type, n) for n in row)
-    vocab = next((int(t.shape[1]) for t in reader.tensors if t.name == "token_embd.weight"), 0)
+    header = read_header(path)
+    kv_bytes = settings.cache_tokens(context_tokens) * kv_bytes_per_token(header, settings.kv_type)
+    vocab = next((t.shape[-1] for t in header.tensors if t.name == "token_embd.weight"), 0)
     return Need(path.stat().st_size, kv_bytes, settings.logits_bytes(vocab) + GRAPH_BYTES)
 
 

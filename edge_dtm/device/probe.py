@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from edge_dtm.device.runner import LlamaRunner, RunSettings, check_gguf, peak_rss_bytes
 from edge_dtm.errors import EdgeDtmError
 
 PROMPT_TOKENS, DECODE_TOKENS = 128, 64
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,21 @@ def probe_here(path: Path, settings: RunSettings) -> Probed:
 
 def probe(path: Path, settings: RunSettings) -> Probed:
     """The same in a child. EdgeDtmError with the child's last words when it fails."""
-    words = [sys.executable, "-m", __name__, str(path), json.dumps(settings.to_json())]
+    return in_child(__name__, path, settings.to_json(), lambda data: Probed(**data))
+
+
+def in_child(
+    module: str, path: Path, request: Mapping[str, Any], parse: Callable[[Any], Answer]
+) -> Answer:
+    """`python -m module path request`, whose last line is the JSON that parse is given.
+
+    EdgeDtmError with the child's last words when it fails or parse finds something missing.
+    """
+    words = [sys.executable, "-m", module, str(path), json.dumps(request)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     try:
-        return Probed(**json.loads(done.stdout.splitlines()[-1]))
-    except (ValueError, IndexError, TypeError):
+        return parse(json.loads(done.stdout.splitlines()[-1]))
+    except (ValueError, IndexError, KeyError, TypeError):
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise EdgeDtmError(
             f"{path} could not be measured: {last.removeprefix('error: ')}"
@@ -53,7 +66,9 @@ if __name__ == "__main__":
     try:
         print(
             json.dumps(
-                asdict(probe_here(Path(sys.argv[1]), RunSettings(**json.loads(sys.argv[2]))))
+                asdict(
+                    probe_here(Path(sys.argv[1]), RunSettings.from_json(json.loads(sys.argv[2])))
+                )
             )
         )
     except EdgeDtmError as error:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy.typing as npt
 
 from edge_dtm.device.gguf_header import read_header
 from edge_dtm.errors import EdgeDtmError
-from edge_dtm.reference import PADDING, TOP_K, Reference, load_npz, save_npz
+from edge_dtm.reference import PADDING, TOP_K, Reference, check_arrays, load_npz, save_npz
 
 LOG_VARIABLE = "EDGE_DTM_LLAMA_LOG"
 Mode = Literal["teacher_forced", "generate"]
@@ -34,6 +35,8 @@ Observer = Callable[[int, int, npt.NDArray[np.float32]], None]
 
 BEGINNING_TOKENS = 16  # those that sequences are sorted by, so that neighbours begin alike
 CACHE_STEP = 256  # llama.cpp rounds the context of a sequence up to a multiple
+# Settings come with a bundle: what is above these is no use and would only take memory.
+MAX_THREADS, MAX_BATCH_TOKENS = 512, 16_384
 MAX_SEQUENCES = 64  # LLAMA_MAX_SEQ of the oldest llama.cpp that is supported
 _ARRAYS = (
     "ids",
@@ -43,6 +46,13 @@ _ARRAYS = (
     "reference_log_probabilities",
     "lengths",
 )
+_TYPES: dict[str, npt.DTypeLike] = {
+    "ids": np.int32,
+    "top_ids": np.int32,
+    "top_logits": np.float32,
+    "log_normalizers": np.float32,
+    "lengths": np.int32,
+}
 _LOG_LEVEL_ERROR, _LOG_LEVEL_CONTINUE = 4, 5  # enum ggml_log_level
 _last_errors: deque[str] = deque(maxlen=3)
 
@@ -78,10 +88,18 @@ class RunSettings:
         small = [f"{name} is {value}" for name, value in numbers.items() if value < 1]
         if small:
             raise EdgeDtmError(f"{', '.join(small)}, must be 1 or more")
-        if self.parallel_sequences > MAX_SEQUENCES:
-            raise EdgeDtmError(
-                f"parallel_sequences is {self.parallel_sequences}, must be at most {MAX_SEQUENCES}"
-            )
+        most = {
+            "threads": MAX_THREADS,
+            "batch_tokens": MAX_BATCH_TOKENS,
+            "parallel_sequences": MAX_SEQUENCES,
+        }
+        large = [
+            f"{name} is {numbers[name]}, must be at most {limit}"
+            for name, limit in most.items()
+            if numbers[name] > limit
+        ]
+        if large:
+            raise EdgeDtmError("; ".join(large))
 
     @property
     def sequences_per_call(self) -> int:
@@ -187,6 +205,13 @@ class Record:
             mode = head["mode"]
             if mode not in ("teacher_forced", "generate"):
                 raise ValueError(f"unknown mode {mode!r}")
+            # Of the reference's tokens some have no probability: those beyond a row's length.
+            check_arrays(arrays, _TYPES)
+            if arrays["reference_log_probabilities"].dtype != np.float32:
+                raise ValueError("wrong type of reference_log_probabilities")
+            lengths = arrays["lengths"]
+            if lengths.size and not 0 <= lengths.min() <= lengths.max() <= arrays["ids"].shape[-1]:
+                raise ValueError("a length lies outside its row")
             return cls(
                 mode=mode,
                 prefill_tokens_per_s=_none_to_nan(head["prefill_tokens_per_s"]),
@@ -195,7 +220,7 @@ class Record:
                 meta=dict(head["meta"]),
                 **arrays,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (IndexError, KeyError, TypeError, ValueError) as error:
             raise EdgeDtmError(
                 f"{path} is no readable record file ({error}): make it again"
             ) from None
@@ -404,11 +429,16 @@ class LlamaRunner:
         timing = self.time_decoding(prompt_tokens, decode_tokens)
         return timing.prefill_tokens_per_s, timing.decode_tokens_per_s
 
-    def time_decoding(self, prompt_tokens: int, decode_tokens: int) -> Timing:
+    def time_decoding(
+        self,
+        prompt_tokens: int,
+        decode_tokens: int,
+        during: AbstractContextManager[object] | None = None,
+    ) -> Timing:
         """Time a prompt, and tokens decoded behind it one a call, in an empty cache.
 
-        The tokens are arbitrary ids; speed does not depend on them. EdgeDtmError when they do not
-        fit the context.
+        The tokens are arbitrary ids; speed does not depend on them. during: entered while the
+        decoding runs, but not the prompt. EdgeDtmError when they do not fit the context.
         """
         if prompt_tokens < 1 or prompt_tokens + decode_tokens > self.context_tokens:
             raise EdgeDtmError(
@@ -421,9 +451,9 @@ class LlamaRunner:
         # As in use: logits only behind the last prompt token and behind each decoded one.
         steps = _prompt_steps(ids[:prompt_tokens])
         prefill = sum(self._decode(c) for c in _chunks(steps, self.settings.batch_tokens))
-        decode = [
-            self._decode([_Step(ids[at], at, target=0)]) for at in range(prompt_tokens, len(ids))
-        ]
+        behind = range(prompt_tokens, len(ids))
+        with during or nullcontext():
+            decode = [self._decode([_Step(ids[at], at, target=0)]) for at in behind]
         return Timing(prompt_tokens, prefill, tuple(decode))
 
     def set_threads(self, threads: int) -> None:
