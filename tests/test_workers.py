@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from edge_dtm.device.memory import Room
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host import workers
 from edge_dtm.host.workers import in_workers, worker_count
@@ -78,12 +79,12 @@ def test_work_nobody_waits_for_is_ended() -> None:
 
 def test_no_more_workers_than_memory_cores_and_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(workers, "memory_available_bytes", lambda: 10 * 2**30)
+    monkeypatch.setattr(workers, "room", lambda: Room(10 * 2**30, "a test"))
     assert worker_count(100, 2**30) == 8
     assert worker_count(3, 2**30) == 3
     assert worker_count(100, 4 * 2**30) == 2
     assert worker_count(100, 2**40) == 1
-    monkeypatch.setattr(workers, "memory_available_bytes", lambda: None)
+    monkeypatch.setattr(workers, "room", lambda: Room(2**62, "nothing"))
     assert worker_count(100, 2**40) == 8
 
 

@@ -17,6 +17,7 @@ import torch
 
 from edge_dtm import bundle, report, target
 from edge_dtm.device import probe_model
+from edge_dtm.device.memory import room
 from edge_dtm.device.runner import LlamaRunner, Record, RunSettings, context_needed, replay_tokens
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host import export
@@ -51,7 +52,6 @@ from edge_dtm.host.stage_recover import recover_plan, sparsify
 from edge_dtm.host.stage_remove import remove
 from edge_dtm.host.stage_zeros import fit_plan
 from edge_dtm.host.tokenizer import NASTY_STRINGS, tokenization_mismatches
-from edge_dtm.host.workers import memory_available_bytes
 from edge_dtm.imatrix import check_imatrix, read_imatrix
 from edge_dtm.inspect import describe
 from edge_dtm.metrics import (
@@ -343,9 +343,9 @@ class Pipeline:
         free = (
             torch.cuda.mem_get_info(self.torch_device)[0]
             if self.torch_device.type == "cuda"
-            else memory_available_bytes()
+            else room().free_bytes
         )
-        if free is not None and free < needed:
+        if free < needed:
             raise EdgeDtmError(
                 f"--recover needs about {needed / 1e9:.0f} GB of memory on {self.torch_device} and "
                 f"{free / 1e9:.0f} GB are free: leave it out, or use --device cpu or a larger "

@@ -16,33 +16,19 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any
 
+from edge_dtm.device.memory import room
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host.compensate import one_torch_thread
 
 _context: Any = None
 
 
-def memory_available_bytes() -> int | None:
-    """What new processes may take without swapping; None where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
-
-
 def worker_count(tasks: int, bytes_each: int) -> int:
     """As many as there are cores and tasks, and as fit the memory; at least one."""
     count = min(os.cpu_count() or 1, tasks)
-    available = memory_available_bytes()
-    if available is not None:
-        count = min(count, available // max(bytes_each, 1))
-    return max(1, count)
+    return max(1, min(count, room().free_bytes // max(bytes_each, 1)))
 
 
 def _start(context: Any) -> None:
