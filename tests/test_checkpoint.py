@@ -198,7 +198,9 @@ def test_llama_cpp_computes_nearly_the_same_with_f16(
     for name, _ in checkpoint.vectors():
         assert np.array_equal(back.tensor(name), checkpoint.tensor(name)), name
     again = _logits(load_model(back, CPU), ids)[:, PROMPT - 1 : -1].numpy()
-    assert np.abs(again - theirs).max() < 0.1
+    # Training ends elsewhere on every CPU, and with it how much F16 rounds; a matrix in the wrong
+    # place makes differences of several logits.
+    assert np.abs(again - theirs).max() < 0.2
     assert np.array_equal(again.argmax(-1)[clear], theirs.argmax(-1)[clear])
 
 

@@ -385,7 +385,9 @@ def test_other_choices_are_measured_anew(
     two = [[Treatment("Q8_0"), Treatment("Q4_0")]] * 2
     first = sensitivity(made.activations, components, one, get, CPU, False, results)
     second = sensitivity(made.activations, components, two, get, CPU, False, results)
-    assert [costs[0] for costs in second] == pytest.approx([costs[0] for costs in first])
+    # One treatment and two are multiplied in products of other shapes, which float32 rounds apart.
+    alike = pytest.approx([costs[0] for costs in first], rel=1e-5)
+    assert [costs[0] for costs in second] == alike
     assert len(read) == 4
 
 
