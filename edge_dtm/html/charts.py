@@ -17,7 +17,7 @@ from edge_dtm.html.tags import Markup, join, tag
 from edge_dtm.html.words import megabytes, plural
 
 WIDTH, HEIGHT = 360, 236
-LEFT, RIGHT, TOP, BOTTOM = 42, 12, 26, 38
+LEFT, RIGHT, TOP, BOTTOM = 50, 12, 26, 38
 COLOURS = 8  # classes s0 to s7 of report.css
 FRONTIER_POINTS = 160  # more cannot be seen
 _BARS = 12
