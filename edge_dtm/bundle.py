@@ -27,6 +27,8 @@ MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 MODEL, REFERENCE, HOST_RECORD = "model.gguf", "reference.npz", "host.npz"
 PROBE_RECORD = "probe.npz"  # what device/probe_model.py's small F16 model said on the host
 REQUIRED_FILES = (MODEL, REFERENCE, HOST_RECORD, PROBE_RECORD)
+# What edge-dtm makes of a bundle and may lie in its folder: never listed, packed or read.
+TOLERATED_FILES = ("report.html", "frontier.png")
 
 MANIFEST_LIMIT_BYTES = 16 * 2**20
 SIGNATURE_LIMIT_BYTES = 4096  # ten times what `sign` writes
@@ -109,6 +111,15 @@ class Manifest:
             "measured": dict(self.measured),
         }
 
+    def noise_floor(self, source: Path) -> dict[str, Any]:
+        """What was measured of it. EdgeDtmError, naming source, when its near_tie_margin is no
+        number of 0 or more; it may be absent."""
+        floor = self.measured.get("noise_floor", {})
+        margin = floor.get("near_tie_margin", 0) if isinstance(floor, dict) else None
+        if isinstance(margin, bool) or not isinstance(margin, (int, float)) or margin < 0:
+            raise EdgeDtmError(f"{source}: the noise floor in its manifest cannot be read")
+        return dict(floor)
+
     @classmethod
     def parse(cls, data: bytes, source: str) -> Manifest:
         """EdgeDtmError, naming source, unless data is a manifest of this schema."""
@@ -118,9 +129,10 @@ class Manifest:
             raise EdgeDtmError(f"{source} is no JSON ({error}): copy the bundle again") from None
         if not isinstance(tree, dict) or tree.get("kind") != KIND:
             raise EdgeDtmError(f"{source} is not the manifest of an edge-dtm bundle")
-        if tree.get("schema_version") != SCHEMA_VERSION:
+        version = tree.get("schema_version")
+        if type(version) is not int or version != SCHEMA_VERSION:
             raise EdgeDtmError(
-                f"{source} has schema version {tree.get('schema_version')!r}, this edge-dtm reads "
+                f"{source} has schema version {version!r}, this edge-dtm reads "
                 f"{SCHEMA_VERSION}: use the edge-dtm that wrote it"
             )
         problems = []
@@ -202,8 +214,8 @@ class Bundle:
     def check(self, progress: Progress | None = None) -> None:
         """Hash every file. EdgeDtmError naming each one missing, changed or not listed.
 
-        progress: called with the bytes hashed since its last call. Subfolders and names that
-        begin with a dot are not looked at, nothing reads them.
+        progress: called with the bytes hashed since its last call. Subfolders, TOLERATED_FILES
+        and names that begin with a dot are not looked at, nothing reads them.
         """
         problems = [
             f"{name} is not listed" for name in REQUIRED_FILES if name not in self.manifest.files
@@ -211,7 +223,7 @@ class Bundle:
         for name, entry in sorted(self.manifest.files.items()):
             if reason := _file_problem(self.folder / name, entry, progress):
                 problems.append(f"{name} {reason}")
-        known = {MANIFEST, SIGNATURE, *self.manifest.files, *REQUIRED_FILES}
+        known = {MANIFEST, SIGNATURE, *self.manifest.files, *REQUIRED_FILES, *TOLERATED_FILES}
         problems += [
             f"{item.name} is not listed"
             for item in sorted(self.folder.iterdir())

@@ -10,7 +10,8 @@ from edge_dtm.errors import EdgeDtmError
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write under a temporary name until complete. EdgeDtmError when the disk is full."""
-    temporary = path.with_name(path.name + ".tmp")
+    # Hidden: a bundle with half a file in it would not be as it was made.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)

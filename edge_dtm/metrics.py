@@ -49,6 +49,11 @@ class Divergence:
     near_tie_share: float
     near_tie_margin: float
 
+    @property
+    def largest_fdt(self) -> float:
+        """What fdt would be without any divergence: the mean length, in tokens."""
+        return self.tokens / self.sequences if self.sequences else 0.0
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from edge_dtm.archive import open_bundle
 from edge_dtm.bundle import MODEL
 from edge_dtm.errors import EdgeDtmError
-from edge_dtm.profiles import load_profile
+from edge_dtm.profiles import packaged_profile
 from edge_dtm.scratch import Scratch
 
 MODELFILE = "Modelfile"
@@ -227,10 +227,8 @@ def read_chat_model(path: Path) -> ChatModel:
 
 
 def _planned_context(provenance: Mapping[str, Any]) -> int:
-    try:
-        return load_profile(str(provenance.get("profile"))).n_ctx
-    except EdgeDtmError:
-        return DEFAULT_CONTEXT_TOKENS
+    profile = packaged_profile(provenance.get("profile"))
+    return DEFAULT_CONTEXT_TOKENS if profile is None else profile.n_ctx
 
 
 def _is_ours(folder: Path) -> bool:

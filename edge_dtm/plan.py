@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from edge_dtm import ggml
@@ -31,7 +33,13 @@ class Treatment:
     zero_share: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.type}+{self.zero_share:.1%} zeros" if self.zero_share else self.type
+        return self.text()
+
+    def text(self, digits: int = 1) -> str:
+        """`Q8_0+50.0% zeros`; digits: behind the point. With enough of them no two are the same."""
+        # A float's own % multiplies, which can make one of two neighbours.
+        share = self.zero_share if digits == 1 else Decimal(self.zero_share)
+        return f"{self.type}+{share:.{digits}%} zeros" if self.zero_share else self.type
 
     def to_json(self) -> dict[str, Any]:
         return {"type": self.type, "zero_share": self.zero_share}
@@ -72,6 +80,18 @@ class Component:
 
     def fits(self, type_name: str) -> bool:
         return self.row_length % ggml.block_size(type_name) == 0
+
+
+def distinct_texts(treatments: Iterable[Treatment]) -> dict[Treatment, str]:
+    """Treatment -> its text, with more digits than usual only where two would read the same."""
+    out: dict[Treatment, str] = {}
+    left, digits = set(treatments), 1
+    while left:
+        alike = Counter(t.text(digits) for t in left)
+        out |= {t: t.text(digits) for t in left if alike[t.text(digits)] == 1}
+        left -= set(out)
+        digits += 1
+    return out
 
 
 def zeros_per_row(row_length: int, zero_share: float) -> int:
@@ -185,10 +205,11 @@ class Plan:
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """EdgeDtmError when the schema is another one or a field is missing."""
         try:
-            if data["schema_version"] != SCHEMA_VERSION:
+            version = data["schema_version"]
+            if type(version) is not int or version != SCHEMA_VERSION:
                 raise EdgeDtmError(
-                    f"plan has schema version {data['schema_version']!r}, this edge-dtm reads "
-                    f"{SCHEMA_VERSION}: use the edge-dtm that wrote it"
+                    f"plan has schema version {version!r}, this edge-dtm reads {SCHEMA_VERSION}: "
+                    "use the edge-dtm that wrote it"
                 )
             rows = data["components"]
             plan = cls(

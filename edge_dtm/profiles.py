@@ -185,6 +185,13 @@ def load_profile(name_or_path: str) -> DeviceProfile:
     return _load_file(folder / f"{name_or_path}.toml")
 
 
+def packaged_profile(name: object) -> DeviceProfile | None:
+    """A packaged profile by its name alone, for a name that a file gave: it is never taken as a
+    path. None when there is no such profile."""
+    known = {path.stem for path in profiles_dir().glob("*.toml")}
+    return load_profile(name) if isinstance(name, str) and name in known else None
+
+
 def byte_budget(
     profile: DeviceProfile,
     *,

@@ -181,7 +181,7 @@ def check_arrays(
 def save_npz(path: Path, arrays: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, Any]) -> None:
     """Write arrays and a JSON head without pickle, under a temporary name until complete."""
     temporary = path.with_name(path.name + ".tmp")
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **meta}, sort_keys=True)
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **meta}, sort_keys=True, allow_nan=False)
     head = np.frombuffer(text.encode(), dtype=np.uint8)
     with temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, meta=head, **arrays)
@@ -206,11 +206,11 @@ def load_npz(
                 meta = strict_json.loads(_array(members, "meta").tobytes())
                 if not isinstance(meta, dict):
                     raise ValueError("its head is no object")
-                if meta.get("schema_version") != SCHEMA_VERSION or meta.get("kind") != kind:
+                version, found = meta.get("schema_version"), meta.get("kind")
+                if type(version) is not int or version != SCHEMA_VERSION or found != kind:
                     raise EdgeDtmError(
-                        f"{path} holds a {_shown(meta.get('kind'))} of schema "
-                        f"{_shown(meta.get('schema_version'))}, not a {kind} of schema "
-                        f"{SCHEMA_VERSION}"
+                        f"{path} holds a {_shown(found)} of schema {_shown(version)}, not a {kind} "
+                        f"of schema {SCHEMA_VERSION}"
                     )
                 _check_members(members, names)
                 return {name: _array(members, name) for name in names}, meta

@@ -26,18 +26,25 @@ def interval(data: Mapping[str, float], percent: bool) -> str:
     return f"{v}{' %' if percent else ''} ({low} to {high})"
 
 
+def _largest_fdt(data: Mapping[str, Any]) -> float:
+    """From a Divergence's JSON: the mean length of the sequences, in tokens."""
+    return float(data["tokens"] / data["sequences"])
+
+
 def rows(measured: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(what, measured, predicted, noise floor) for each figure."""
     p, f = measured["predicted"], measured["noise_floor"]
     other = measured.get("packaged_prompts")
     more = [
         ("SDT on the packaged prompts", interval(other["sdt"], True), "", ""),
-        ("mean FDT on the packaged prompts", interval(other["fdt"], False), "", ""),
+        (f"mean FDT on the packaged prompts, of at most {_largest_fdt(other):.1f}",
+         interval(other["fdt"], False), "", ""),
     ] if other else []  # fmt: skip
     return [
         ("SDT, share of divergent tokens", interval(measured["sdt"], True),
          f"{p['sdt']:.2%}".replace("%", " %"), interval(f["sdt"], True)),
-        ("mean FDT, first divergent token", interval(measured["fdt"], False),
+        (f"mean FDT, first divergent token, of at most {_largest_fdt(measured):.1f}",
+         interval(measured["fdt"], False),
          f"{p['fdt']:.1f}", interval(f["fdt"], False)),
         ("sequences without divergence", f"{measured['identical_share']:.1%}", "",
          f"{f['identical_share']:.1%}"),

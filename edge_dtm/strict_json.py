@@ -1,7 +1,8 @@
-"""JSON that others wrote, read so that nothing in it surprises later.
+"""JSON that others wrote, read so that nothing in it surprises later; and written as it is read.
 
 json.loads takes NaN, numbers that no float holds, halves of characters, and nests as deep as the
 stack allows; each of them fails somewhere else then, far from the file that it came from.
+json.dumps writes NaN and Infinity, which no JSON has.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 MAX_DEPTH = 32  # our own files have less than ten
@@ -37,6 +39,20 @@ def loads(data: bytes) -> Any:
         # UnicodeEncodeError, a ValueError, unless the halves are pairs.
         json.dumps(tree, ensure_ascii=False).encode()
     return tree
+
+
+def plain(tree: Any) -> Any:
+    """The same tree with null for NaN and the infinities."""
+    if isinstance(tree, float):
+        return tree if math.isfinite(tree) else None
+    if isinstance(tree, Mapping):
+        return {key: plain(value) for key, value in tree.items()}
+    return [plain(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def dumps(tree: Any) -> str:
+    """A file's text: sorted keys, indented by one space, numbers that are not finite as null."""
+    return json.dumps(plain(tree), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 def _integer(text: str) -> int:

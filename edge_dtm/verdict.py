@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from edge_dtm import strict_json
 from edge_dtm.bundle import Thresholds
 from edge_dtm.metrics import Divergence, compare, divergent_mask, first_divergent_tokens
 
@@ -77,12 +78,11 @@ class KernelCheck:
     ok: bool
 
     def to_json(self) -> dict[str, Any]:
-        error = self.worst_relative_error
         return {
             "type": self.type,
             "path": self.path,
             "columns": self.columns,
-            "worst_relative_error": error if math.isfinite(error) else None,
+            "worst_relative_error": self.worst_relative_error,
             "component": self.component,
             "ok": self.ok,
         }
@@ -168,7 +168,7 @@ class Verdict:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON as data/verdict.schema.json describes it."""
         e = self.evidence
-        return {
+        tree = {
             "schema_version": SCHEMA_VERSION,
             "kind": "edge-dtm verdict",
             "passed": self.passed,
@@ -190,10 +190,7 @@ class Verdict:
             "kernels_compare": (
                 None if self.kernels_compared is None else self.kernels_compared.to_json()
             ),
-            "performance": {
-                name: value if value is not None and math.isfinite(value) else None
-                for name, value in self.performance.items()
-            },
+            "performance": dict(self.performance),
             "settings": dict(self.settings),
             "runtime": dict(self.runtime),
             "noise_floor": dict(self.noise_floor),
@@ -201,6 +198,8 @@ class Verdict:
             "first_divergent_tokens": list(e.first_divergent_tokens),
             "lengths": list(e.lengths),
         }
+        plain: dict[str, Any] = strict_json.plain(tree)
+        return plain
 
 
 def _divergence_json(divergence: Divergence, mode: Mode) -> dict[str, Any]:
@@ -403,8 +402,10 @@ def _diagnosis(checks: Sequence[_Check], e: Evidence, host_meets: bool) -> Diagn
             where = f"its kernels for {', '.join(bad)} are wrong"
         elif any(c.name == "probe" and not c.met for c in checks):
             where = "even the small F16 model comes out differently, so it is not quantization"
-        else:
+        elif e.kernels:
             where = "single products are right, so look at attention, threads and memory"
+        else:
+            where = "single products were not checked, so verify without --kernels skip first"
         return Diagnosis(
             "broken_kernels",
             f"Broken kernels: this machine does not compute what the host computed from the same "

@@ -35,7 +35,8 @@ def _table(verdict: Verdict) -> Table:
 
     e, limits = verdict.evidence, verdict.thresholds
     table = Table(
-        title=f"{verdict.sequences} of {verdict.sequences_in_bundle} sequences; FDT in tokens"
+        title=f"{verdict.sequences} of {verdict.sequences_in_bundle} sequences; FDT in tokens, of at "
+        f"most {e.against_original.largest_fdt:.1f}"
     )
     for name in ("", "measured", "95 % interval", "threshold", "noise floor"):
         table.add_column(name, justify="left" if not name else "right")

@@ -94,6 +94,15 @@ def test_all_offenders_are_listed(folder: Path) -> None:
     assert "\n" not in text
 
 
+def test_what_edge_dtm_makes_of_a_bundle_may_lie_in_it(folder: Path) -> None:
+    for name in ("report.html", "frontier.png"):
+        (folder / name).write_text("not listed")
+    open_bundle(folder).check()
+    (folder / "report.htm").write_text("not ours")
+    with pytest.raises(EdgeDtmError, match=r"made: report\.htm is not listed; copy"):
+        open_bundle(folder).check()
+
+
 def test_a_manifest_without_the_model_is_found(folder: Path) -> None:
     write_manifest(folder, [*FILES[2:3], *FILES[4:]], LIMITS, {}, {})
     with pytest.raises(
@@ -133,6 +142,8 @@ def change(tree: dict[str, Any], path: str, value: Any) -> None:
         ("schema_version", 1, "schema version 1"),
         ("schema_version", 3, "schema version 3"),
         ("schema_version", "2", "schema version '2'"),
+        ("schema_version", 2.0, r"schema version 2\.0"),
+        ("schema_version", True, "schema version True"),
         ("files", [], "no files"),
         ("files/model.gguf/sha256", "A" * 64, "needs a sha256"),
         ("files/model.gguf/size_bytes", -1, "needs a sha256"),

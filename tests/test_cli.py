@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,7 +16,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner, Result
-from conftest import load_script
+from conftest import BUNDLE_FILES, load_script, seal_bundle
 
 from edge_dtm.cli import EXIT_ERROR, EXIT_USAGE, EXIT_VERIFIED_AND_FAILED, Bytes, main
 
@@ -176,6 +178,136 @@ def test_truncated_model_for_the_other_commands(tiny_bundle: Path, tmp_path: Pat
     _error(
         _run("measure", tiny_bundle / "model.gguf", "--reference", tmp_path / "no.npz"), "no.npz"
     )
+
+
+def test_measure(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Against a bundle's folder, with its near-ties, and against a reference alone."""
+    found = {}
+    for reference in (tiny_bundle, tiny_bundle / "reference.npz"):
+        result = _run("measure", tiny_bundle / "model.gguf", "--reference", reference,
+                      "--threads", "1", "--json", tmp_path / "m.json")  # fmt: skip
+        assert result.exit_code == 0, result.stderr
+        # Six answers of 32, 32, 20, 1, 32 and 7 tokens.
+        assert "of at most 20.7\n" in result.stdout
+        found[reference] = json.loads((tmp_path / "m.json").read_text())
+        assert ("near-ties (≤ 0.01)" in result.stdout) == (reference == tiny_bundle)
+    whole, alone = found.values()
+    assert whole["near_tie_margin"] == 0.01 and 0 <= whole["near_tie_share"] < 0.01
+    assert alone["near_tie_margin"] is None and alone["near_tie_share"] is None
+    assert whole["sdt"] == alone["sdt"]
+
+
+def test_measure_counts_near_ties_as_the_bundle_does(
+    tiny_bundle: Path, seal: Callable[..., None], make_tiny_gguf: Callable[[Path, int], None]
+) -> None:
+    """With weights of another model most tokens differ; at a wide margin all are near-ties."""
+    other = tiny_bundle.with_name("other.gguf")
+    make_tiny_gguf(other, 1)
+    shares = {}
+    for margin in (0.0, 1e6):
+        seal(tiny_bundle, measured={"noise_floor": {"near_tie_margin": margin}})
+        path = tiny_bundle.with_name("m.json")
+        done = _run("measure", other, "--reference", tiny_bundle, "--threads", "1", "--json", path)
+        assert done.exit_code == 0, done.stderr
+        shares[margin] = json.loads(path.read_text())
+    assert shares[0.0]["near_tie_share"] == 0
+    assert shares[1e6]["near_tie_share"] == shares[1e6]["sdt"]["value"] > 0.5
+    seal(tiny_bundle, measured={"noise_floor": {"near_tie_margin": -1}})
+    _error(_run("measure", other, "--reference", tiny_bundle), "noise floor")
+
+
+def test_measure_needs_held_out_sequences(tiny_bundle: Path, tmp_path: Path) -> None:
+    from edge_dtm.reference import CALIBRATION, Reference
+
+    reference = Reference.load(tiny_bundle / "reference.npz")
+    split = reference.split * 0 + CALIBRATION
+    dataclasses.replace(reference, split=split).save(tmp_path / "r.npz")
+    model = tiny_bundle / "model.gguf"
+    result = _run("measure", model, "--reference", tmp_path / "r.npz", "--json", tmp_path / "m")
+    _error(result, "r.npz has no held-out sequences")
+    assert not (tmp_path / "m").exists()
+
+
+def test_json_files_can_be_read_again(tmp_path: Path) -> None:
+    from edge_dtm.commands.common import read_json, write_json
+
+    path = tmp_path / "x.json"
+    write_json(path, {"a": [math.inf, 1.5, {"b": math.nan}], "c": (-math.inf, "d", None, True)})
+    assert read_json(path) == {"a": [None, 1.5, {"b": None}], "c": [None, "d", None, True]}
+
+
+def _is_whole(bundle: Path) -> bool:
+    from edge_dtm.archive import open_bundle, pack
+
+    with open_bundle(bundle) as opened:
+        opened.check()
+    packed = bundle.with_name("whole.edge")
+    pack(bundle, packed)
+    with open_bundle(packed) as opened:
+        return not {"report.html", "frontier.png"} & {p.name for p in opened.folder.iterdir()}
+
+
+def test_no_command_puts_a_strange_file_into_a_bundle(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    plan = load_script("tiny_bundle").plan().to_json() | {
+        "frontier": [{"size_bytes": 10**6 * n, "sigma": 1, "sdt": 0.1 / n, "fdt": n} for n in (1, 2)],
+        "predicted": {"sigma": 1, "sdt": 0.1, "fdt": 1},
+    }  # fmt: skip
+    (tiny_bundle / "plan.json").write_text(json.dumps(plan))
+    seal_bundle(tiny_bundle)
+    model = tiny_bundle / "model.gguf"
+    before = model.read_bytes()
+    monkeypatch.chdir(tiny_bundle)
+    for words in (
+        ["frontier", tiny_bundle, "--png", "drawn.png"],
+        ["frontier", ".", "--png", model],
+        ["report", tiny_bundle, "-o", tiny_bundle / "page.html"],
+        ["verify", tiny_bundle, "--json", "v.json"],
+        ["verify", tiny_bundle, "--record", "v.npz"],
+        ["measure", model, "--reference", tiny_bundle, "--json", "m.json"],
+        ["bench", tiny_bundle, "--json", "b.json"],
+        ["inspect", tiny_bundle, "--json", "i.json"],
+        ["doctor", tiny_bundle, "--json", "d.json"],
+        ["pack", tiny_bundle, "-o", "small.edge"],
+    ):
+        _error(_run(*words), "would lie in the bundle", notes=words[0] == "pack")
+    assert {p.name for p in tiny_bundle.iterdir()} == {*BUNDLE_FILES, "manifest.json"}
+    assert model.read_bytes() == before
+    # Under these names it may lie there, and nothing comes of it.
+    for words, name in (
+        (["frontier", tiny_bundle], "../tiny-bundle-frontier.png"),
+        (["frontier", tiny_bundle, "--png", "frontier.png"], "frontier.png"),
+        (["report", tiny_bundle], "../tiny-bundle-report.html"),
+        (["report", tiny_bundle, "-o", "report.html"], "report.html"),
+    ):
+        result = _run(*words)
+        assert result.exit_code == 0, result.stderr
+        assert (tiny_bundle / name).is_file()
+    assert _is_whole(tiny_bundle)
+
+
+def test_a_drawing_that_breaks_off_leaves_the_bundle_whole(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    from edge_dtm import files
+    from edge_dtm.host.figure import draw_frontier
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    save = pyplot.Figure.savefig
+    monkeypatch.setattr(pyplot.Figure, "savefig", lambda *a, **k: (save(*a, **k), stopped()))
+    point = {"size_bytes": 10**6, "sdt": 0.1, "fdt": 1.0}
+    with pytest.raises(KeyboardInterrupt):
+        draw_frontier([point], 10**6, point, tiny_bundle / "frontier.png")
+    monkeypatch.setattr(files.os, "fsync", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_whole(tiny_bundle / "report.html", b"<html>")
+    monkeypatch.undo()
+    assert _is_whole(tiny_bundle)
 
 
 def test_inspect_and_profiles(tiny_bundle: Path, tmp_path: Path) -> None:

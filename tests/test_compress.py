@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ pytest.importorskip("transformers")
 
 import gguf
 from click.testing import CliRunner, Result
+from conftest import load_script
 
 from edge_dtm.cli import main
 from edge_dtm.device.runner import LlamaRunner, RunSettings
@@ -72,7 +74,7 @@ def _small_runs() -> Iterator[None]:
         patch.setattr(module, "EXTRA_PROMPTS", 4)
         patch.setattr(module, "PACKAGED_PROMPTS", 6)
         patch.setattr(generate, "BATCH_SEQUENCES", 4)
-        patch.setattr(os, "cpu_count", lambda: 1)
+        patch.setattr(os, "sched_getaffinity", lambda _: {0})
         yield
 
 
@@ -142,6 +144,34 @@ def test_held_out_sequences_are_in_the_bundle(bundle: Path, trained_folder: Path
     assert data["measured"]["noise_floor"]["type"] == "F16"
     assert 0 <= data["measured"]["sdt"]["value"] <= 0.5
     assert "# " in (bundle / "report.md").read_text()
+
+
+def test_the_noise_floors_near_ties_are_those_at_its_margin(tmp_path: Path) -> None:
+    """Counted by hand: eight tokens of two answers, three of them divergent."""
+    reference, record = load_script("tiny_bundle").made_up()
+    reference = dataclasses.replace(reference, generated_lengths=np.array([4, 4], dtype=np.int32))
+    margins = np.array([[0.1, 9, 9, 0.2], [9, 9, 5, 9]], dtype=np.float32)
+    top = reference.top_logits.copy()
+    top[:, :, 0] = top[:, :, 1] + margins
+    reference = dataclasses.replace(reference, top_logits=top)
+    ids = reference.generated_ids.copy()
+    for at in ((0, 0), (0, 3), (1, 2)):
+        ids[at] += 1
+    dataclasses.replace(record, ids=ids, lengths=reference.generated_lengths).save(
+        tmp_path / "floor-key.npz"
+    )
+    run = module.Pipeline.__new__(module.Pipeline)
+    run.work, run.key = tmp_path, "key"
+    run.run_settings = RunSettings.from_json(record.settings)
+    floor = run.noise_floor(reference)
+    # The 95th percentile of 0.1, 0.2 and 5 lies between the last two.
+    assert 0.2 < floor["near_tie_margin"] < 5
+    assert floor["divergent_tokens"] == 3 and floor["tokens"] == 8
+    assert floor["near_tie_share"] == 2 / 8
+    assert run.floor.divergence.near_tie_share == 2 / 8
+    # Said with other settings, it is not what this run would hear.
+    run.run_settings = dataclasses.replace(run.run_settings, batch_tokens=32)
+    assert run._known(tmp_path / "floor-key.npz") is None
 
 
 def test_verify_passes(bundle: Path, tmp_path: Path) -> None:
@@ -466,7 +496,7 @@ def patch(owner, name, call):
         return real(*args, **options)
     setattr(owner, name, replaced)
 
-os.cpu_count = lambda: 1
+os.sched_getaffinity = lambda _: {0}
 compress.SAMPLED_PROMPTS, compress.EXTRA_PROMPTS, compress.PACKAGED_PROMPTS = 4, 4, 6
 generate.BATCH_SEQUENCES = 4
 {patch}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import math
 import os
 import random
 import re
@@ -303,6 +304,20 @@ def test_a_head_without_names(tmp_path: Path) -> None:
     assert load_imatrix(tmp_path / "i.npz")[1] == 5
 
 
+@pytest.mark.parametrize("version", [1.0, True, "1", 2])
+def test_a_schema_version_is_a_whole_number(tmp_path: Path, version: Any) -> None:
+    save_npz(tmp_path / "a.npz", {}, {"kind": "margins", "schema_version": version})
+    with pytest.raises(EdgeDtmError, match=f"of schema {version}, not a margins of schema 1"):
+        load_npz(tmp_path / "a.npz", [], "margins")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_head_is_written_that_cannot_be_read(tmp_path: Path, value: float) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save_npz(tmp_path / "a.npz", {}, {"kind": "margins", "value": value})
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- JSON ------------------------------------------------------------------------------------
 
 _TREES = st.recursive(
@@ -323,6 +338,21 @@ _TREES = st.recursive(
 def test_plain_json_is_read_as_ever(tree: Any, ascii_only: bool) -> None:
     data = json.dumps(tree, ensure_ascii=ascii_only).encode()
     assert strict_json.loads(data) == tree
+
+
+@given(_TREES)
+def test_what_is_written_can_be_read(tree: Any) -> None:
+    assert strict_json.loads(strict_json.dumps(tree).encode()) == tree
+
+
+def test_what_is_not_finite_is_written_as_null() -> None:
+    tree = {"b": (math.inf, -math.inf, 1.5), "a": {"c": math.nan, "d": [True, None, "NaN", 2]}}
+    text = strict_json.dumps(tree)
+    assert strict_json.loads(text.encode()) == {
+        "a": {"c": None, "d": [True, None, "NaN", 2]}, "b": [None, None, 1.5]
+    }  # fmt: skip
+    finite = {"b": [1, 2.5], "a": "é"}
+    assert strict_json.dumps(finite) == json.dumps(finite, indent=1, sort_keys=True) + "\n"
 
 
 @pytest.mark.parametrize(

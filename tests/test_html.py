@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import html
 import json
+import math
 import os
 import re
 import shutil
@@ -34,7 +35,7 @@ from edge_dtm.html.gather import gather
 from edge_dtm.html.page import page
 from edge_dtm.html.tags import join, tag, text
 from edge_dtm.llama_vocab import LlamaVocab
-from edge_dtm.plan import Component, Plan, Treatment
+from edge_dtm.plan import Component, Plan, Treatment, distinct_texts
 from edge_dtm.reference import Reference
 from edge_dtm.search import CostTable
 
@@ -177,6 +178,20 @@ def test_costs_are_those_of_the_search() -> None:
         assert maps.chosen_costs(Plan((part,), (unknown,), 0), written) == {}
 
 
+def test_shares_that_read_the_same_keep_their_costs() -> None:
+    """A share that earlier zeros hold, beside a level: distinct as plan.json spells them."""
+    part = Component("blk.0.attn_q", 64, 256)
+    for held in (0.3996, math.nextafter(0.4, 0)):
+        treatments = [Treatment("Q8_0", z) for z in (held, 0.4, 0.5)]
+        costs = dict(zip(treatments, (1.0, 2.0, 7.0), strict=True))
+        written = {part.name: {words: costs[t] for t, words in distinct_texts(treatments).items()}}
+        for treatment, cost in costs.items():
+            assert maps.chosen_costs(Plan((part,), (treatment,), 0), written) == {part.name: cost}
+    hostile = {part.name: {f"Q8_0+40.{'0' * 10**6}% zeros": 9.0} | written[part.name]}
+    plan = Plan((part,), (treatments[1],), 0)
+    assert maps.chosen_costs(plan, hostile) == {part.name: 2.0}
+
+
 def test_cost_cells() -> None:
     cells = maps.cost_cells({"a": 0.9, "b": 0.09, "c": 0.009, "d": 0.0, "e": 0.001})
     assert [c.words for c in cells.values()] == ["90", "9.0", ".9", "0", ".1"]
@@ -302,7 +317,7 @@ def test_a_packed_bundle(tiny_bundle: Path) -> None:
 
 
 def test_the_page_does_not_go_into_the_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
-    _refused(_run(tiny_bundle, "-o", tiny_bundle / "report.html"), "not as it was made")
+    _refused(_run(tiny_bundle, "-o", tiny_bundle / "page.html"), "not as it was made")
     _refused(_run(tiny_bundle, "-o", tmp_path / "none" / "r.html"), "cannot be written")
     (tiny_bundle / "host.npz").write_bytes(b"x")
     _refused(_run(tiny_bundle), "host.npz is changed")

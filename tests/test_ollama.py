@@ -18,6 +18,7 @@ from edge_dtm import ollama
 from edge_dtm.cli import main
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.ollama import ChatModel, chat_turns, modelfile
+from edge_dtm.profiles import profiles_dir
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
@@ -315,3 +316,14 @@ def test_the_context_that_was_planned_for() -> None:
     assert ollama._planned_context({"profile": "raspberrypi4"}) == 2048
     assert ollama._planned_context({"profile": "my-board"}) == 4096
     assert ollama._planned_context({}) == 4096
+
+
+def test_the_profile_that_a_bundle_names_is_never_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packaged = profiles_dir() / "raspberrypi4.toml"
+    shutil.copy(packaged, tmp_path / "mine.toml")
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.toml", "./mine.toml", str(tmp_path / "mine.toml"), str(packaged),
+                 "../device_profiles/raspberrypi4.toml", ["raspberrypi4"], 4):  # fmt: skip
+        assert ollama._planned_context({"profile": name}) == 4096

@@ -19,6 +19,7 @@ from edge_dtm.plan import (
     Plan,
     Treatment,
     candidate_treatments,
+    distinct_texts,
     tensor_bytes,
     uniform,
     zeros_per_row,
@@ -134,6 +135,8 @@ def test_hash_is_fixed_and_depends_on_everything():
     ("change", "message"),
     [
         ({"schema_version": 2}, "schema version 2"),
+        ({"schema_version": 1.0}, "schema version 1.0"),
+        ({"schema_version": True}, "schema version True"),
         ({"components": None}, "not a plan"),
         ({"components": [{"name": "a"}]}, "not a plan"),
         ({"fixed_bytes": "many"}, "not a plan"),
@@ -197,3 +200,31 @@ def test_lookup_and_counts():
     sizes = [size for _, size in counts.values()]
     assert sizes == sorted(sizes, reverse=True)
     assert str(Treatment("Q8_0", 0.25)) == "Q8_0+25.0% zeros"
+
+
+def test_texts_get_more_digits_only_where_they_would_read_the_same():
+    held, level, other = (Treatment("Q8_0", z) for z in (0.3996, 0.4, 0.5))
+    dense, f16 = Treatment("Q8_0"), Treatment("F16", 0.4)
+    assert distinct_texts([dense, held, level, other, f16]) == {
+        dense: "Q8_0",
+        held: "Q8_0+39.96% zeros",
+        level: "Q8_0+40.00% zeros",
+        other: "Q8_0+50.0% zeros",
+        f16: "F16+40.0% zeros",
+    }
+
+
+@pytest.mark.parametrize("level", SPARSE_LEVELS)
+def test_neighbours_have_texts_of_their_own(level):
+    near = {math.nextafter(level, 0), level, math.nextafter(level, 1)}
+    texts = distinct_texts(Treatment("F16", z) for z in near)
+    assert len(set(texts.values())) == len(texts) == 3
+
+
+@given(st.floats(0.01, 0.95))
+def test_every_candidate_has_a_text_of_its_own(held):
+    found = candidate_treatments(COMPONENTS[2], CANDIDATE_TYPES, True, held)
+    texts = distinct_texts(found)
+    assert set(texts) == set(found) and len(set(texts.values())) == len(found)
+    short = [str(t) for t in found]
+    assert all(texts[t] == str(t) for t in found if short.count(str(t)) == 1)

@@ -28,6 +28,7 @@ from edge_dtm.verdict import (
     limits_of_part,
     thresholds_from,
 )
+from edge_dtm.verdict_file import problems
 
 GOOD_KERNEL = KernelCheck("Q8_0", "plain", 1, 2e-3, "blk.0.attn_q", True)
 BAD_KERNEL = KernelCheck("Q4_K", "repacked", 32, 0.7, "blk.1.ffn_down", False)
@@ -235,6 +236,9 @@ SITUATIONS = {
     "F16 differs": ({"probe": 0.01}, True, BROKEN, "not quantization"),
     "KL": ({"kl": 0.02}, True, BROKEN, "attention"),
     "sure tokens differ": ({"decided": 0.01}, True, BROKEN, "attention"),
+    "KL, nothing checked singly": (
+        {"kl": 0.02, "kernels": [], "probe": None}, True, BROKEN, "products were not checked"
+    ),
     "machine and plan": ({"sdt": 0.9, "kl": 0.02}, False, BROKEN, "doctor"),
     "SDT, as on the host": ({"sdt": 0.2}, False, BAD_PLAN, "--max-bytes"),
     "FDT, as on the host": ({"fdt": 3.0}, False, BAD_PLAN, "--max-bytes"),
@@ -255,6 +259,8 @@ def test_every_situation_has_its_diagnosis(situation):
     passed, reasons, diagnosis = judge(evidence(**wrong), THRESHOLDS, host_meets)
     assert passed == (code == "healthy")
     assert diagnosis.code == code and words in diagnosis.words
+    # Only what was looked at is right.
+    assert "single products are right" not in diagnosis.words or wrong.get("kernels", [1])
     assert reasons and all(reason.endswith(".") for reason in reasons)
     assert all((", but wanted" in r or "wrong products" in r) != passed for r in reasons)
 
@@ -435,6 +441,9 @@ def test_what_json_cannot_say_is_null():
     assert json.loads(json.dumps(data, allow_nan=False)) == data
     assert data["kernels"][0]["worst_relative_error"] is None and data["kl_probe_nats"] is None
     assert data["performance"] == {"prefill_tokens_per_s": None, "decode_tokens_per_s": None}
+    # A token that the other run thinks impossible, which no cap hides there.
+    data = dataclasses.replace(whole, kernels_compared=KernelsCompared(9, 1, math.inf)).to_json()
+    assert data["kernels_compare"]["kl_nats"] is None and problems(data) == []
 
 
 def test_evidence_from_arrays_is_plain_json_too():

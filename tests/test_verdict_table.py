@@ -110,7 +110,7 @@ def test_the_last_line_is_the_verdict_with_all_reasons(word, changes, reasons, w
 
 def test_the_table_has_each_figure_with_its_threshold_and_floor():
     text = printed(verdict())
-    assert "8 of 33 sequences" in text
+    assert "8 of 33 sequences; FDT in tokens, of at most 80.0" in text
     assert row(text, "SDT vs original") == ["5.00%", "4.1% to 5.9%", "≤ 10.00%", "0.21%"]
     assert row(text, "FDT vs original") == ["30.0", "21.5 to 38.5", "≥ 20.0", "85.8"]
     assert row(text, "identical vs original") == ["12.5%", "", "", ""]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import THRESHOLDS
 from rich.console import Console
 
 from edge_dtm.archive import pack
@@ -98,6 +99,44 @@ def test_packed_bundle_and_fewer_sequences(tiny_bundle: Path, tmp_path: Path) ->
     assert verdict.evidence.against_original.sequences == 2
     assert "first 2 of 6" in verdict.notes[0]
     assert verify(tiny_bundle, threads=1, max_sequences=100).sequences == 6
+
+
+MOVED = "moved to what the host's own run shows for those"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, f"the thresholds were {MOVED}"),
+        (
+            {"max_sdt": 0.2},
+            f"the SDT threshold was applied to those as it is, the FDT threshold was {MOVED}",
+        ),
+        (
+            {"min_fdt": 2.0},
+            f"the FDT threshold was applied to those as it is, the SDT threshold was {MOVED}",
+        ),
+        ({"max_sdt": 0.2, "min_fdt": 2.0}, "the thresholds were applied to those as they are"),
+        ({"mode": "generate"}, f"the thresholds were {MOVED}"),
+        (
+            {"mode": "generate", "min_fdt": 2.0},
+            "the thresholds were applied to those as they are",
+        ),
+    ],
+    ids=str,
+)
+def test_the_note_says_which_threshold_moved(
+    tiny_bundle: Path, options: dict[str, Any], words: str
+) -> None:
+    verdict = verify(tiny_bundle, threads=1, max_sequences=2, kernels="skip", **options)
+    assert verdict.notes[-1] == f"the first 2 of 6 sequences were replayed; {words}"
+
+
+def test_a_threshold_that_the_host_misses_does_not_move(tiny_bundle: Path, seal: Seal) -> None:
+    seal(tiny_bundle, thresholds=dataclasses.replace(THRESHOLDS, min_fdt=31.5))
+    verdict = verify(tiny_bundle, threads=1, max_sequences=2, kernels="skip")
+    assert verdict.thresholds.min_fdt == 31.5
+    assert "the FDT threshold was applied to those as it is" in verdict.notes[-1]
 
 
 def test_generate(tiny_bundle: Path) -> None:

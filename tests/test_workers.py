@@ -78,7 +78,7 @@ def test_work_nobody_waits_for_is_ended() -> None:
 
 
 def test_no_more_workers_than_memory_cores_and_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(workers, "room", lambda: Room(10 * 2**30, "a test"))
     assert worker_count(100, 2**30) == 8
     assert worker_count(3, 2**30) == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -92,13 +91,26 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, data: Any) -> None:
+    """Numbers that are not finite become null, as the readers know it."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.write_text(strict_json.dumps(data), encoding="utf-8")
     temporary.replace(path)
 
 
-def require_folder_of(path: Path) -> None:
-    """EdgeDtmError before the long run when its result could not be written afterwards."""
+def require_folder_of(path: Path, bundle: Path | None = None) -> None:
+    """EdgeDtmError before the long run when its result could not be written afterwards.
+
+    bundle: what the result is about, often a bundle's folder, which verify and pack would refuse
+    with a strange file in it.
+    """
     folder = path.resolve().parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise EdgeDtmError(f"{path} cannot be written: give a file in a folder that exists")
+    if bundle is not None and folder == bundle.resolve():
+        from edge_dtm.bundle import TOLERATED_FILES
+
+        if path.name not in TOLERATED_FILES:
+            raise EdgeDtmError(
+                f"{path} would lie in the bundle, which then is not as it was made: give a file "
+                "elsewhere"
+            )

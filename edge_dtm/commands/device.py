@@ -78,7 +78,7 @@ def verify(
     )
     for path in (json_file, record):
         if path is not None:
-            require_folder_of(path)
+            require_folder_of(path, bundle)
     with Stages().several() as progress:
         verified = run(bundle, chosen, progress)
     print_verdict(verified.verdict)
@@ -93,12 +93,16 @@ def verify(
 @click.command()
 @click.argument("gguf_file", metavar="MODEL.gguf", type=PATH)
 @click.option(
-    "--reference", type=PATH, required=True, help="A reference.npz, or a bundle's folder."
+    "--reference",
+    type=PATH,
+    required=True,
+    help="A reference.npz, or a bundle's folder, which also knows what a near-tie is.",
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores].")
 @click.option("--json", "json_file", type=PATH, help="Also write the result as JSON.")
 def measure(gguf_file: Path, reference: Path, threads: int | None, json_file: Path | None) -> None:
     """FDT and SDT of anybody's GGUF against a reference, teacher-forced in llama.cpp."""
+    from edge_dtm import bundle as bundles
     from edge_dtm.device.runner import (
         LlamaRunner,
         RunSettings,
@@ -107,14 +111,22 @@ def measure(gguf_file: Path, reference: Path, threads: int | None, json_file: Pa
         default_threads,
         replay_tokens,
     )  # fmt: skip
+    from edge_dtm.errors import EdgeDtmError
     from edge_dtm.metrics import compare, divergent_mask, first_divergent_tokens, perplexity
     from edge_dtm.progress import Stages
     from edge_dtm.reference import HELD_OUT, Reference
     from edge_dtm.report import interval
 
+    if json_file is not None:
+        require_folder_of(json_file, reference)
     check_gguf(gguf_file)
-    path = reference / "reference.npz" if reference.is_dir() else reference
+    path = reference / bundles.REFERENCE if reference.is_dir() else reference
     held_out = Reference.load(path).part(HELD_OUT)
+    if not len(held_out):
+        raise EdgeDtmError(
+            f"{path} has no held-out sequences: give the reference.npz of a bundle, or its folder"
+        )
+    near_tie = _near_tie_margin(reference)
     settings = RunSettings(threads=threads or default_threads())
     with (
         Stages()("Replaying", replay_tokens(held_out)) as advance,
@@ -122,7 +134,7 @@ def measure(gguf_file: Path, reference: Path, threads: int | None, json_file: Pa
     ):
         record = runner.teacher_forced(held_out, advance)
     lengths = held_out.generated_lengths
-    result = compare(held_out.generated_ids, record.ids, lengths, held_out.margins)
+    result = compare(held_out.generated_ids, record.ids, lengths, held_out.margins, near_tie or 0.0)
     mask = divergent_mask(held_out.generated_ids, record.ids, lengths)
     first = first_divergent_tokens(mask, lengths)
     data = {
@@ -134,14 +146,27 @@ def measure(gguf_file: Path, reference: Path, threads: int | None, json_file: Pa
         "first_divergent_tokens": first.tolist(),
         "lengths": lengths.tolist(),
     }
+    if near_tie is None:
+        data |= {"near_tie_share": None, "near_tie_margin": None}
     click.echo(f"SDT {interval(data['sdt'], True)}")
-    click.echo(
-        f"mean FDT {interval(data['fdt'], False)} of at most {held_out.generated_ids.shape[1]}"
-    )
+    click.echo(f"mean FDT {interval(data['fdt'], False)} of at most {result.largest_fdt:.1f}")
     click.echo(f"{result.identical_share:.1%} of {result.sequences} sequences without divergence")
+    if near_tie is not None:
+        click.echo(f"near-ties (≤ {near_tie:.2g}) {result.near_tie_share:.2%}")
     click.echo(f"perplexity on the original's text {data['perplexity']:.4f}")
     if json_file is not None:
         write_json(json_file, data)
+
+
+def _near_tie_margin(reference: Path) -> float | None:
+    """Logits, of the noise floor where the reference is a bundle's folder; else None."""
+    from edge_dtm.bundle import MANIFEST, Manifest, read_head
+
+    if not (reference / MANIFEST).is_file():
+        return None
+    manifest = Manifest.parse(read_head(reference)[0], str(reference / MANIFEST))
+    margin = manifest.noise_floor(reference).get("near_tie_margin")
+    return None if margin is None else float(margin)
 
 
 COMMANDS = (verify, measure)

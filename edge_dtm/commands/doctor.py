@@ -37,7 +37,7 @@ def doctor(bundle_or_gguf: Path | None, n_ctx: int, json_file: Path | None) -> N
     from edge_dtm.errors import EdgeDtmError
 
     if json_file is not None:
-        require_folder_of(json_file)
+        require_folder_of(json_file, bundle_or_gguf)
     findings = examine(bundle_or_gguf, n_ctx)
     console = Console()
     for finding in findings:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edge_dtm.commands.common import PATH, Bytes, Removal, Types, read_json
+from edge_dtm.commands.common import PATH, Bytes, Removal, Types, read_json, require_folder_of
 from edge_dtm.errors import EdgeDtmError
 
 
@@ -221,6 +221,8 @@ def frontier(bundle: Path, png: Path | None, rows: int) -> None:
     from rich.table import Table
 
     plan = read_json(bundle / "plan.json")
+    target = png or bundle.resolve().with_name(f"{bundle.resolve().name}-frontier.png")
+    require_folder_of(target, bundle)
     try:
         points, chosen = plan["frontier"], plan["predicted"]
     except (KeyError, TypeError):
@@ -238,7 +240,6 @@ def frontier(bundle: Path, png: Path | None, rows: int) -> None:
     console = Console()
     console.print(table)
     console.print(f"chosen: predicted SDT {chosen['sdt']:.2%}, mean FDT {chosen['fdt']:.1f}")
-    target = png or bundle.resolve().with_name(f"{bundle.resolve().name}-frontier.png")
     from edge_dtm.host.figure import draw_frontier
     from edge_dtm.plan import Plan
 

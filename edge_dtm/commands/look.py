@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edge_dtm.commands.common import PATH, write_json
+from edge_dtm.commands.common import PATH, require_folder_of, write_json
 
 
 @click.command()
@@ -21,6 +21,8 @@ def inspect(file: Path, json_file: Path | None) -> None:
     from edge_dtm.device.runner import check_gguf
     from edge_dtm.inspect import describe
 
+    if json_file is not None:
+        require_folder_of(json_file, file)
     path = file / "model.gguf" if file.is_dir() else file
     check_gguf(path)
     tensors = describe(path)

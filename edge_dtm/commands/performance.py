@@ -59,10 +59,10 @@ def bench(
         measure,
     )
     from edge_dtm.device.runner import RunSettings, check_gguf, default_threads
-    from edge_dtm.profiles import load_profile
+    from edge_dtm.profiles import load_profile, packaged_profile
 
     if json_file is not None:
-        require_folder_of(json_file)
+        require_folder_of(json_file, source)
     profile = None if profile_name is None else load_profile(profile_name)
     most = threads or default_threads()
     # One sequence, as in use.
@@ -74,7 +74,7 @@ def bench(
             bundle = stack.enter_context(open_bundle(source))
             bundle.check()
             model = bundle.path(bundles.MODEL)
-            profile = profile or _profile_of(bundle.manifest.provenance.get("profile"))
+            profile = profile or packaged_profile(bundle.manifest.provenance.get("profile"))
         check_gguf(model)
         first_decode_in_child(settings)
         require_memory(model, settings, CONTEXT_TOKENS)
@@ -100,15 +100,6 @@ def _is_gguf(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
-
-
-def _profile_of(name: object) -> DeviceProfile | None:
-    """A bundle's profile; None when it names none or one that is not packaged."""
-    from edge_dtm.profiles import load_profile, profiles_dir
-
-    # A name from a file: never taken as a path.
-    known = {path.stem for path in profiles_dir().glob("*.toml")}
-    return load_profile(name) if isinstance(name, str) and name in known else None
 
 
 def _print(found: Performance, profile: DeviceProfile | None, console: Console) -> None:

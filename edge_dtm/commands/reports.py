@@ -44,18 +44,13 @@ def report(
     BUNDLE is a folder or a packed file. The page needs no network, and holds texts of the bundle's
     held-out prompts."""
     from edge_dtm.archive import SUFFIX, open_bundle
-    from edge_dtm.errors import EdgeDtmError
     from edge_dtm.files import write_whole
     from edge_dtm.html.gather import gather
     from edge_dtm.html.page import page
 
     name = bundle.resolve().name.removesuffix(SUFFIX)
     target = output or bundle.resolve().with_name(f"{name}-report.html")
-    require_folder_of(target)
-    if bundle.is_dir() and target.resolve().parent == bundle.resolve():
-        raise EdgeDtmError(
-            f"{target} would lie in the bundle, which then is not as it was made: give -o elsewhere"
-        )
+    require_folder_of(target, bundle)
     with open_bundle(bundle) as opened:
         opened.check()
         data = gather(opened, verdicts, measures, record)

@@ -102,7 +102,7 @@ def verify(bundle_path: Path, options: Options, progress: Progress | None = None
         model = bundle.path(bundles.MODEL)
         runner.check_gguf(model)
         reference, host, probe = _load(bundle)
-        noise_floor = _noise_floor(bundle)
+        noise_floor = bundle.manifest.noise_floor(bundle.source)
         # All but the threads as on the host: these settings can change an argmax.
         settings = replace(
             RunSettings.from_json(host.settings),
@@ -130,13 +130,12 @@ def verify(bundle_path: Path, options: Options, progress: Progress | None = None
                 for r in kernels.check_kernels(model, settings.threads)
             ]
         in_bundle = len(reference)
-        thresholds = bundle.manifest.thresholds
         overridden = {
             name: value
             for name, value in (("max_sdt", options.max_sdt), ("min_fdt", options.min_fdt))
             if value is not None
         }
-        thresholds = replace(thresholds, **overridden)
+        asked = thresholds = replace(bundle.manifest.thresholds, **overridden)
         compared = None
         with LlamaRunner(model, settings, context) as llama:
             _check_host_ids(host, llama.n_vocab)
@@ -193,7 +192,7 @@ def verify(bundle_path: Path, options: Options, progress: Progress | None = None
             runtime=runner.runtime_info(),
             stopped_early=replayed.stopped_early,
             kernels_compared=compared,
-            notes=_notes(options, replayed, in_bundle, bool(overridden)),
+            notes=_notes(options, replayed, in_bundle, asked, thresholds),
         )
         # Which sequences they are: a quick run takes some in random order.
         meta = {"rows": [int(row) for row in rows]}
@@ -347,7 +346,14 @@ def _evidence(
     )
 
 
-def _notes(options: Options, replayed: _Replayed, in_bundle: int, overridden: bool) -> list[str]:
+def _notes(
+    options: Options,
+    replayed: _Replayed,
+    in_bundle: int,
+    asked: bundles.Thresholds,
+    applied: bundles.Thresholds,
+) -> list[str]:
+    """asked: the thresholds for all sequences; applied: those for the ones replayed."""
     notes = []
     if options.mode == "generate":
         notes.append(
@@ -360,13 +366,25 @@ def _notes(options: Options, replayed: _Replayed, in_bundle: int, overridden: bo
     if replayed.stopped_early is None and taken < in_bundle:
         notes.append(
             f"the first {taken} of {in_bundle} sequences were replayed; "
-            + (
-                "the thresholds given were applied to those"
-                if overridden
-                else "the thresholds were moved to what the host's own run shows for those"
-            )
+            + _which_moved(options.mode, asked, applied)
         )
     return notes
+
+
+def _which_moved(mode: Mode, asked: bundles.Thresholds, applied: bundles.Thresholds) -> str:
+    judged = {"min_fdt": "FDT"} | ({"max_sdt": "SDT"} if mode == "teacher_forced" else {})
+    stayed = [
+        word for name, word in judged.items() if getattr(asked, name) == getattr(applied, name)
+    ]
+    to = "moved to what the host's own run shows for those"
+    if not stayed:
+        return f"the thresholds were {to}"
+    if len(stayed) == len(judged):
+        return "the thresholds were applied to those as they are"
+    (moved,) = set(judged.values()) - set(stayed)
+    return (
+        f"the {stayed[0]} threshold was applied to those as it is, the {moved} threshold was {to}"
+    )
 
 
 def check_tokens(model: Path, reference: Reference) -> None:
@@ -414,14 +432,6 @@ def _check_host_ids(host: Record, n_vocab: int) -> None:
     ids = host.top_ids[counted]
     if ids.size and (ids.min() < 0 or ids.max() >= n_vocab):
         raise EdgeDtmError("the host record has ids outside the vocabulary; make the bundle again")
-
-
-def _noise_floor(bundle: bundles.Bundle) -> dict[str, Any]:
-    floor = bundle.manifest.measured.get("noise_floor", {})
-    margin = floor.get("near_tie_margin", 0) if isinstance(floor, dict) else None
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or margin < 0:
-        raise EdgeDtmError(f"{bundle.source}: the noise floor in its manifest cannot be read")
-    return dict(floor)
 
 
 def _counter(progress: Progress | None, stage: str, total: int) -> Callable[[int], None] | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,10 +13,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from edge_dtm import bundle, report, target
+from edge_dtm import bundle, report, strict_json, target
 from edge_dtm.device import probe_model
 from edge_dtm.device.memory import room
-from edge_dtm.device.runner import LlamaRunner, Record, RunSettings, context_needed, replay_tokens
+from edge_dtm.device.runner import (
+    LlamaRunner,
+    Record,
+    RunSettings,
+    context_needed,
+    default_threads,
+    replay_tokens,
+)
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host import export
 from edge_dtm.host.bought import ROUNDS, in_words, weigh
@@ -68,6 +73,7 @@ from edge_dtm.plan import (
     Plan,
     Treatment,
     candidate_treatments,
+    distinct_texts,
     least_bytes_with_zeros,
 )
 from edge_dtm.profiles import ByteBudget, DeviceProfile, byte_budget
@@ -175,7 +181,7 @@ class Pipeline:
     def __init__(self, settings: Settings, stages: Stages) -> None:
         self.s, self.stages = settings, stages
         self.work = settings.out / "work"
-        self.threads = os.cpu_count() or 1
+        self.threads = default_threads()
         self.keep_activations = False
         self.imatrix_vectors: dict[str, npt.NDArray[np.float32]] | None = None
         self.run_settings = RunSettings(threads=self.threads)
@@ -606,12 +612,17 @@ class Pipeline:
             perplexity(record.reference_log_probabilities, lengths),
         )
 
+    def _known(self, saved: Path) -> Record | None:
+        """What llama.cpp said in an earlier run, unless it ran with other settings."""
+        record = Record.load(saved) if saved.is_file() else None
+        return record if record and record.settings == self.run_settings.to_json() else None
+
     def noise_floor(self, reference: Reference) -> dict[str, Any]:
         """SDT and FDT of the uncompressed F16 model in llama.cpp: nothing can be below that."""
         saved = self.work / f"floor-{self.key}.npz"
         held_out = reference.part(HELD_OUT)
-        if saved.is_file():
-            floor = self.judge(Record.load(saved), held_out)
+        if (known := self._known(saved)) is not None:
+            floor = self.judge(known, held_out)
         else:
             plan = export.f16_plan(self.checkpoint, export.fixed_bytes(self.checkpoint))
             path = self.work / "f16.gguf"
@@ -620,15 +631,14 @@ class Pipeline:
             floor = self.measure(path, reference, "Noise floor in llama.cpp")
             floor.record.save(saved)
             path.unlink()
-        self.floor = floor
         mask = divergent_mask(held_out.generated_ids, floor.record.ids, held_out.generated_lengths)
         first = first_divergent_tokens(mask, held_out.generated_lengths)
         ties = held_out.margins[mask]
         self.near_tie_margin = float(np.percentile(ties, 95)) if ties.size else 0.0
+        self.floor = floor = self.judge(floor.record, held_out, self.near_tie_margin)
         return {
             **floor.divergence.to_json(),
             "perplexity": floor.perplexity,
-            "near_tie_margin": self.near_tie_margin,
             "first_divergent_tokens": first.tolist(),
             "lengths": held_out.generated_lengths.tolist(),
             "type": "F16",
@@ -723,8 +733,8 @@ class Pipeline:
                 f"checkpoint's tokenizer, first: {wrong[0]}; this tokenizer is not supported"
             )
         held_out = reference.part(HELD_OUT)
-        if saved.is_file():
-            return self.judge(Record.load(saved), held_out, self.near_tie_margin)
+        if (known := self._known(saved)) is not None:
+            return self.judge(known, held_out, self.near_tie_margin)
         measured = self.measure(path, reference, "Plan in llama.cpp")
         measured.record.save(saved)
         return self.judge(measured.record, held_out, self.near_tie_margin)
@@ -822,8 +832,9 @@ class Pipeline:
             "predicted": prediction.to_json(),
             "frontier": [p.to_json() for p in frontier(table, predictor)],
             "costs": [
-                {"name": c.name, "costs": {str(t): v for t, v in zip(ts, cs, strict=True)}}
+                {"name": c.name, "costs": {texts[t]: v for t, v in zip(ts, cs, strict=True)}}
                 for c, ts, cs in zip(table.components, table.treatments, table.costs, strict=True)
+                for texts in [distinct_texts(ts)]
             ],
             "units": {
                 "size": "bytes",
@@ -832,7 +843,7 @@ class Pipeline:
                 "fdt": "tokens",
             },
         }
-        (self.work / "plan.json").write_text(json.dumps(plan_json, indent=1, sort_keys=True) + "\n")
+        (self.work / "plan.json").write_text(strict_json.dumps(plan_json))
         held_out.save(self.work / "reference.npz")
         measured.record.save(self.work / "host.npz")
         export.write_measured(self.work / "model.gguf", d.sdt.value, d.fdt.value)
@@ -900,7 +911,7 @@ class Pipeline:
             (out / name).unlink(missing_ok=True)
         for name in files:
             (self.work / name).replace(out / name)
-        bundle.write_manifest(out, files, thresholds, details, results)
+        bundle.write_manifest(out, files, thresholds, details, strict_json.plain(results))
         if not self.keep_activations:
             for path in self.work.glob("calibration-*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -941,7 +952,7 @@ def _check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise EdgeDtmError(f"{out} is a file: give a folder to -o")
     known = {"work", bundle.MANIFEST, bundle.SIGNATURE, *bundle.REQUIRED_FILES, "plan.json",
-             "report.md", "report.html", "frontier.png"}  # fmt: skip
+             "report.md", *bundle.TOLERATED_FILES}  # fmt: skip
     foreign = sorted(p.name for p in out.iterdir() if p.name not in known) if out.exists() else []
     if foreign:
         raise EdgeDtmError(

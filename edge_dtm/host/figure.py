@@ -35,7 +35,8 @@ def draw_frontier(
     left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_minor_locator(NullLocator())
     left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
-    temporary = path.with_suffix(".tmp.png")
+    # Hidden: a bundle with half a picture in it would not be as it was made.
+    temporary = path.with_name(f".{path.stem}.tmp.png")
     figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
     temporary.replace(path)
@@ -90,7 +91,7 @@ def draw_comparison(
         row[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         row[0].yaxis.set_minor_formatter(NullFormatter())
         row[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
-    temporary = path.with_suffix(".tmp.png")
+    temporary = path.with_name(f".{path.stem}.tmp.png")
     figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
     temporary.replace(path)

@@ -19,6 +19,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from edge_dtm.device.memory import room
+from edge_dtm.device.runner import default_threads
 from edge_dtm.errors import EdgeDtmError
 from edge_dtm.host.compensate import one_torch_thread
 
@@ -26,8 +27,9 @@ _context: Any = None
 
 
 def worker_count(tasks: int, bytes_each: int) -> int:
-    """As many as there are cores and tasks, and as fit the memory; at least one."""
-    count = min(os.cpu_count() or 1, tasks)
+    """As many as there are tasks and cores that this process may use, and as fit the memory; at
+    least one."""
+    count = min(default_threads(), tasks)
     return max(1, min(count, room().free_bytes // max(bytes_each, 1)))
 
 

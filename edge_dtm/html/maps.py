@@ -14,6 +14,7 @@ from edge_dtm.plan import Component, Plan, Treatment
 from edge_dtm.report import PARTS
 
 _IN_BLOCK = re.compile(r"blk\.(\d{1,6})\.(.+)")
+_DIGITS = 100  # more than tell two floats apart; a plan from elsewhere may have any number
 _OUTSIDE = ("token_embd", "output")
 # Palest and strongest percent of the colour, and between which two neither ink has a contrast of
 # 4.5 (WCAG 2.2, 1.4.3) on the light page; on the dark one white reads on all of them.
@@ -51,19 +52,26 @@ def chosen_costs(plan: Plan, costs: Mapping[str, Mapping[str, float]]) -> dict[s
     """
     out = {}
     for name, treatment in plan.by_name().items():
+        known = costs.get(name, {})
         points = sorted(
             (share, cost)
-            for words, cost in costs.get(name, {}).items()
+            for words, cost in known.items()
             for kind, share in [_parsed(words)]
             if kind == treatment.type
         )
-        exact = costs.get(name, {}).get(str(treatment))
+        exact = next((cost for words, cost in known.items() if _says(words, treatment)), None)
         if exact is not None:
             out[name] = exact
         elif points and points[0][0] <= treatment.zero_share <= points[-1][0]:
             shares, values = zip(*points, strict=True)
             out[name] = float(np.interp(treatment.zero_share, shares, values))
     return out
+
+
+def _says(words: str, treatment: Treatment) -> bool:
+    """Whether a text is the treatment's, with however many digits (plan.distinct_texts)."""
+    digits = len(words.partition("%")[0].partition(".")[2])
+    return treatment.text(min(digits, _DIGITS)) == words
 
 
 def _parsed(words: str) -> tuple[str, float]:

@@ -148,7 +148,7 @@ def _tiles(report: Report) -> Markup:
             _floor(interval(floor, "sdt", True)[0]),
         ),
         _tile(
-            "mean FDT, tokens",
+            f"mean FDT of at most {plain(host.largest_fdt)} tokens",
             plain(host.fdt.value),
             _range(host.fdt.low, host.fdt.high, False),
             _floor(interval(floor, "fdt", False)[0]),
