@@ -228,6 +228,28 @@ def test_never_worse_than_the_start(made: Made, run: Recover, tmp_path: Path, ty
     _same(Recovered.load(tmp_path / "saved"), found)
 
 
+@pytest.mark.parametrize("type_", ["F16", "Q4_K"])
+def test_too_large_steps_are_taken_back(
+    run: Recover, made: Made, type_: str, tmp_path: Path
+) -> None:
+    """Two checks at a rate that ruins the model, then from the start with hardly a step at all."""
+    components = _components(made, type_, 0.0)
+    settings = replace(SETTINGS, steps=6, learning_rate=3.0, check_every=1, back_off=1e-9)
+    found, _ = run(components, settings, folder=tmp_path / "whole")
+    first, *ruined, third = found.curve[:4]
+    assert all(p["sdt"] > first["sdt"] + 0.2 for p in ruined)
+    assert third["sdt"] <= first["sdt"] + 0.05
+    assert third["perplexity"] == pytest.approx(first["perplexity"], rel=0.05)
+
+    def stop(step: int, loss: float, sdt: float) -> None:
+        if step == 2:  # right behind the check that took the steps back
+            raise _Stopped
+
+    with pytest.raises(_Stopped):
+        run(components, settings, folder=tmp_path / "cut", progress=stop)
+    _same(run(components, settings, folder=tmp_path / "cut")[0], found)
+
+
 @pytest.mark.parametrize(("type_", "share"), [("F16", 0.75), ("Q4_K", 0.0)])
 def test_a_killed_run_goes_on_to_the_same(
     made: Made, run: Recover, tmp_path: Path, type_: str, share: float

@@ -71,8 +71,9 @@ class Trained:
 class RecoverSettings:
     """learning_rate: at its highest, a share of every weight's size, see unit_sizes. batch_tokens
     count padding. round_every: steps between two roundings; check_every: None for
-    a tenth of the steps; patience: checks without a better SDT before it stops early;
-    checkpointing: recompute activations to save memory, None: where they would take more than
+    a tenth of the steps; patience: checks without a better SDT before it stops early; back_off: what
+    the rate is multiplied with after every back_off_after checks without a better SDT, when the
+    training goes on from the best; checkpointing: recompute activations to save memory, None: where they would take more than
     CHECKPOINTING_BYTES."""
 
     steps: int
@@ -82,6 +83,9 @@ class RecoverSettings:
     round_every: int = 4
     check_every: int | None = None
     patience: int = 6  # of ten checks: the highest rate makes the first ones worse
+    # What repairs a badly damaged model within a few steps is too much for a slightly damaged one.
+    back_off_after: int = 2
+    back_off: float = 0.2
     seed: int = 0
     precision: str = "auto"
     checkpointing: bool | None = None
@@ -89,6 +93,8 @@ class RecoverSettings:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.round_every < 1 or self.batch_tokens < 1 or self.patience < 1:
             raise EdgeDtmError("recovery needs at least one step, batch token, check and rounding")
+        if self.back_off_after < 1 or not 0 < self.back_off <= 1:
+            raise EdgeDtmError("recovery backs off after one check or more, to a share of the rate")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise EdgeDtmError(f"a learning rate of {self.learning_rate} trains nothing: use 3e-3")
         if self.precision not in PRECISIONS:
@@ -212,6 +218,12 @@ class _Gain:
     def follow(self) -> None:
         self.parameter.copy_(self.latent * self.unit)
 
+    @torch.no_grad()
+    def restart(self, values: FloatArray) -> None:
+        """Gains and latent are these."""
+        self.parameter.copy_(torch.from_numpy(values))
+        self.latent.copy_(self.parameter / self.unit)
+
 
 class _Matrix:
     """A trained component: `parameter`, the module's weight, holds the effective values; `latent`,
@@ -253,6 +265,13 @@ class _Matrix:
             self.parameter.copy_(self.parameter.to(_HALF[self.type]).float())
         elif self.offset is not None:
             self.parameter.add_(self.offset)
+
+    @torch.no_grad()
+    def restart(self, values: FloatArray) -> None:
+        """Effective values and latent are these, which lie on the grid."""
+        self.parameter.copy_(torch.from_numpy(values))
+        self.latent.copy_(self.parameter / self.rows / self.columns)
+        self.offset = None
 
     @torch.no_grad()
     def round(self) -> ByteArray:
@@ -453,6 +472,8 @@ class _Run:
         self.step, self.seconds, self.tokens = 0, 0.0, 0
         self.curve: list[Point] = []
         self.best_step = 0
+        # What the rate is multiplied with, and the checks since the best or since it was lowered.
+        self.scale, self.since = 1.0, 0
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
         self._batches = len(epoch_batches(text.lengths, settings.batch_tokens, settings.seed, 0))
 
@@ -566,7 +587,7 @@ class _Run:
         norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), LARGEST_GRADIENT)
         self._need_finite(float(norm))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate(self.step)
+            group["lr"] = self.settings.rate(self.step) * self.scale
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.eval()
@@ -627,13 +648,30 @@ class _Run:
         if self.step:
             better = all(self._rank(point) < self._rank(p) for p in self.curve)
             self.curve.append(point)
+            self.since = 0 if better else self.since + 1
             if better:
                 self._keep(blocks)
+            elif self._backs_off:
+                self.scale *= self.settings.back_off
+                self._to_best()
             self._save()
         else:
             self.curve.append(point)
         lines = "".join(json.dumps(plain_point(p)) + "\n" for p in self.curve)
         write_whole(self.folder / "curve.jsonl", lines.encode())
+
+    @property
+    def _backs_off(self) -> bool:
+        return self.since > 0 and self.since % self.settings.back_off_after == 0
+
+    def _to_best(self) -> None:
+        """Go on from the best that was checked, without AdamW's memory of the way beyond it."""
+        best = self._result()
+        for matrix in self.matrices:
+            matrix.restart(best.values[matrix.name])
+        for name, gain in self.gains.items():
+            gain.restart(best.vectors[name])
+        self.optimizer.state.clear()
 
     def _best_file(self, step: int) -> Path:
         return self.folder / f"best-{step:07d}.safetensors"
@@ -657,6 +695,8 @@ class _Run:
             "best_step": self.best_step,
             "seconds": self.seconds,
             "tokens": self.tokens,
+            "scale": self.scale,
+            "since": self.since,
         }
         _save_tensors(self.folder / STATE, tensors, {"state": json.dumps(head)})
         for file in self.folder.glob("best-*.safetensors"):
@@ -688,10 +728,14 @@ class _Run:
             self.step, self.best_step = state["step"], state["best_step"]
             self.seconds, self.tokens = state["seconds"], state["tokens"]
             self.curve = [_point(p) for p in state["curve"]]
+            self.scale, self.since = float(state["scale"]), int(state["since"])
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise EdgeDtmError(
                 f"{path} is damaged ({error}): run edge-dtm compress again with --no-resume"
             ) from None
+        if self._backs_off:
+            self._to_best()
+            return True
         for gain in self.gains.values():
             gain.follow()
         for matrix in self.matrices:
