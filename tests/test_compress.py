@@ -496,7 +496,7 @@ def patch(owner, name, call):
         return real(*args, **options)
     setattr(owner, name, replaced)
 
-os.sched_getaffinity = lambda _: {0}
+os.sched_getaffinity = lambda _: [0]
 compress.SAMPLED_PROMPTS, compress.EXTRA_PROMPTS, compress.PACKAGED_PROMPTS = 4, 4, 6
 generate.BATCH_SEQUENCES = 4
 {patch}

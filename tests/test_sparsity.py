@@ -491,7 +491,7 @@ def patch(owner, name, call, after=False):
         return real(*args, **options)
     setattr(owner, name, replaced)
 
-os.sched_getaffinity = lambda _: {0}
+os.sched_getaffinity = lambda _: [0]
 for name, value in {small!r}.items():
     module, _, attribute = name.rpartition(".")
     setattr(importlib.import_module(module), attribute, value)
