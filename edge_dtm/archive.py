@@ -108,11 +108,6 @@ def pack(
     Bundle(folder, folder, manifest).check()
     if out_path.is_dir():
         raise EdgeDtmError(f"{out_path} is a folder: give the name of a file")
-    if out_path.resolve().parent == folder.resolve():
-        raise EdgeDtmError(
-            f"{out_path} would lie in the bundle, which then is not as it was made: give a file "
-            "elsewhere"
-        )
     heads = {MANIFEST: data} if signature is None else {MANIFEST: data, SIGNATURE: signature}
     try:
         with Scratch(out_path.name, out_path.parent) as scratch:

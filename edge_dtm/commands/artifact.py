@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edge_dtm.commands.common import PATH, Bytes, folder_bytes
+from edge_dtm.commands.common import PATH, Bytes, folder_bytes, require_outside
 
 
 @click.command()
@@ -42,6 +42,7 @@ def pack(bundle: Path, output: Path | None, key_file: Path | None, program: str 
 
     key = load_private(key_file) if key_file else None
     target = output or bundle.resolve().parent / f"{bundle.resolve().name}{SUFFIX}"
+    require_outside(target, bundle)
     with Stages()("Packing", folder_bytes(bundle)) as advance:
         signed = run(bundle, target, progress=advance, sign_with=key)
     click.echo(

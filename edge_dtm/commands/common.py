@@ -106,11 +106,16 @@ def require_folder_of(path: Path, bundle: Path | None = None) -> None:
     folder = path.resolve().parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise EdgeDtmError(f"{path} cannot be written: give a file in a folder that exists")
-    if bundle is not None and folder == bundle.resolve():
-        from edge_dtm.bundle import TOLERATED_FILES
+    if bundle is not None:
+        require_outside(path, bundle)
 
-        if path.name not in TOLERATED_FILES:
-            raise EdgeDtmError(
-                f"{path} would lie in the bundle, which then is not as it was made: give a file "
-                "elsewhere"
-            )
+
+def require_outside(path: Path, bundle: Path) -> None:
+    """EdgeDtmError when path would be a strange file in the folder `bundle`."""
+    from edge_dtm.bundle import TOLERATED_FILES
+
+    if path.resolve().parent == bundle.resolve() and path.name not in TOLERATED_FILES:
+        raise EdgeDtmError(
+            f"{path} would lie in the bundle, which then is not as it was made: give a file "
+            "elsewhere"
+        )

@@ -225,21 +225,23 @@ def frontier(bundle: Path, png: Path | None, rows: int) -> None:
     require_folder_of(target, bundle)
     try:
         points, chosen = plan["frontier"], plan["predicted"]
-    except (KeyError, TypeError):
+        step = max(1, (len(points) - 1) // (rows - 1))
+        shown = sorted({*range(0, len(points), step), len(points) - 1})
+        lines = [
+            (f"{p['size_bytes']:,}", f"{p['sigma']:.3f}", f"{p['sdt']:.2%}", f"{p['fdt']:.1f}")
+            for p in (points[i] for i in shown)
+        ]
+        words = f"chosen: predicted SDT {chosen['sdt']:.2%}, mean FDT {chosen['fdt']:.1f}"
+    except (IndexError, KeyError, TypeError, ValueError):
         raise EdgeDtmError(
             f"{bundle / 'plan.json'} holds no frontier: make the bundle again"
         ) from None
-    step = max(1, (len(points) - 1) // (rows - 1))
-    shown = sorted({*range(0, len(points), step), len(points) - 1})
     table = Table("bytes", "sigma", "predicted SDT", "predicted FDT", box=None, pad_edge=False)
-    for i in shown:
-        p = points[i]
-        table.add_row(
-            f"{p['size_bytes']:,}", f"{p['sigma']:.3f}", f"{p['sdt']:.2%}", f"{p['fdt']:.1f}"
-        )
+    for line in lines:
+        table.add_row(*line)
     console = Console()
     console.print(table)
-    console.print(f"chosen: predicted SDT {chosen['sdt']:.2%}, mean FDT {chosen['fdt']:.1f}")
+    console.print(words)
     from edge_dtm.host.figure import draw_frontier
     from edge_dtm.plan import Plan
 
