@@ -73,7 +73,7 @@ class RunSettings:
     """
 
     threads: int
-    batch_tokens: int = 192
+    batch_tokens: int = 128
     parallel_sequences: int = 4
     flash_attention: bool = False
     kv_type: str = "F16"
