@@ -328,6 +328,13 @@ def test_inspect_and_profiles(tiny_bundle: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0 and "F32" in result.stdout
     data = json.loads((tmp_path / "i.json").read_text())
     assert data["size_bytes"] == (tiny_bundle / "model.gguf").stat().st_size
+    packed = tmp_path / "tiny.edge"
+    assert _run("pack", tiny_bundle, "-o", packed).exit_code == 0
+    of_packed = _run("inspect", packed, "--json", tmp_path / "p.json")
+    assert of_packed.exit_code == 0 and str(packed) in of_packed.stdout
+    assert json.loads((tmp_path / "p.json").read_text()) == data
+    packed.write_bytes(packed.read_bytes()[:-1000])
+    _error(_run("inspect", packed), "")
     assert "raspberrypi" in _run("profiles", "list").stdout
     assert "ram_bytes" in _run("profiles", "show", "raspberrypi").stdout
     _error(_run("profiles", "show", "nosuch"), "nosuch")

@@ -13,7 +13,23 @@ from edge_dtm.commands.common import PATH, require_folder_of, write_json
 @click.argument("file", type=PATH)
 @click.option("--json", "json_file", type=PATH, help="Also write it as JSON.")
 def inspect(file: Path, json_file: Path | None) -> None:
-    """Types, bytes, zeros and a map layer by layer of a bundle or any GGUF."""
+    """Types, bytes, zeros and a map layer by layer of a bundle, packed or not, or any GGUF."""
+    from edge_dtm.archive import SUFFIX, open_bundle
+    from edge_dtm.bundle import MODEL
+
+    if json_file is not None:
+        require_folder_of(json_file, file)
+    if file.suffix == SUFFIX and file.is_file():
+        with open_bundle(file) as bundle:
+            bundle.check()
+            _show(bundle.path(MODEL), f"{file}, {MODEL} of it", json_file)
+    else:
+        path = file / MODEL if file.is_dir() else file
+        _show(path, str(path), json_file)
+
+
+def _show(path: Path, name: str, json_file: Path | None) -> None:
+    """Print what is in the GGUF at path; name: what to call it."""
     from rich.console import Console
     from rich.table import Table
 
@@ -21,9 +37,6 @@ def inspect(file: Path, json_file: Path | None) -> None:
     from edge_dtm.device.runner import check_gguf
     from edge_dtm.inspect import describe
 
-    if json_file is not None:
-        require_folder_of(json_file, file)
-    path = file / "model.gguf" if file.is_dir() else file
     check_gguf(path)
     tensors = describe(path)
     counts: dict[str, list[int]] = {}
@@ -33,9 +46,9 @@ def inspect(file: Path, json_file: Path | None) -> None:
     console = Console()
     table = Table("type", "tensors", "bytes", "share", box=None, pad_edge=False)
     size = path.stat().st_size
-    for name, (n, total) in sorted(counts.items(), key=lambda item: -item[1][1]):
-        table.add_row(name, str(n), f"{total:,}", f"{total / size:.1%}")
-    console.print(f"{path}: {size:,} bytes", highlight=False, soft_wrap=True)
+    for kind, (n, total) in sorted(counts.items(), key=lambda item: -item[1][1]):
+        table.add_row(kind, str(n), f"{total:,}", f"{total / size:.1%}")
+    console.print(f"{name}: {size:,} bytes", highlight=False, soft_wrap=True)
     console.print(table)
     console.print(report.map_table({t.component: t.text for t in tensors if t.is_matrix}))
     if any(t.zero_share is not None and t.zero_share >= 0.05 for t in tensors):
