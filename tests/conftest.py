@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from edge_dtm.plan import Component
 
 ROOT = Path(__file__).resolve().parents[1]
-HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, CONTEXT = 256, 2, 4, 2, 512, 512
+HIDDEN, LAYERS, HEADS, KV_HEADS = 256, 2, 4, 2
 TEXTS = [
     "the cat",
     "a longer prompt of several words, which takes more than sixteen tokens",
@@ -51,59 +51,9 @@ THRESHOLDS = Thresholds(
 
 
 def _write_tiny_gguf(path: Path, seed: int) -> None:
-    import gguf
-
-    pieces = [f"▁{a}" for a in "abcdefghijklmnopqrstuvwxyz"] + list("abcdefghijklmnopq ")
-    tokens = [b"<unk>", b"<s>", b"</s>"] + [f"<0x{i:02X}>".encode() for i in range(256)]
-    types = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
-    types += [gguf.TokenType.BYTE] * 256 + [gguf.TokenType.NORMAL] * len(pieces)
-    tokens += [piece.replace(" ", "▁").encode() for piece in pieces]
-    vocab = len(tokens)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_vocab_size(vocab)
-    writer.add_context_length(CONTEXT)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(FFN)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_rope_dimension_count(HIDDEN // HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(len(pieces))])
-    writer.add_token_types(types)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
-
-    random = np.random.default_rng(seed)
-
-    def add(name: str, rows: int, columns: int) -> None:
-        weights = random.standard_normal((rows, columns)) / np.sqrt(columns)
-        writer.add_tensor(name + ".weight", weights.astype(np.float32))
-
-    add("token_embd", vocab, HIDDEN)
-    add("output", vocab, HIDDEN)
-    writer.add_tensor("output_norm.weight", np.full(HIDDEN, 3, dtype=np.float32))
-    for i in range(LAYERS):
-        kv = HIDDEN // HEADS * KV_HEADS
-        add(f"blk.{i}.attn_q", HIDDEN, HIDDEN)
-        add(f"blk.{i}.attn_k", kv, HIDDEN)
-        add(f"blk.{i}.attn_v", kv, HIDDEN)
-        add(f"blk.{i}.attn_output", HIDDEN, HIDDEN)
-        add(f"blk.{i}.ffn_gate", FFN, HIDDEN)
-        add(f"blk.{i}.ffn_up", FFN, HIDDEN)
-        add(f"blk.{i}.ffn_down", HIDDEN, FFN)
-        for norm in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{i}.{norm}.weight", np.ones(HIDDEN, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    load_script("tiny_bundle").write_gguf(
+        path, seed, hidden=HIDDEN, layers=LAYERS, matrix_type="F32"
+    )
 
 
 @pytest.fixture(scope="session")

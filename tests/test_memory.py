@@ -2,6 +2,7 @@
 roots of a file system."""
 
 import json
+import platform
 import re
 import resource
 import subprocess
@@ -318,3 +319,36 @@ def test_the_address_space_of_a_real_process_is_a_limit(tiny_gguf):
     assert limit == "the address space of this process (ulimit -v)"
     assert 24_000_000 < free_bytes <= 32_000_000
     assert message is not None and message.startswith("too little memory") and limit in message
+
+
+FREED = """
+import json, sys
+import numpy as np
+from edge_dtm.device.memory import return_freed_buffers
+
+def resident_bytes():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS:"))
+
+done = return_freed_buffers() if sys.argv[1] == "with" else None
+np.ones(3 * 2**20)  # 24 MiB, freed at once: from here on glibc takes less than that from its heap
+before = resident_bytes()
+buffers = [np.ones(2 * 2**20 + i) for i in range(4)]  # 16 MiB each
+last = np.ones(50_000)  # lies behind them, where they are in the heap
+del buffers[:]
+print(json.dumps([done, resident_bytes() - before]))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_buffers_go_back_to_the_system():
+    def grown(how):
+        done = subprocess.run(
+            [sys.executable, "-c", FREED, how], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    done, with_it = grown("with")
+    assert done is True and with_it < 4 * 2**20
+    assert grown("without")[1] > 60 * 2**20  # else this test shows nothing

@@ -39,6 +39,7 @@ THRESHOLDS = Thresholds(
 MEASURED = {"noise_floor": {"near_tie_margin": 0.01, "sdt": 0.002}}
 SETTINGS = RunSettings(threads=1, batch_tokens=64)
 CONTEXT, TOKENS = 256, 24
+FLOATS = {"F32": np.float32, "F16": np.float16}
 TEXTS = ("the cat", "a longer prompt of several words", "1 + 1 =", "ünï 😀", "", "end</s>again")
 
 
@@ -55,8 +56,9 @@ def write_gguf(
 ) -> None:
     """A Llama with random weights and a SentencePiece byte vocabulary.
 
-    matrix_type: GGML type of the matrices in the blocks. whole_vocabulary: False leaves a file of
-    a few kilobytes, for what only reads heads. nan_in: a component whose weights are all nan.
+    matrix_type: GGML type of the matrices in the blocks, and of embedding and head if it is one of
+    FLOATS, else these are F16. whole_vocabulary: False leaves a file of a few kilobytes, for what
+    only reads heads. nan_in: a component whose weights are all nan.
     """
     import gguf
 
@@ -97,8 +99,8 @@ def write_gguf(
         weights = weights.astype(np.float32)
         if name == nan_in:
             weights[:] = np.nan
-        if type_name == "F16":
-            writer.add_tensor(f"{name}.weight", weights.astype(np.float16))
+        if type_name in FLOATS:
+            writer.add_tensor(f"{name}.weight", weights.astype(FLOATS[type_name]))
         else:
             data = ggml.quantize(type_name, weights, threads=1)
             writer.add_tensor(f"{name}.weight", data, raw_dtype=ggml.ggml_type(type_name))
@@ -106,8 +108,9 @@ def write_gguf(
     def norm(name: str, gain: float) -> None:
         writer.add_tensor(f"{name}.weight", np.full(hidden, gain, dtype=np.float32))
 
-    matrix("token_embd", len(tokens), hidden, "F16")
-    matrix("output", len(tokens), hidden, "F16")
+    table = matrix_type if matrix_type in FLOATS else "F16"
+    matrix("token_embd", len(tokens), hidden, table)
+    matrix("output", len(tokens), hidden, table)
     # Larger logits: fewer near-ties, so that what is healthy stays far from the thresholds.
     norm("output_norm", 3)
     for i in range(layers):

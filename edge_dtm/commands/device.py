@@ -65,6 +65,7 @@ def verify(
     """Replay the original's greedy outputs on this device and say pass (0) or fail (3).
 
     BUNDLE is a folder or a packed file."""
+    from edge_dtm.device.memory import return_freed_buffers
     from edge_dtm.device.verify import Options
     from edge_dtm.device.verify import verify as run
     from edge_dtm.progress import Stages
@@ -79,6 +80,7 @@ def verify(
     for path in (json_file, record):
         if path is not None:
             require_folder_of(path, bundle)
+    return_freed_buffers()
     with Stages().several() as progress:
         verified = run(bundle, chosen, progress)
     print_verdict(verified.verdict)

@@ -1,7 +1,9 @@
-"""What a model needs in memory, and what this process may still take; asked before loading."""
+"""What a model needs in memory, and what this process may still take; asked before loading. And
+that buffers which are no longer used count no more."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 from dataclasses import dataclass
@@ -13,6 +15,9 @@ from edge_dtm.errors import EdgeDtmError
 
 # llama.cpp's graph besides the logits, and what Python and its libraries take on the way.
 GRAPH_BYTES = 48 * 2**20
+# mallopt(3), malloc.h
+_M_MMAP_THRESHOLD = -3
+_LARGE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -129,3 +134,18 @@ def require_memory(path: Path, settings: RunSettings, context_tokens: int) -> No
             f"{there.free_bytes / 1e6:,.0f} MB: stop other programs, raise the limit, or compress "
             "with a smaller --max-bytes"
         )
+
+
+def return_freed_buffers() -> bool:
+    """Have large buffers go back to the system as soon as they are freed; False where malloc has no
+    such setting (it is glibc's).
+
+    By itself glibc counts a buffer as large only above the largest that was ever freed, up to 32
+    MiB, and keeps what is smaller. llama.cpp takes a larger buffer of logits when a call wants more
+    of them, and the smaller one would stay: 28 MB more at the peak of verify on SmolLM2. It is a
+    setting of the whole process, and one that makes torch slower, hence for the device's commands.
+    """
+    try:
+        return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES))
+    except (OSError, TypeError, AttributeError):
+        return False
