@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from edge_dtm import strict_json
 from edge_dtm.bundle import Thresholds
+from edge_dtm.healthy import Healthy
 from edge_dtm.metrics import Divergence, compare, divergent_mask, first_divergent_tokens
 
 SCHEMA_VERSION = 2
@@ -28,8 +29,8 @@ MAX_KL_VS_HOST_NATS = {"quantized": 0.05, "F16": 1e-3}
 DECIDED_MARGIN_LOGITS = 1.5
 MAX_DECIDED_SDT_VS_HOST = 0.005
 MAX_KL_PROBE_NATS = 1e-3
-# The room above the host's own figure, in half-widths of its 95 % interval: a healthy device adds
-# its kernels' rounding to what the choice of sequences does.
+# The room above the host's own figure, in half-widths of its 95 % interval: a healthy device rounds
+# activations otherwise and is as far from the original, at other positions.
 ROOM = 1.5
 
 Mode = Literal["teacher_forced", "generate"]
@@ -210,17 +211,24 @@ def _divergence_json(divergence: Divergence, mode: Mode) -> dict[str, Any]:
 
 
 def thresholds_from(
-    host: Divergence, quantized: bool, max_sdt: float | None = None, min_fdt: float | None = None
+    host: Divergence,
+    healthy: Healthy,
+    quantized: bool,
+    max_sdt: float | None = None,
+    min_fdt: float | None = None,
 ) -> Thresholds:
     """The thresholds of a bundle whose GGUF did `host` against the original on the host.
 
-    quantized: whether it has other types than F32, F16 and BF16. max_sdt (share) and min_fdt
-    (tokens) are the user's own, who may be stricter than the file is.
+    healthy: what a device may do that is not broken (healthy_range). quantized: whether the file
+    has other types than F32, F16 and BF16. max_sdt (share) and min_fdt (tokens) are the user's own,
+    who may be stricter than the file is.
     """
     sdt, fdt = host.sdt, host.fdt
+    most = max(sdt.value + ROOM * (sdt.high - sdt.value), healthy.sdt)
+    least = min(fdt.value - ROOM * (fdt.value - fdt.low), healthy.fdt)
     return Thresholds(
-        max_sdt=min(sdt.value + ROOM * (sdt.high - sdt.value), 1.0) if max_sdt is None else max_sdt,
-        min_fdt=max(fdt.value - ROOM * (fdt.value - fdt.low), 0.0) if min_fdt is None else min_fdt,
+        max_sdt=min(most, 1.0) if max_sdt is None else max_sdt,
+        min_fdt=max(least, 0.0) if min_fdt is None else min_fdt,
         max_kl_vs_host=MAX_KL_VS_HOST_NATS["quantized" if quantized else "F16"],
         decided_margin=DECIDED_MARGIN_LOGITS,
         max_decided_sdt_vs_host=MAX_DECIDED_SDT_VS_HOST,

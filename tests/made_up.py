@@ -14,6 +14,7 @@ from conftest import BUNDLE_FILES
 
 from edge_dtm.bundle import write_manifest
 from edge_dtm.device.runner import Record, RunSettings
+from edge_dtm.healthy import EXACT
 from edge_dtm.metrics import compare, divergent_mask, first_divergent_tokens
 from edge_dtm.plan import Component, Plan, Treatment
 from edge_dtm.reference import HELD_OUT, PADDING, TOP_K, Reference
@@ -268,7 +269,7 @@ def write_full_bundle(folder: Path, model: Path, probe: Path, reference: Referen
     write_manifest(
         folder,
         BUNDLE_FILES,
-        thresholds_from(found, quantized=True),
+        thresholds_from(found, EXACT, quantized=True),
         {
             "model": "SmolLM2-135M-Instruct",
             "profile": "raspberrypi-5",

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_dtm.device.runner import RunSettings, runtime_info
+from edge_dtm.healthy import EXACT, Healthy
 from edge_dtm.metrics import Divergence, Interval, compare, divergent_mask
 from edge_dtm.verdict import (
     AgainstHost,
@@ -90,7 +91,7 @@ def counted(lengths):
 def test_the_host_meets_the_thresholds_made_from_it(replay, quantized):
     reference, host, _, _, _, lengths = replay
     there = compare(reference, host, lengths)
-    made = thresholds_from(there, quantized)
+    made = thresholds_from(there, EXACT, quantized)
     assert min(there.sdt.high, 1) <= made.max_sdt <= 1
     assert 0 <= made.min_fdt <= there.fdt.low
     assert made.max_sdt >= there.sdt.value and made.min_fdt <= there.fdt.value
@@ -100,29 +101,36 @@ def test_the_room_is_one_and_a_half_half_widths():
     host = dataclasses.replace(
         divergence(0, 0), sdt=Interval(0.10, 0.08, 0.14), fdt=Interval(20.0, 16.0, 26.0)
     )
-    made = thresholds_from(host, quantized=True)
+    made = thresholds_from(host, EXACT, quantized=True)
     assert made.max_sdt == pytest.approx(0.16) and made.min_fdt == pytest.approx(14.0)
 
 
 def test_a_share_stays_one_and_a_position_not_negative():
-    made = thresholds_from(divergence(0.9, 2.0, spread=0.1), quantized=True)
+    made = thresholds_from(divergence(0.9, 2.0, spread=0.1), EXACT, quantized=True)
     assert made.max_sdt == 1 and made.min_fdt == 0
 
 
 @given(st.floats(0, 1), st.floats(0, 1e4), st.booleans())
 def test_the_users_own_thresholds_are_kept(max_sdt, min_fdt, quantized):
     host = divergence(0.05, 40.0, spread=0.01)
-    plain = thresholds_from(host, quantized)
-    assert thresholds_from(host, quantized, max_sdt, min_fdt) == dataclasses.replace(
+    plain = thresholds_from(host, EXACT, quantized)
+    assert thresholds_from(host, EXACT, quantized, max_sdt, min_fdt) == dataclasses.replace(
         plain, max_sdt=max_sdt, min_fdt=min_fdt
     )
-    assert thresholds_from(host, quantized, max_sdt=max_sdt).min_fdt == plain.min_fdt
-    assert thresholds_from(host, quantized, min_fdt=min_fdt).max_sdt == plain.max_sdt
+    assert thresholds_from(host, EXACT, quantized, max_sdt=max_sdt).min_fdt == plain.min_fdt
+    assert thresholds_from(host, EXACT, quantized, min_fdt=min_fdt).max_sdt == plain.max_sdt
+
+
+def test_no_threshold_is_tighter_than_what_healthy_devices_do():
+    host = divergence(0.01, 80.0)  # an interval without width, as that of a file like the original
+    made = thresholds_from(host, Healthy(0.03, 55.0), quantized=False)
+    assert (made.max_sdt, made.min_fdt) == (0.03, 55.0)
+    assert thresholds_from(host, Healthy(0.005, 85.0), False) == thresholds_from(host, EXACT, False)
 
 
 def test_f16_leaves_less_room_than_quantized_types():
     host = divergence(0.05, 40.0)
-    quantized, f16 = thresholds_from(host, True), thresholds_from(host, False)
+    quantized, f16 = (thresholds_from(host, EXACT, kind) for kind in (True, False))
     assert f16.max_kl_vs_host < quantized.max_kl_vs_host / 10
     assert dataclasses.replace(f16, max_kl_vs_host=quantized.max_kl_vs_host) == quantized
 

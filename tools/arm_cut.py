@@ -42,6 +42,7 @@ from edge_dtm.device.runner import (
     tokenize,
 )
 from edge_dtm.errors import EdgeDtmError
+from edge_dtm.healthy import healthy_range
 from edge_dtm.metrics import compare
 from edge_dtm.reference import HELD_OUT, PADDING, TOP_K, Reference
 from edge_dtm.verdict import thresholds_from
@@ -209,10 +210,11 @@ def make_bundle(
         found = compare(ids, host.ids, lengths, reference.margins)
         floor = compare(ids, plain.ids, lengths, reference.margins)
         quantized = any(kind not in FLOAT_TYPES for kind in chosen)
+        healthy = healthy_range(ids, host.top_ids, host.top_logits, lengths)
         bundles.write_manifest(
             new,
             bundles.REQUIRED_FILES,
-            thresholds_from(found, quantized),
+            thresholds_from(found, healthy, quantized),
             {"source": source.name, "layers": layers, "made_by": "tools/arm_cut.py"},
             {
                 **found.to_json(),

@@ -36,6 +36,7 @@ from edge_dtm import bundle as bundles
 from edge_dtm.archive import open_bundle
 from edge_dtm.device.runner import Record
 from edge_dtm.errors import EdgeDtmError
+from edge_dtm.healthy import healthy_range
 from edge_dtm.metrics import compare, top_kl
 from edge_dtm.reference import Reference, load_npz
 from edge_dtm.verdict import Evidence, against_host, divergences, judge, thresholds_from
@@ -64,7 +65,8 @@ def judged(reference: Reference, host: Record, answered: Path, runs: int, quanti
         part, there = reference.rows(rows), host.rows(rows)
         lengths = part.generated_lengths
         before = compare(part.generated_ids, there.ids, lengths)
-        limits = thresholds_from(before, quantized)
+        healthy = healthy_range(part.generated_ids, there.top_ids, there.top_logits, lengths)
+        limits = thresholds_from(before, healthy, quantized)
         ids = found["ids"][rows]
         original, against, first = divergences(
             part.generated_ids, there.ids, ids, lengths, part.margins, 0.0, "teacher_forced"

@@ -25,6 +25,7 @@ from edge_dtm.device.runner import (
     replay_tokens,
 )
 from edge_dtm.errors import EdgeDtmError
+from edge_dtm.healthy import healthy_range
 from edge_dtm.host import export
 from edge_dtm.host.bought import ROUNDS, in_words, weigh
 from edge_dtm.host.calibration import Calibration
@@ -890,7 +891,11 @@ class Pipeline:
             **({"recover_steps": s.recover_steps} if s.recover_steps else {}),
         }
         quantized = any(t.type not in ("F32", "F16", "BF16") for t in plan.treatments)
-        thresholds = thresholds_from(d, quantized, s.max_sdt, s.min_fdt)
+        record = measured.record
+        healthy = healthy_range(
+            held_out.generated_ids, record.top_ids, record.top_logits, held_out.generated_lengths
+        )
+        thresholds = thresholds_from(d, healthy, quantized, s.max_sdt, s.min_fdt)
         probe_model.record(self.work / "probe.gguf", self.run_settings).save(
             self.work / bundle.PROBE_RECORD
         )
