@@ -142,7 +142,7 @@ def return_freed_buffers() -> bool:
 
     By itself glibc counts a buffer as large only above the largest that was ever freed, up to 32
     MiB, and keeps what is smaller. llama.cpp takes a larger buffer of logits when a call wants more
-    of them, and the smaller one would stay: 28 MB more at the peak of verify on SmolLM2. It is a
+    of them, and the smaller one would stay: 15 MB more at the peak of verify on SmolLM2. It is a
     setting of the whole process, and one that makes torch slower, hence for the device's commands.
     """
     try:
