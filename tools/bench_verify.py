@@ -185,15 +185,15 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("--reference", type=Path, help="a reference.npz, or a bundle's folder")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 24, 32])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if min(args.sequences, args.rounds, args.threads) < 1 or min(args.tokens) < 8:
-        parser.error("sequences, rounds and threads are 1 or more, tokens 8 or more")
+    if min(args.sequences, args.rounds, args.threads) < 1 or min(args.tokens) < 4:
+        parser.error("sequences, rounds and threads are 1 or more, tokens 4 or more")
     console = Console()
     try:
         check_gguf(args.model)
