@@ -9,7 +9,7 @@ import click
 from edge_dtm import __version__
 from edge_dtm.commands import artifact, device, doctor, host, look, performance, profiles, reports
 from edge_dtm.commands.common import EXIT_ERROR, EXIT_USAGE, EXIT_VERIFIED_AND_FAILED, Bytes
-from edge_dtm.errors import EdgeDtmError
+from edge_dtm.core.errors import EdgeDtmError
 
 __all__ = ["EXIT_ERROR", "EXIT_USAGE", "EXIT_VERIFIED_AND_FAILED", "Bytes", "main", "run"]
 
@@ -58,7 +58,7 @@ def main() -> None:
 
 def run() -> None:
     """The program edge-dtm: main in a child, whose death is an error line as well."""
-    from edge_dtm.shield import shielded
+    from edge_dtm.core.supervisor import shielded
 
     shielded(lambda: main(prog_name="edge-dtm"))
 

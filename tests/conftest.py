@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from edge_dtm.bundle import Thresholds, write_manifest
-from edge_dtm.device import probe_model
-from edge_dtm.device.runner import LlamaRunner, Record, RunSettings, tokenize
-from edge_dtm.reference import CALIBRATION, HELD_OUT, PADDING, TOP_K, Reference
+from edge_dtm.formats.bundle import write_manifest
+from edge_dtm.formats.record import Record, RunSettings
+from edge_dtm.formats.reference import CALIBRATION, HELD_OUT, PADDING, TOP_K, Reference
+from edge_dtm.formats.thresholds import Thresholds
+from edge_dtm.llamacpp import probe_model
+from edge_dtm.llamacpp.runner import LlamaRunner, tokenize
 
 if TYPE_CHECKING:
-    from edge_dtm.plan import Component
+    from edge_dtm.formats.plan import Component
 
 ROOT = Path(__file__).resolve().parents[1]
 HIDDEN, LAYERS, HEADS, KV_HEADS = 256, 2, 4, 2
@@ -202,12 +204,12 @@ class Made:
     def __init__(self, folder: Path, work: Path) -> None:
         import torch
 
-        from edge_dtm.host.calibration import Calibration
-        from edge_dtm.host.checkpoint import open_checkpoint
-        from edge_dtm.host.generate import generate_reference
-        from edge_dtm.host.model import load_model
-        from edge_dtm.host.prompts import Prompt
-        from edge_dtm.host.sensitivity import Activations
+        from edge_dtm.host.blocks.calibration import Calibration
+        from edge_dtm.host.blocks.sensitivity import Activations
+        from edge_dtm.host.checkpoint.checkpoint import open_checkpoint
+        from edge_dtm.host.checkpoint.model import load_model
+        from edge_dtm.host.trajectory.generate import generate_reference
+        from edge_dtm.host.trajectory.prompts import Prompt
 
         self.checkpoint = open_checkpoint(folder)
         self.model = load_model(self.checkpoint, torch.device("cpu"))

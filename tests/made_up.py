@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 from conftest import BUNDLE_FILES
 
-from edge_dtm.bundle import write_manifest
-from edge_dtm.device.runner import Record, RunSettings
-from edge_dtm.healthy import EXACT
-from edge_dtm.metrics import compare, divergent_mask, first_divergent_tokens
-from edge_dtm.plan import Component, Plan, Treatment
-from edge_dtm.reference import HELD_OUT, PADDING, TOP_K, Reference
-from edge_dtm.search import FrontierPoint
-from edge_dtm.verdict import thresholds_from
+from edge_dtm.core.metrics import compare, divergent_mask, first_divergent_tokens
+from edge_dtm.formats.bundle import write_manifest
+from edge_dtm.formats.plan import Component, Plan, Treatment
+from edge_dtm.formats.record import Record, RunSettings
+from edge_dtm.formats.reference import HELD_OUT, PADDING, TOP_K, Reference
+from edge_dtm.formats.thresholds import EXACT, thresholds_from
+from edge_dtm.search.frontier import FrontierPoint
 
 SEQUENCES, TOKENS, LAYERS, WIDTH, FFN = 24, 48, 30, 576, 1536
 KINDS = ("Q4_0", "IQ4_NL", "Q5_0", "Q8_0", "F16")

@@ -4,11 +4,11 @@
 
 Each GGUF reads the same sequences, teacher-forced, here and on each emulated device (see
 arm_device.py), one thread; the first argument says which: a bundle or its reference.npz. The table
-has a line for each file and device, with the figures of edge_dtm.verdict.against_host: positions,
+has a line for each file and device, with the figures of edge_dtm.formats.verdict.against_host: positions,
 equal argmaxes, mean KL (host || device, each position's capped), the share of other argmaxes among
 the positions that the host decided by a margin of so many logits or more, with their number, and
 the largest margin at which a token differs. The last line of a device is the small F16 model of
-edge_dtm.device.probe_model.
+edge_dtm.llamacpp.probe_model.
 
 Emulation takes hours for a large model: cut it first (arm_cut.py). What a device has said is kept in
 --work, so that a run that was stopped goes on.
@@ -29,13 +29,14 @@ import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from edge_dtm import bundle as bundles
-from edge_dtm.device import probe_model
-from edge_dtm.device.runner import LlamaRunner, Record, RunSettings, check_gguf, context_needed
-from edge_dtm.errors import EdgeDtmError
-from edge_dtm.metrics import top_kl
-from edge_dtm.reference import HELD_OUT, Reference, load_npz, save_npz
-from edge_dtm.verdict import against_host
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.metrics import top_kl
+from edge_dtm.device.judge import against_host
+from edge_dtm.formats import bundle as bundles
+from edge_dtm.formats.record import Record, RunSettings
+from edge_dtm.formats.reference import HELD_OUT, Reference, load_npz, save_npz
+from edge_dtm.llamacpp import probe_model
+from edge_dtm.llamacpp.runner import LlamaRunner, check_gguf, context_needed
 
 TOOL = Path(__file__).resolve().with_name("arm_device")
 DEVICES = ("pi4", "pi5", "i8mm")

@@ -28,24 +28,18 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from edge_dtm.formats import ggml_types
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from edge_dtm import bundle as bundles
-from edge_dtm import ggml
-from edge_dtm.device import probe_model
-from edge_dtm.device.runner import (
-    LlamaRunner,
-    Record,
-    RunSettings,
-    check_gguf,
-    context_needed,
-    tokenize,
-)
-from edge_dtm.errors import EdgeDtmError
-from edge_dtm.healthy import healthy_range
-from edge_dtm.metrics import compare
-from edge_dtm.reference import HELD_OUT, PADDING, TOP_K, Reference
-from edge_dtm.verdict import thresholds_from
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.metrics import compare
+from edge_dtm.formats import bundle as bundles
+from edge_dtm.formats.record import Record, RunSettings
+from edge_dtm.formats.reference import HELD_OUT, PADDING, TOP_K, Reference
+from edge_dtm.formats.thresholds import healthy_range, thresholds_from
+from edge_dtm.llamacpp import ggml, probe_model
+from edge_dtm.llamacpp.runner import LlamaRunner, check_gguf, context_needed, tokenize
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
 MAX_PROMPT_TOKENS = 32  # the emulator reads about ten tokens a second
@@ -90,7 +84,7 @@ def cut_gguf(source: Path, out: Path, layers: int, types: Sequence[str] = ()) ->
                 new = next(turns[row_length])
                 data, kind = _recode(data, kind, new, row_length), new
             chosen.append(kind)
-        writer.add_tensor(tensor.name, data, raw_dtype=ggml.ggml_type(kind))
+        writer.add_tensor(tensor.name, data, raw_dtype=ggml_types.ggml_type(kind))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -106,7 +100,7 @@ def _value(reader: gguf.GGUFReader, name: str) -> Any:
 
 
 def _fitting(types: Sequence[str], row_length: int) -> list[str]:
-    found = [kind for kind in types if row_length % ggml.block_size(kind) == 0]
+    found = [kind for kind in types if row_length % ggml_types.block_size(kind) == 0]
     if not found:
         raise EdgeDtmError(
             f"no type among {', '.join(types)} has blocks that fit rows of {row_length}: add Q8_0"
@@ -116,7 +110,9 @@ def _fitting(types: Sequence[str], row_length: int) -> list[str]:
 
 def _recode(data: npt.NDArray[Any], old: str, new: str, row_length: int) -> npt.NDArray[Any]:
     """Bytes (rows, row_bytes) of another type; F16 as float16, since the writer needs its shape."""
-    raw = np.ascontiguousarray(data).view(np.uint8).reshape(-1, ggml.row_bytes(old, row_length))
+    raw = (
+        np.ascontiguousarray(data).view(np.uint8).reshape(-1, ggml_types.row_bytes(old, row_length))
+    )
     weights = ggml.dequantize(old, raw, row_length, threads=1)
     if new in ("F32", "F16"):
         return weights.astype(np.float32 if new == "F32" else np.float16)
@@ -185,7 +181,7 @@ def make_bundle(
     if folder.exists():
         raise EdgeDtmError(f"{folder} is there already: remove it or name another folder")
     for kind in types:
-        ggml.ggml_type(kind)
+        ggml_types.ggml_type(kind)
     if source.is_dir():
         model = source / bundles.MODEL
         texts = [str(t) for t in Reference.load(source / bundles.REFERENCE).texts]

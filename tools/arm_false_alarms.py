@@ -32,14 +32,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from arm_calibrate import DEVICES, on_device, replay
 
-from edge_dtm import bundle as bundles
-from edge_dtm.archive import open_bundle
-from edge_dtm.device.runner import Record
-from edge_dtm.errors import EdgeDtmError
-from edge_dtm.healthy import healthy_range
-from edge_dtm.metrics import compare, top_kl
-from edge_dtm.reference import Reference, load_npz
-from edge_dtm.verdict import Evidence, against_host, divergences, judge, thresholds_from
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.metrics import compare, top_kl
+from edge_dtm.device.judge import against_host, divergences, judge
+from edge_dtm.formats import bundle as bundles
+from edge_dtm.formats.archive import open_bundle
+from edge_dtm.formats.record import Record
+from edge_dtm.formats.reference import Reference, load_npz
+from edge_dtm.formats.thresholds import healthy_range, thresholds_from
+from edge_dtm.formats.verdict import Evidence
 
 Bytes = npt.NDArray[np.uint8]
 FLOAT_TYPES = ("F32", "F16", "BF16")

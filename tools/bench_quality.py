@@ -49,25 +49,34 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from edge_dtm.device.runner import Record, _error_text, _last_errors, _library
-from edge_dtm.errors import EdgeDtmError
+from edge_dtm.core.digest import digest_of
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.metrics import (
+    BoolArray,
+    Interval,
+    bootstrap,
+    divergent_mask,
+    first_divergent_tokens,
+)
+from edge_dtm.core.paths import default_model_dir
+from edge_dtm.core.progress import Stages
+from edge_dtm.formats.plan import ALL_TYPES, CANDIDATE_TYPES, Component, Plan, Treatment, uniform
+from edge_dtm.formats.profile import load_profile
+from edge_dtm.formats.record import Record
+from edge_dtm.formats.reference import CALIBRATION, HELD_OUT, Reference
 from edge_dtm.host import export
-from edge_dtm.host.checkpoint import Checkpoint
+from edge_dtm.host.blocks.sensitivity import Activations, component_costs, edge_costs
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint
 from edge_dtm.host.compress import Measured, Pipeline, Settings, calibration_rows
-from edge_dtm.host.digest import digest_of
-from edge_dtm.host.equalize import EqualizedCheckpoint, input_scale
-from edge_dtm.host.figure import Point, draw_comparison
-from edge_dtm.host.sensitivity import Activations, component_costs, edge_costs
-from edge_dtm.host.treat import treated_values
-from edge_dtm.inspect import describe
-from edge_dtm.metrics import BoolArray, Interval, bootstrap, divergent_mask, first_divergent_tokens
-from edge_dtm.paths import default_model_dir
-from edge_dtm.plan import ALL_TYPES, CANDIDATE_TYPES, Component, Plan, Treatment, uniform
-from edge_dtm.profiles import load_profile
-from edge_dtm.progress import Stages
-from edge_dtm.reference import CALIBRATION, HELD_OUT, Reference
-from edge_dtm.report import interval
-from edge_dtm.search import CostTable, Predictor, convex_hull, search
+from edge_dtm.host.quantize.equalize import EqualizedCheckpoint, input_scale
+from edge_dtm.host.quantize.treat import treated_values
+from edge_dtm.llamacpp.runner import _error_text, _last_errors, _library
+from edge_dtm.llamacpp.tensors import describe
+from edge_dtm.report.frontier_figure import Point, draw_comparison
+from edge_dtm.report.summary import interval
+from edge_dtm.search.allocation import convex_hull, search
+from edge_dtm.search.cost_table import CostTable
+from edge_dtm.search.predictor import Predictor
 
 SCHEMA_VERSION = 2
 DEFAULT_PRESETS = "Q3_K_M,IQ4_NL,Q4_0,Q4_K_M,Q5_K_M,Q6_K,Q8_0"
@@ -410,7 +419,7 @@ def fdt_losses(run: Pipeline, reference: Reference, sequences: int) -> dict[str,
     """Component -> mean FDT lost, in tokens, with that component alone in RANKED_TYPE."""
     from bench_sensitivity import Direct
 
-    from edge_dtm.host.activations import activation_kind
+    from edge_dtm.host.quantize.activations import activation_kind
 
     calibration = reference.part(CALIBRATION)
     part = calibration.rows(np.arange(min(sequences, len(calibration))))

@@ -33,16 +33,11 @@ from rich.table import Table
 # The script also runs from a checkout where the package is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from edge_dtm.device.runner import (
-    LlamaRunner,
-    RunSettings,
-    calls,
-    check_gguf,
-    default_threads,
-    replay_tokens,
-)
-from edge_dtm.errors import EdgeDtmError
-from edge_dtm.reference import HELD_OUT, PADDING, TOP_K, Reference
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.machine import default_threads
+from edge_dtm.formats.record import RunSettings
+from edge_dtm.formats.reference import HELD_OUT, PADDING, TOP_K, Reference
+from edge_dtm.llamacpp.runner import LlamaRunner, calls, check_gguf, replay_tokens
 
 FEWEST_GENERATED = 4  # of a sequence that is cut
 

@@ -46,24 +46,19 @@ import numpy as np
 import tiny_bundle
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from edge_dtm import archive, bundle, sign
 from edge_dtm.commands.common import read_json
-from edge_dtm.device import memory
-from edge_dtm.device.runner import (
-    Record,
-    RunSettings,
-    calls,
-    check_gguf,
-    context_needed,
-    replay_tokens,
-)
-from edge_dtm.errors import EdgeDtmError
-from edge_dtm.inspect import describe
-from edge_dtm.metrics import compare
-from edge_dtm.plan import Plan
-from edge_dtm.profiles import byte_budget, load_profile, profiles_dir
-from edge_dtm.reference import HELD_OUT, Reference
-from edge_dtm.verdict_file import device_name, read_verdict
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.metrics import compare
+from edge_dtm.formats import archive, bundle, signing
+from edge_dtm.formats.plan import Plan
+from edge_dtm.formats.profile import load_profile, profiles_dir
+from edge_dtm.formats.record import Record, RunSettings
+from edge_dtm.formats.reference import HELD_OUT, Reference
+from edge_dtm.formats.verdict_file import device_name, read_verdict
+from edge_dtm.llamacpp import memory
+from edge_dtm.llamacpp.runner import calls, check_gguf, context_needed, replay_tokens
+from edge_dtm.llamacpp.tensors import describe
+from edge_dtm.search.budget import byte_budget
 
 CPU_LIMIT_S, WALL_LIMIT_S = 5, 180  # the second for what waits and does not compute
 MEMORY_LIMIT_BYTES = 384 * 2**20  # above what the process has before
@@ -73,7 +68,7 @@ EXAMPLES = 2  # inputs that are written of each kind of finding
 ACCEPTED, REFUSED = "accepted", "refused"
 BOMB_BYTES = 64 * 2**20  # above what the few kilobytes of any other input unfold to
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
-TRUSTED = {sign.key_id(KEY.public_key()): KEY.public_key()}
+TRUSTED = {signing.key_id(KEY.public_key()): KEY.public_key()}
 
 
 @dataclass(frozen=True)
@@ -122,8 +117,8 @@ def read_manifest(data: bytes, folder: Path) -> None:
 
 
 def read_signature(data: bytes, folder: Path, manifest: bytes) -> None:
-    sign.check_signature(manifest, data, None, "a.edge")
-    sign.check_signature(manifest, data, TRUSTED, "a.edge")
+    signing.check_signature(manifest, data, None, "a.edge")
+    signing.check_signature(manifest, data, TRUSTED, "a.edge")
 
 
 def read_folder(data: bytes, folder: Path, files: Path) -> None:
@@ -302,7 +297,7 @@ def targets(work: Path) -> list[Target]:
         (folder / name).write_bytes(data)
     tiny_bundle.seal(folder)
     manifest = (folder / bundle.MANIFEST).read_bytes()
-    signature = sign.sign_manifest(manifest, KEY)
+    signature = signing.sign_manifest(manifest, KEY)
     members = [m.member(bundle.MANIFEST, manifest)]
     members += [m.member(n, (folder / n).read_bytes()) for n in sorted(tiny_bundle.FILES)]
     signed = [members[0], m.member(bundle.SIGNATURE, signature), *members[1:]]
@@ -330,7 +325,7 @@ def targets(work: Path) -> list[Target]:
         """A manifest and its signature, by the trusted key when it is the manifest that is bad."""
         if source.random() < 0.5:
             first = m.mutate_json(source, manifest)
-            second = sign.sign_manifest(first, KEY)
+            second = signing.sign_manifest(first, KEY)
         else:
             first, second = manifest, m.mutate_bytes(source, signature)
         return struct.pack("<I", len(first)) + first + second

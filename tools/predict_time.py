@@ -27,16 +27,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from edge_dtm.formats import ggml_types
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from edge_dtm import ggml
-from edge_dtm.host.activations import activation_kind
-from edge_dtm.host.compensate import DESCENT_SWEEPS, ROW_GROUPS
-from edge_dtm.host.recover import RecoverSettings
-from edge_dtm.host.recover import recovery_bytes as needed_bytes
-from edge_dtm.host.sensitivity import ROW_STEP, SIGN_DRAWS
-from edge_dtm.host.shipped import takes_feedback
-from edge_dtm.plan import CANDIDATE_TYPES, Component, Treatment, candidate_treatments
+from edge_dtm.formats.plan import CANDIDATE_TYPES, Component, Treatment, candidate_treatments
+from edge_dtm.host.blocks.sensitivity import ROW_STEP, SIGN_DRAWS
+from edge_dtm.host.blocks.shipped import takes_feedback
+from edge_dtm.host.distill.distill import RecoverSettings
+from edge_dtm.host.distill.distill import recovery_bytes as needed_bytes
+from edge_dtm.host.quantize.activations import activation_kind
+from edge_dtm.host.quantize.error_feedback import DESCENT_SWEEPS, ROW_GROUPS
+from edge_dtm.llamacpp import ggml
 
 # Measured seconds over counted seconds, SmolLM2-135M on two x86-64 cores (docs/time.md).
 FACTORS = {"Greedy reference": 2.6, "Gradients": 2.8, "Sensitivity": 1.8, "Recovery": 1.0}
@@ -98,7 +100,7 @@ def component_seconds(c: Component, t: Tokens, m: Machine) -> dict[str, float]:
     flop += SIGN_DRAWS * 2.0 * measured * c.weights * (1 + kinds)  # gradients times inputs
     flop += SIGN_DRAWS * 2.0 * t.measured * c.weights * len(choices)  # and times the changes
     steps = 0.0
-    for size in {ggml.block_size(k) for k in types}:
+    for size in {ggml_types.block_size(k) for k in types}:
         steps += ROW_GROUPS * n / size * (1 + DESCENT_SWEEPS)
     return {
         "quantizer": quantizer,

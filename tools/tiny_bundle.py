@@ -15,17 +15,20 @@ from typing import Any
 
 import numpy as np
 
+from edge_dtm.formats import ggml_types
+
 # The script also runs from a checkout where the package is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from edge_dtm import ggml
-from edge_dtm.bundle import Thresholds, write_manifest
-from edge_dtm.device import probe_model
-from edge_dtm.device.runner import LlamaRunner, Record, RunSettings, tokenize
-from edge_dtm.metrics import compare
-from edge_dtm.plan import Component, Plan, Treatment
-from edge_dtm.reference import HELD_OUT, PADDING, TOP_K, Reference
-from edge_dtm.verdict import AgainstHost, Diagnosis, Evidence, KernelCheck, Verdict
+from edge_dtm.core.metrics import compare
+from edge_dtm.formats.bundle import write_manifest
+from edge_dtm.formats.plan import Component, Plan, Treatment
+from edge_dtm.formats.record import Record, RunSettings
+from edge_dtm.formats.reference import HELD_OUT, PADDING, TOP_K, Reference
+from edge_dtm.formats.thresholds import Thresholds
+from edge_dtm.formats.verdict import AgainstHost, Diagnosis, Evidence, KernelCheck, Verdict
+from edge_dtm.llamacpp import ggml, probe_model
+from edge_dtm.llamacpp.runner import LlamaRunner, tokenize
 
 FILES = ("model.gguf", "reference.npz", "host.npz", "probe.npz", "plan.json", "report.md")
 THRESHOLDS = Thresholds(
@@ -103,7 +106,7 @@ def write_gguf(
             writer.add_tensor(f"{name}.weight", weights.astype(FLOATS[type_name]))
         else:
             data = ggml.quantize(type_name, weights, threads=1)
-            writer.add_tensor(f"{name}.weight", data, raw_dtype=ggml.ggml_type(type_name))
+            writer.add_tensor(f"{name}.weight", data, raw_dtype=ggml_types.ggml_type(type_name))
 
     def norm(name: str, gain: float) -> None:
         writer.add_tensor(f"{name}.weight", np.full(hidden, gain, dtype=np.float32))

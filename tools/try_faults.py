@@ -35,10 +35,10 @@ import mutations as m
 import numpy as np
 import tiny_bundle
 
-from edge_dtm.bundle import MANIFEST, SIGNATURE
-from edge_dtm.device.gguf_header import read_header
-from edge_dtm.device.runner import Record
-from edge_dtm.reference import Reference
+from edge_dtm.formats.bundle import MANIFEST, SIGNATURE
+from edge_dtm.formats.record import Record
+from edge_dtm.formats.reference import Reference
+from edge_dtm.llamacpp.gguf_header import read_header
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSED, ERROR, FAILED = 0, 1, 3

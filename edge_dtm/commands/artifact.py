@@ -13,7 +13,7 @@ from edge_dtm.commands.common import PATH, Bytes, folder_bytes, require_outside
 @click.argument("name", type=PATH)
 def keygen(name: Path) -> None:
     """Make a key pair to sign bundles with: NAME.key, to keep secret, and NAME.pub for devices."""
-    from edge_dtm.sign import PRIVATE_SUFFIX, PUBLIC_SUFFIX, generate
+    from edge_dtm.formats.signing import PRIVATE_SUFFIX, PUBLIC_SUFFIX, generate
 
     identity = generate(name)
     click.echo(f"{name}{PRIVATE_SUFFIX}: secret, for pack --sign; whoever has it can sign as you")
@@ -35,10 +35,10 @@ def keygen(name: Path) -> None:
 )
 def pack(bundle: Path, output: Path | None, key_file: Path | None, program: str | None) -> None:
     """Make one .edge file of a bundle; the same bundle and key always give the same bytes."""
-    from edge_dtm.archive import SUFFIX
-    from edge_dtm.archive import pack as run
-    from edge_dtm.progress import Stages
-    from edge_dtm.sign import load_private
+    from edge_dtm.core.progress import Stages
+    from edge_dtm.formats.archive import SUFFIX
+    from edge_dtm.formats.archive import pack as run
+    from edge_dtm.formats.signing import load_private
 
     key = load_private(key_file) if key_file else None
     target = output or bundle.resolve().parent / f"{bundle.resolve().name}{SUFFIX}"
@@ -50,7 +50,7 @@ def pack(bundle: Path, output: Path | None, key_file: Path | None, program: str 
         f"{f'signed with the key {signed}' if signed else 'not signed'}"
     )
     if program == "ollama":
-        from edge_dtm.ollama import write_folder
+        from edge_dtm.formats.modelfile import write_folder
 
         folder = target.with_name(f"{target.name.removesuffix(SUFFIX)}-ollama")
         write_folder(bundle, folder)
@@ -72,10 +72,10 @@ def unpack(
     file: Path, output: Path | None, trusted_keys: Path | None, max_unpacked_bytes: int | None
 ) -> None:
     """Check a packed bundle and make a folder of it."""
-    from edge_dtm.archive import SUFFIX
-    from edge_dtm.archive import unpack as run
-    from edge_dtm.progress import Stages
-    from edge_dtm.sign import load_trusted
+    from edge_dtm.core.progress import Stages
+    from edge_dtm.formats.archive import SUFFIX
+    from edge_dtm.formats.archive import unpack as run
+    from edge_dtm.formats.signing import load_trusted
 
     trusted = load_trusted(trusted_keys) if trusted_keys else None
     name = file.name.removesuffix(SUFFIX)

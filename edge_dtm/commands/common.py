@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from edge_dtm import strict_json
-from edge_dtm.errors import EdgeDtmError
+from edge_dtm.core import strict_json
+from edge_dtm.core.errors import EdgeDtmError
 
 EXIT_ERROR, EXIT_USAGE, EXIT_VERIFIED_AND_FAILED = 1, 2, 3
 PATH = click.Path(path_type=Path)
@@ -44,7 +44,7 @@ class Types(click.ParamType[tuple[str, ...]]):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
-        from edge_dtm.plan import ALL_TYPES
+        from edge_dtm.formats.plan import ALL_TYPES
 
         names = tuple(n.strip() for n in str(value).split(",") if n.strip())
         unknown = [n for n in names if n not in ALL_TYPES]
@@ -112,7 +112,7 @@ def require_folder_of(path: Path, bundle: Path | None = None) -> None:
 
 def require_outside(path: Path, bundle: Path) -> None:
     """EdgeDtmError when path would be a strange file in the folder `bundle`."""
-    from edge_dtm.bundle import TOLERATED_FILES
+    from edge_dtm.formats.bundle import TOLERATED_FILES
 
     if path.resolve().parent == bundle.resolve() and path.name not in TOLERATED_FILES:
         raise EdgeDtmError(

@@ -8,12 +8,7 @@ from typing import Any
 
 import click
 
-from edge_dtm.commands.common import (
-    EXIT_VERIFIED_AND_FAILED,
-    PATH,
-    require_folder_of,
-    write_json,
-)
+from edge_dtm.commands.common import EXIT_VERIFIED_AND_FAILED, PATH, require_folder_of, write_json
 
 
 @click.command()
@@ -65,12 +60,12 @@ def verify(
     """Replay the original's greedy outputs on this device and say pass (0) or fail (3).
 
     BUNDLE is a folder or a packed file."""
-    from edge_dtm.device.memory import return_freed_buffers
+    from edge_dtm.core.machine import return_freed_buffers
+    from edge_dtm.core.progress import Stages
     from edge_dtm.device.verify import Options
     from edge_dtm.device.verify import verify as run
-    from edge_dtm.progress import Stages
-    from edge_dtm.sign import load_trusted
-    from edge_dtm.verdict_table import print_verdict
+    from edge_dtm.formats.signing import load_trusted
+    from edge_dtm.report.verdict_table import print_verdict
 
     chosen = Options(
         mode="generate" if mode == "generate" else "teacher_forced",
@@ -104,20 +99,15 @@ def verify(
 @click.option("--json", "json_file", type=PATH, help="Also write the result as JSON.")
 def measure(gguf_file: Path, reference: Path, threads: int | None, json_file: Path | None) -> None:
     """FDT and SDT of anybody's GGUF against a reference, teacher-forced in llama.cpp."""
-    from edge_dtm import bundle as bundles
-    from edge_dtm.device.runner import (
-        LlamaRunner,
-        RunSettings,
-        check_gguf,
-        context_needed,
-        default_threads,
-        replay_tokens,
-    )  # fmt: skip
-    from edge_dtm.errors import EdgeDtmError
-    from edge_dtm.metrics import compare, divergent_mask, first_divergent_tokens, perplexity
-    from edge_dtm.progress import Stages
-    from edge_dtm.reference import HELD_OUT, Reference
-    from edge_dtm.report import interval
+    from edge_dtm.core.errors import EdgeDtmError
+    from edge_dtm.core.machine import default_threads
+    from edge_dtm.core.metrics import compare, divergent_mask, first_divergent_tokens, perplexity
+    from edge_dtm.core.progress import Stages
+    from edge_dtm.formats import bundle as bundles
+    from edge_dtm.formats.record import RunSettings
+    from edge_dtm.formats.reference import HELD_OUT, Reference
+    from edge_dtm.llamacpp.runner import LlamaRunner, check_gguf, context_needed, replay_tokens
+    from edge_dtm.report.summary import interval
 
     if json_file is not None:
         require_folder_of(json_file, reference)
@@ -162,7 +152,7 @@ def measure(gguf_file: Path, reference: Path, threads: int | None, json_file: Pa
 
 def _near_tie_margin(reference: Path) -> float | None:
     """Logits, of the noise floor where the reference is a bundle's folder; else None."""
-    from edge_dtm.bundle import MANIFEST, Manifest, read_head
+    from edge_dtm.formats.bundle import MANIFEST, Manifest, read_head
 
     if not (reference / MANIFEST).is_file():
         return None

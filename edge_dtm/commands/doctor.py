@@ -32,9 +32,9 @@ def doctor(bundle_or_gguf: Path | None, n_ctx: int, json_file: Path | None) -> N
     from rich.console import Console
     from rich.markup import escape
 
+    from edge_dtm.core.errors import EdgeDtmError
     from edge_dtm.device.cpu import read_cpu
     from edge_dtm.device.doctor import errors, examine, to_json
-    from edge_dtm.errors import EdgeDtmError
 
     if json_file is not None:
         require_folder_of(json_file, bundle_or_gguf)

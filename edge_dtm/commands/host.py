@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from edge_dtm.commands.common import PATH, Bytes, Removal, Types, read_json, require_folder_of
-from edge_dtm.errors import EdgeDtmError
+from edge_dtm.core.errors import EdgeDtmError
 
 
 @click.command()
@@ -138,10 +138,10 @@ def compress(
     """Measure MODEL (an HF folder or a GGUF), choose a treatment for every matrix, export one
     GGUF, check it in llama.cpp and leave a bundle. Without MODEL: SmolLM2-135M-Instruct, as
     tools/make_smollm2.py makes it."""
-    from edge_dtm.paths import default_model_dir
-    from edge_dtm.plan import CANDIDATE_TYPES
-    from edge_dtm.profiles import load_profile
-    from edge_dtm.progress import Stages
+    from edge_dtm.core.paths import default_model_dir
+    from edge_dtm.core.progress import Stages
+    from edge_dtm.formats.plan import CANDIDATE_TYPES
+    from edge_dtm.formats.profile import load_profile
 
     types, sparsity = _preset(preset, types, sparsity, options)
     targets = options["max_sdt"] is not None or options["min_fdt"] is not None
@@ -242,8 +242,8 @@ def frontier(bundle: Path, png: Path | None, rows: int) -> None:
     console = Console()
     console.print(table)
     console.print(words)
-    from edge_dtm.host.figure import draw_frontier
-    from edge_dtm.plan import Plan
+    from edge_dtm.formats.plan import Plan
+    from edge_dtm.report.frontier_figure import draw_frontier
 
     draw_frontier(points, Plan.from_json(plan).size_bytes, chosen, target)
     console.print(f"drawn: {target}", highlight=False, soft_wrap=True)
@@ -255,10 +255,10 @@ def frontier(bundle: Path, png: Path | None, rows: int) -> None:
 def recipe(bundle: Path, output: Path | None) -> None:
     """What llama.cpp's own llama-quantize needs to give every tensor the plan's type: a
     --tensor-type-file and our importance matrix. Its blocks are plainly rounded, though."""
-    from edge_dtm.imatrix import write_imatrix
-    from edge_dtm.plan import Plan
-    from edge_dtm.reference import load_imatrix
-    from edge_dtm.tensor_types import quantize_command, write_tensor_types
+    from edge_dtm.formats.imatrix import write_imatrix
+    from edge_dtm.formats.plan import Plan
+    from edge_dtm.formats.reference import load_imatrix
+    from edge_dtm.formats.tensor_types import quantize_command, write_tensor_types
 
     plan = Plan.from_json(read_json(bundle / "plan.json"))
     manifest = read_json(bundle / "manifest.json")

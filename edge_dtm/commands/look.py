@@ -14,8 +14,8 @@ from edge_dtm.commands.common import PATH, require_folder_of, write_json
 @click.option("--json", "json_file", type=PATH, help="Also write it as JSON.")
 def inspect(file: Path, json_file: Path | None) -> None:
     """Types, bytes, zeros and a map layer by layer of a bundle, packed or not, or any GGUF."""
-    from edge_dtm.archive import SUFFIX, open_bundle
-    from edge_dtm.bundle import MODEL
+    from edge_dtm.formats.archive import SUFFIX, open_bundle
+    from edge_dtm.formats.bundle import MODEL
 
     if json_file is not None:
         require_folder_of(json_file, file)
@@ -33,9 +33,9 @@ def _show(path: Path, name: str, json_file: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from edge_dtm import report
-    from edge_dtm.device.runner import check_gguf
-    from edge_dtm.inspect import describe
+    from edge_dtm.llamacpp.runner import check_gguf
+    from edge_dtm.llamacpp.tensors import describe
+    from edge_dtm.report import summary
 
     check_gguf(path)
     tensors = describe(path)
@@ -50,9 +50,9 @@ def _show(path: Path, name: str, json_file: Path | None) -> None:
         table.add_row(kind, str(n), f"{total:,}", f"{total / size:.1%}")
     console.print(f"{name}: {size:,} bytes", highlight=False, soft_wrap=True)
     console.print(table)
-    console.print(report.map_table({t.component: t.text for t in tensors if t.is_matrix}))
+    console.print(summary.map_table({t.component: t.text for t in tensors if t.is_matrix}))
     if any(t.zero_share is not None and t.zero_share >= 0.05 for t in tensors):
-        console.print(f"%0: share of exact zeros (F16, Q8_0), shown from 5 %. {report.ZEROS_NOTE}")
+        console.print(f"%0: share of exact zeros (F16, Q8_0), shown from 5 %. {summary.ZEROS_NOTE}")
     if json_file is not None:
         write_json(
             json_file,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from edge_dtm.device.performance import Performance
-    from edge_dtm.profiles import DeviceProfile
+    from edge_dtm.formats.profile import DeviceProfile
 
 
 @click.command()
@@ -48,18 +48,20 @@ def bench(
     what is absent is said with its reason."""
     from rich.console import Console
 
-    from edge_dtm import bundle as bundles
-    from edge_dtm.archive import open_bundle
+    from edge_dtm.core.machine import default_threads
     from edge_dtm.device.cpu import first_decode_in_child
-    from edge_dtm.device.memory import require_memory
     from edge_dtm.device.performance import (
         CONTEXT_TOKENS,
         estimated_tokens_per_s,
         in_words,
         measure,
     )
-    from edge_dtm.device.runner import RunSettings, check_gguf, default_threads
-    from edge_dtm.profiles import load_profile, packaged_profile
+    from edge_dtm.formats import bundle as bundles
+    from edge_dtm.formats.archive import open_bundle
+    from edge_dtm.formats.profile import load_profile, packaged_profile
+    from edge_dtm.formats.record import RunSettings
+    from edge_dtm.llamacpp.memory import require_memory
+    from edge_dtm.llamacpp.runner import check_gguf
 
     if json_file is not None:
         require_folder_of(json_file, source)

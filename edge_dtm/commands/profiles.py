@@ -17,7 +17,7 @@ def profiles() -> None:
 @profiles.command("list")
 def profiles_list() -> None:
     """All packaged profiles, a line each."""
-    from edge_dtm.profiles import list_profiles
+    from edge_dtm.formats.profile import list_profiles
 
     for p in list_profiles():
         click.echo(f"{p.name:18} {p.ram_bytes / 1e9:5.1f} GB RAM  {p.description}")
@@ -29,7 +29,7 @@ def profiles_show(name: str) -> None:
     """Every number of a profile with its source."""
     from dataclasses import fields
 
-    from edge_dtm.profiles import load_profile
+    from edge_dtm.formats.profile import load_profile
 
     profile = load_profile(name)
     for f in fields(profile):
@@ -49,9 +49,9 @@ def profiles_detect(output: Path | None, name: str | None) -> None:
     Memory bandwidth is measured by decoding in llama.cpp with models of random weights, which
     takes about a minute and 256 MB or more in the temporary folder. Do it on the idle machine.
     """
+    from edge_dtm.core.progress import Stages
     from edge_dtm.device.cpu import read_cpu
     from edge_dtm.device.detect import board, check_name, default_name, detect, require_new, save
-    from edge_dtm.progress import Stages
 
     root = Path("/")
     name = check_name(name or default_name(board(root), read_cpu(root)))

@@ -43,10 +43,10 @@ def report(
 
     BUNDLE is a folder or a packed file. The page needs no network, and holds texts of the bundle's
     held-out prompts."""
-    from edge_dtm.archive import SUFFIX, open_bundle
-    from edge_dtm.files import write_whole
-    from edge_dtm.html.gather import gather
-    from edge_dtm.html.page import page
+    from edge_dtm.core.files import write_whole
+    from edge_dtm.formats.archive import SUFFIX, open_bundle
+    from edge_dtm.report.gather import gather
+    from edge_dtm.report.page import page
 
     name = bundle.resolve().name.removesuffix(SUFFIX)
     target = output or bundle.resolve().with_name(f"{name}-report.html")
@@ -68,9 +68,9 @@ def compare(verdicts: tuple[Path, ...], json_file: Path | None) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from edge_dtm.compare import compare as run
-    from edge_dtm.compare_table import printable, table
-    from edge_dtm.verdict_file import read_verdict
+    from edge_dtm.formats.verdict_file import read_verdict
+    from edge_dtm.report.compare import compare as run
+    from edge_dtm.report.compare_table import printable, table
 
     if json_file is not None:
         require_folder_of(json_file)

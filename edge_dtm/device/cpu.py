@@ -26,11 +26,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_dtm.errors import EdgeDtmError
-from edge_dtm.scratch import Scratch
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.scratch import Scratch
 
 if TYPE_CHECKING:
-    from edge_dtm.device.runner import RunSettings
+    from edge_dtm.formats.record import RunSettings
 
 CHILD_TIMEOUT_S = 900.0  # a Pi needs seconds; an emulated one minutes
 
@@ -434,7 +434,8 @@ def _child(words: Sequence[str]) -> None:
 
     # The crash is expected; nobody wants its core file.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    from edge_dtm.device.runner import LlamaRunner, RunSettings, check_gguf, runtime_info
+    from edge_dtm.formats.record import RunSettings
+    from edge_dtm.llamacpp.runner import LlamaRunner, check_gguf, runtime_info
 
     try:
         info = runtime_info()
@@ -471,7 +472,7 @@ def _small_models(folder: Path) -> list[Path]:
     """probe_model's GGUF as F16, Q8_0 and Q4_0."""
     from llama_cpp import llama_cpp as lib
 
-    from edge_dtm.device import probe_model
+    from edge_dtm.llamacpp import probe_model
 
     source = folder / "F16.gguf"
     probe_model.write(source)

@@ -3,7 +3,7 @@
 The number that matters is the memory bandwidth that llama.cpp reaches while it decodes. It is
 measured with llama.cpp: a model of random weights, far larger than the last-level cache, decodes
 single tokens, and tokens per second times file size are bytes per second. This is the definition
-that `edge_dtm.profiles` calculates with, and it holds the kernels' own speed as well as the
+that `edge_dtm.formats.profile` calculates with, and it holds the kernels' own speed as well as the
 memory's. Plain reads of memory are measured beside it, as the upper bound.
 """
 
@@ -25,7 +25,10 @@ from statistics import median
 
 import numpy as np
 
-from edge_dtm.device import memory
+from edge_dtm.core import machine
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.files import write_whole
+from edge_dtm.core.scratch import Scratch
 from edge_dtm.device.cpu import (
     Build,
     Cpu,
@@ -35,11 +38,10 @@ from edge_dtm.device.cpu import (
     repacked_types,
 )
 from edge_dtm.device.doctor import cpu_quota, physical_cores, usable_cpus
-from edge_dtm.device.runner import LlamaRunner, RunSettings
-from edge_dtm.errors import EdgeDtmError
-from edge_dtm.files import write_whole
-from edge_dtm.profiles import SCHEMA_VERSION, DeviceProfile, load_profile
-from edge_dtm.scratch import Scratch
+from edge_dtm.formats import ggml_types
+from edge_dtm.formats.profile import SCHEMA_VERSION, DeviceProfile, load_profile
+from edge_dtm.formats.record import RunSettings
+from edge_dtm.llamacpp.runner import LlamaRunner
 
 MODEL_BYTES = 256 * 10**6
 CACHES = 4  # the measured bytes are at least as many times the last-level cache
@@ -106,7 +108,7 @@ def detect(name: str, root: Path = Path("/"), progress: Progress | None = None) 
             "(docs/add-a-profile.md)"
         )
     build = first_decode_in_child(RunSettings(threads=1))
-    there = memory.room(root)
+    there = machine.room(root)
     cpu = read_cpu(root)
     count = usable_cores(root)
     place = Path(tempfile.gettempdir())
@@ -218,7 +220,7 @@ def write_model(
     """
     import gguf
 
-    from edge_dtm import ggml
+    from edge_dtm.llamacpp import ggml
 
     kind = gguf.GGMLQuantizationType[type_name]
     kv = hidden // HEADS * KV_HEADS
@@ -231,7 +233,9 @@ def write_model(
         "ffn_up": (ffn, hidden),
         "ffn_down": (hidden, ffn),
     }
-    layer = sum(rows * ggml.row_bytes(type_name, columns) for rows, columns in shapes.values())
+    layer = sum(
+        rows * ggml_types.row_bytes(type_name, columns) for rows, columns in shapes.values()
+    )
     layers = max(round(size_bytes / layer), 1)
     random = np.random.default_rng(0)
     blocks = {
@@ -260,7 +264,7 @@ def write_model(
         if shape is None:
             writer.add_tensor_info(f"{name}.weight", (hidden,), np.dtype(np.float32), 4 * hidden)
         else:
-            size = shape[0] * ggml.row_bytes(type_name, shape[1])
+            size = shape[0] * ggml_types.row_bytes(type_name, shape[1])
             writer.add_tensor_info(
                 f"{name}.weight", shape, np.dtype(np.float32), size, raw_dtype=kind
             )
@@ -379,13 +383,13 @@ def profile_of(
     cpu: Cpu,
     build: Build,
     ram_bytes: int,
-    room: memory.Room,
+    room: machine.Room,
     cores: int,
     measured: Bandwidth,
     date: str,
 ) -> DeviceProfile:
     """What was found, with a sentence on how for every number. date: ISO 8601."""
-    from edge_dtm.plan import ALL_TYPES
+    from edge_dtm.formats.plan import ALL_TYPES
 
     check_name(name)
     choices = load_profile(CHOICES_FROM)

@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from edge_dtm.device import memory
+from edge_dtm.core import machine
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.machine import default_threads
 from edge_dtm.device.cpu import (
     Build,
     Cpu,
@@ -31,8 +33,9 @@ from edge_dtm.device.cpu import (
     require_runnable,
     unused_by_build,
 )
-from edge_dtm.device.runner import RunSettings, check_gguf, default_threads
-from edge_dtm.errors import EdgeDtmError
+from edge_dtm.formats.record import RunSettings
+from edge_dtm.llamacpp import memory
+from edge_dtm.llamacpp.runner import check_gguf
 
 SCHEMA_VERSION = 1
 N_CTX = 2048  # as in most of the packaged profiles
@@ -233,7 +236,7 @@ def kernels(build: Build, cpu: Cpu) -> list[Finding]:
 
 def types(matrices: Sequence[Matrix], build: Build, cpu: Cpu) -> list[Finding]:
     """Which quantized types of a model have repacked kernels here, by bytes."""
-    from edge_dtm.plan import ALL_TYPES
+    from edge_dtm.formats.plan import ALL_TYPES
 
     quantized = [m for m in matrices if m.type not in _UNPACKED_TYPES]
     total = sum(m.size_bytes for m in matrices)
@@ -284,7 +287,7 @@ def types(matrices: Sequence[Matrix], build: Build, cpu: Cpu) -> list[Finding]:
     return findings
 
 
-def fits(needed: memory.Need, there: memory.Room) -> list[Finding]:
+def fits(needed: memory.Need, there: machine.Room) -> list[Finding]:
     """File, KV cache and buffers against what this process may still take."""
     total = needed.total_bytes
     text = (
@@ -492,13 +495,13 @@ def matrices_of(path: Path) -> list[Matrix]:
 
 def _model(path: Path, n_ctx: int, root: Path, build: Build | None, cpu: Cpu) -> list[Finding]:
     """What a bundle or a GGUF asks of this machine."""
-    from edge_dtm.bundle import MODEL
+    from edge_dtm.formats.bundle import MODEL
 
     if not path.exists():
         raise EdgeDtmError(f"{path} does not exist: give a bundle or a GGUF file")
     if path.is_dir() or _is_gguf(path):
         return _gguf(path / MODEL if path.is_dir() else path, n_ctx, root, build, cpu)
-    from edge_dtm.archive import open_bundle
+    from edge_dtm.formats.archive import open_bundle
 
     place = Path(tempfile.gettempdir()).resolve()
     free = shutil.disk_usage(place).free
@@ -513,7 +516,7 @@ def _model(path: Path, n_ctx: int, root: Path, build: Build | None, cpu: Cpu) ->
 def _gguf(path: Path, n_ctx: int, root: Path, build: Build | None, cpu: Cpu) -> list[Finding]:
     check_gguf(path)
     needed = memory.need(path, RunSettings(threads=1, parallel_sequences=1), n_ctx)
-    findings = fits(needed, memory.room(root))
+    findings = fits(needed, machine.room(root))
     if build is not None and build.features:
         findings += types(matrices_of(path), build, cpu)
     return findings

@@ -18,12 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from edge_dtm.device.gguf_header import kv_bytes_per_token, read_header
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.machine import peak_rss_bytes
 from edge_dtm.device.probe import DECODE_TOKENS, PROMPT_TOKENS, in_child
-from edge_dtm.device.runner import LlamaRunner, RunSettings, Timing, check_gguf, peak_rss_bytes
 from edge_dtm.device.sensors import Sampler, condition, find_power
-from edge_dtm.errors import EdgeDtmError
-from edge_dtm.profiles import DeviceProfile, estimate_decode_tokens_per_s
+from edge_dtm.formats.profile import DeviceProfile
+from edge_dtm.formats.record import RunSettings
+from edge_dtm.llamacpp.gguf_header import kv_bytes_per_token, read_header
+from edge_dtm.llamacpp.runner import LlamaRunner, Timing, check_gguf
+from edge_dtm.search.budget import estimate_decode_tokens_per_s
 
 SCHEMA_VERSION = 1
 CONTEXT_TOKENS = PROMPT_TOKENS + DECODE_TOKENS

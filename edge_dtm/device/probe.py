@@ -15,8 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edge_dtm.device.runner import LlamaRunner, RunSettings, check_gguf, peak_rss_bytes
-from edge_dtm.errors import EdgeDtmError
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.machine import peak_rss_bytes
+from edge_dtm.formats.record import RunSettings
+from edge_dtm.llamacpp.runner import LlamaRunner, check_gguf
 
 PROMPT_TOKENS, DECODE_TOKENS = 128, 64
 Answer = TypeVar("Answer")

@@ -16,28 +16,28 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from edge_dtm import bundle as bundles
-from edge_dtm.archive import open_bundle
-from edge_dtm.device import cpu, probe_model, runner
-from edge_dtm.device.memory import require_memory
-from edge_dtm.device.runner import LlamaRunner, Record, RunSettings
-from edge_dtm.errors import EdgeDtmError
-from edge_dtm.metrics import compare, top_kl
-from edge_dtm.quick import CERTAINTY, QuickVerdict
-from edge_dtm.reference import Reference
-from edge_dtm.scratch import Scratch
-from edge_dtm.verdict import (
+from edge_dtm.core import machine
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.metrics import compare, top_kl
+from edge_dtm.core.scratch import Scratch
+from edge_dtm.device import cpu
+from edge_dtm.device.judge import against_host, divergences, judge, limits_of_part
+from edge_dtm.device.quick import CERTAINTY, QuickVerdict
+from edge_dtm.formats import bundle as bundles
+from edge_dtm.formats.archive import open_bundle
+from edge_dtm.formats.record import Record, RunSettings
+from edge_dtm.formats.reference import Reference
+from edge_dtm.formats.verdict import (
     Evidence,
     KernelCheck,
     KernelsCompared,
     Mode,
     StoppedEarly,
     Verdict,
-    against_host,
-    divergences,
-    judge,
-    limits_of_part,
 )
+from edge_dtm.llamacpp import probe_model, runner
+from edge_dtm.llamacpp.memory import require_memory
+from edge_dtm.llamacpp.runner import LlamaRunner
 
 SPEED_PROMPT_TOKENS, SPEED_DECODE_TOKENS = 128, 32
 
@@ -106,7 +106,7 @@ def verify(bundle_path: Path, options: Options, progress: Progress | None = None
         # All but the threads as on the host: these settings can change an argmax.
         settings = replace(
             RunSettings.from_json(host.settings),
-            threads=options.threads or runner.default_threads(),
+            threads=options.threads or machine.default_threads(),
         )
         context = max(runner.context_needed(reference), SPEED_PROMPT_TOKENS + SPEED_DECODE_TOKENS)
         # One thread has the same kernels, and a busy machine is quicker with it.
@@ -117,7 +117,7 @@ def verify(bundle_path: Path, options: Options, progress: Progress | None = None
         checked: list[KernelCheck] = []
         if options.kernels != "skip":
             # It loads ggml, which the child above has shown to be safe.
-            from edge_dtm.device import kernels
+            from edge_dtm.llamacpp import kernels
 
             with Scratch("edge-dtm", Path(tempfile.gettempdir())) as folder:
                 kl_probe = probe_model.kl(
@@ -186,7 +186,7 @@ def verify(bundle_path: Path, options: Options, progress: Progress | None = None
                 "time_to_first_token_s": timing.prefill_s,
                 "p50_ms": 1e3 * float(np.percentile(timing.decode_s, 50)),
                 "p95_ms": 1e3 * float(np.percentile(timing.decode_s, 95)),
-                "peak_rss_bytes": runner.peak_rss_bytes(),
+                "peak_rss_bytes": machine.peak_rss_bytes(),
             },
             settings=settings.to_json(),
             runtime=runner.runtime_info(),

@@ -9,8 +9,8 @@ from statistics import median
 from typing import Any
 
 from edge_dtm.device.probe import probe
-from edge_dtm.device.runner import RunSettings
-from edge_dtm.transfer import packed_bytes
+from edge_dtm.formats.record import RunSettings
+from edge_dtm.formats.transfer import packed_bytes
 
 ROUNDS = 3  # taken in turns, so that whatever else the machine does hits all alike
 SAME = 0.03  # medians of three rounds differ by this much between equal files

@@ -13,61 +13,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from edge_dtm import bundle, report, strict_json, target
-from edge_dtm.device import probe_model
-from edge_dtm.device.memory import room
-from edge_dtm.device.runner import (
-    LlamaRunner,
-    Record,
-    RunSettings,
-    context_needed,
-    default_threads,
-    replay_tokens,
-)
-from edge_dtm.errors import EdgeDtmError
-from edge_dtm.healthy import healthy_range
-from edge_dtm.host import export
-from edge_dtm.host.bought import ROUNDS, in_words, weigh
-from edge_dtm.host.calibration import Calibration
-from edge_dtm.host.checkpoint import Checkpoint, open_checkpoint
-from edge_dtm.host.digest import digest_of
-from edge_dtm.host.equalize import (
-    EqualizedCheckpoint,
-    Scales,
-    find_scales,
-    load_scales,
-    logit_difference,
-    save_scales,
-    sites,
-    top_logits,
-)
-from edge_dtm.host.generate import (
-    check_lengths,
-    generate_reference,
-    signed_margins,
-    split_rows,
-)
-from edge_dtm.host.masks import SCORES
-from edge_dtm.host.model import choose_device, load_model
-from edge_dtm.host.prompts import Prompt, packaged_prompts, read_prompts, sample_prefixes
-from edge_dtm.host.recover import recovery_bytes
-from edge_dtm.host.retrain import RecoveredBlocks
-from edge_dtm.host.sensitivity import Activations, fit_zeros, read_costs, sensitivity
-from edge_dtm.host.shipped import Shipped
-from edge_dtm.host.stage_recover import recover_plan, sparsify
-from edge_dtm.host.stage_remove import remove
-from edge_dtm.host.stage_zeros import fit_plan
-from edge_dtm.host.tokenizer import NASTY_STRINGS, tokenization_mismatches
-from edge_dtm.imatrix import check_imatrix, read_imatrix
-from edge_dtm.inspect import describe
-from edge_dtm.metrics import (
+from edge_dtm.core import strict_json
+from edge_dtm.core.digest import digest_of
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.machine import default_threads, room
+from edge_dtm.core.metrics import (
     Divergence,
     compare,
     divergent_mask,
     first_divergent_tokens,
     perplexity,
 )
-from edge_dtm.plan import (
+from edge_dtm.core.progress import Stages
+from edge_dtm.formats import bundle
+from edge_dtm.formats.imatrix import check_imatrix, read_imatrix
+from edge_dtm.formats.plan import (
     CANDIDATE_TYPES,
     SPARSE_LEVELS,
     SPARSE_TYPES,
@@ -77,9 +37,9 @@ from edge_dtm.plan import (
     distinct_texts,
     least_bytes_with_zeros,
 )
-from edge_dtm.profiles import ByteBudget, DeviceProfile, byte_budget
-from edge_dtm.progress import Stages
-from edge_dtm.reference import (
+from edge_dtm.formats.profile import DeviceProfile
+from edge_dtm.formats.record import Record, RunSettings
+from edge_dtm.formats.reference import (
     CALIBRATION,
     EXTRA,
     HELD_OUT,
@@ -89,17 +49,49 @@ from edge_dtm.reference import (
     load_npz,
     save_npz,
 )
-from edge_dtm.search import (
-    CostTable,
-    Prediction,
-    Predictor,
-    frontier,
-    least_divergent_share,
-    search,
-    search_transfer,
+from edge_dtm.formats.thresholds import healthy_range, thresholds_from
+from edge_dtm.formats.transfer import packed_bytes
+from edge_dtm.host import export
+from edge_dtm.host.blocks.calibration import Calibration
+from edge_dtm.host.blocks.sensitivity import Activations, fit_zeros, read_costs, sensitivity
+from edge_dtm.host.blocks.shipped import Shipped
+from edge_dtm.host.blocks.stage_pruning import fit_plan
+from edge_dtm.host.bought import ROUNDS, in_words, weigh
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from edge_dtm.host.checkpoint.model import choose_device, load_model
+from edge_dtm.host.checkpoint.tokenizer import NASTY_STRINGS, tokenization_mismatches
+from edge_dtm.host.distill.distill import recovery_bytes
+from edge_dtm.host.distill.retrain import RecoveredBlocks
+from edge_dtm.host.distill.stage import recover_plan, sparsify
+from edge_dtm.host.quantize.equalize import (
+    EqualizedCheckpoint,
+    Scales,
+    find_scales,
+    load_scales,
+    logit_difference,
+    save_scales,
+    sites,
+    top_logits,
 )
-from edge_dtm.transfer import packed_bytes
-from edge_dtm.verdict import thresholds_from
+from edge_dtm.host.quantize.masks import SCORES
+from edge_dtm.host.stage_remove import remove
+from edge_dtm.host.trajectory.generate import (
+    check_lengths,
+    generate_reference,
+    signed_margins,
+    split_rows,
+)
+from edge_dtm.host.trajectory.prompts import Prompt, packaged_prompts, read_prompts, sample_prefixes
+from edge_dtm.llamacpp import probe_model
+from edge_dtm.llamacpp.runner import LlamaRunner, context_needed, replay_tokens
+from edge_dtm.llamacpp.tensors import describe
+from edge_dtm.report import summary
+from edge_dtm.search import target
+from edge_dtm.search.allocation import least_divergent_share, search, search_transfer
+from edge_dtm.search.budget import ByteBudget, byte_budget
+from edge_dtm.search.cost_table import CostTable
+from edge_dtm.search.frontier import frontier
+from edge_dtm.search.predictor import Prediction, Predictor
 
 SAMPLED_PROMPTS = 40
 EXTRA_PROMPTS = 48  # sampled too, but only ever used to fit error feedback and scales
@@ -681,8 +673,8 @@ class Pipeline:
             )
             verdict = "meets" if goal.met(made.sdt, made.fdt) else "misses"
             self.stages.note(
-                f"{made.size_bytes:,} bytes: SDT {report.interval(d.sdt.to_json(), True)}, mean "
-                f"FDT {report.interval(d.fdt.to_json(), False)}: {verdict} the target"
+                f"{made.size_bytes:,} bytes: SDT {summary.interval(d.sdt.to_json(), True)}, mean "
+                f"FDT {summary.interval(d.fdt.to_json(), False)}: {verdict} the target"
             )
             return made
 
@@ -909,7 +901,7 @@ class Pipeline:
             if plan.zero_share
             else {}
         )
-        (self.work / "report.md").write_text(report.markdown(plan, results, details, zeros))
+        (self.work / "report.md").write_text(summary.markdown(plan, results, details, zeros))
         files = [*bundle.REQUIRED_FILES, "plan.json", "report.md"]
         # An old manifest or signature would vouch for files that are being replaced.
         for name in (bundle.MANIFEST, bundle.SIGNATURE):
@@ -921,7 +913,7 @@ class Pipeline:
             for path in self.work.glob("calibration-*"):
                 shutil.rmtree(path, ignore_errors=True)
         self.stages.note("")
-        report.print_summary(self.stages.console, plan, results, details, self.stages.seconds, out)
+        summary.print_summary(self.stages.console, plan, results, details, self.stages.seconds, out)
 
 
 def calibration_rows(reference: Reference) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

@@ -14,10 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_dtm import __version__
-from edge_dtm.errors import EdgeDtmError
-from edge_dtm.host.checkpoint import Checkpoint, FloatArray
-from edge_dtm.host.treat import treat
-from edge_dtm.plan import (
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.formats.plan import (
     TENSOR_ALIGNMENT_BYTES,
     Component,
     Plan,
@@ -25,6 +23,8 @@ from edge_dtm.plan import (
     tensor_bytes,
     uniform,
 )
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint, FloatArray
+from edge_dtm.host.quantize.treat import treat
 
 Importance = Mapping[str, FloatArray | None]
 Blocks = Callable[[Component, Treatment], npt.NDArray[np.uint8]]

@@ -20,21 +20,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from edge_dtm.host.calibration import Calibration
-from edge_dtm.host.checkpoint import Checkpoint, FloatArray, ModelConfig
-from edge_dtm.host.compensate import (
+from edge_dtm.formats.reference import Reference
+from edge_dtm.host.blocks.calibration import Calibration
+from edge_dtm.host.blocks.sensitivity import SIGN_DRAWS, SMALL_WEIGHTS, Activations
+from edge_dtm.host.blocks.workers import in_workers, worker_count
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint, FloatArray, ModelConfig
+from edge_dtm.host.checkpoint.edited import EditedCheckpoint, write_edited
+from edge_dtm.host.checkpoint.model import load_model
+from edge_dtm.host.quantize.equalize import Scales, input_scale
+from edge_dtm.host.quantize.error_feedback import (
     Feedback,
     damping_for,
     effective_tokens,
     one_torch_thread,
     second_moments,
 )
-from edge_dtm.host.edited import EditedCheckpoint, write_edited
-from edge_dtm.host.equalize import Scales, input_scale
-from edge_dtm.host.model import load_model
-from edge_dtm.host.sensitivity import SIGN_DRAWS, SMALL_WEIGHTS, Activations
-from edge_dtm.host.workers import in_workers, worker_count
-from edge_dtm.reference import Reference
 
 Part = Literal["attn", "ffn"]
 IntArray = npt.NDArray[np.int64]

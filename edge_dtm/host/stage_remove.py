@@ -9,19 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_dtm import ggml
-from edge_dtm.device.runner import Record
-from edge_dtm.errors import EdgeDtmError
-from edge_dtm.files import write_whole
+from edge_dtm.core.digest import digest_of
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.files import write_whole
+from edge_dtm.formats import ggml_types
+from edge_dtm.formats.plan import Plan, Treatment
+from edge_dtm.formats.record import Record
+from edge_dtm.formats.reference import HELD_OUT, Reference
 from edge_dtm.host import export, removal
-from edge_dtm.host.checkpoint import Checkpoint
-from edge_dtm.host.digest import digest_of
-from edge_dtm.host.edited import EditedCheckpoint
-from edge_dtm.host.retrain import plain_values
-from edge_dtm.host.stage_recover import recover_base
-from edge_dtm.plan import Plan, Treatment
-from edge_dtm.reference import HELD_OUT, Reference
-from edge_dtm.structure import UnitOptions, remove_share, removed_share, worth_removing
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint
+from edge_dtm.host.checkpoint.edited import EditedCheckpoint
+from edge_dtm.host.distill.retrain import plain_values
+from edge_dtm.host.distill.stage import recover_base
+from edge_dtm.search.structure import UnitOptions, remove_share, removed_share, worth_removing
 
 if TYPE_CHECKING:
     from edge_dtm.host.compress import Pipeline
@@ -33,7 +33,7 @@ HALF_MARGIN = 0.05  # logits; half-precision weights and KV cache move margins b
 def neuron_block(types: Sequence[str], config_ffn: int) -> int:
     """Neurons are kept in multiples of this, so that every type that fits the whole `ffn_down`
     fits what is left of it."""
-    return max([32, *(b for t in types if config_ffn % (b := ggml.block_size(t)) == 0)])
+    return max([32, *(b for t in types if config_ffn % (b := ggml_types.block_size(t)) == 0)])
 
 
 def unit_options(
@@ -54,7 +54,7 @@ def unit_options(
         left = [
             o
             for o in u.options
-            if u.part == "ffn" or any(o.kept * width % ggml.block_size(t) == 0 for t in types)
+            if u.part == "ffn" or any(o.kept * width % ggml_types.block_size(t) == 0 for t in types)
         ]
         out.append(
             UnitOptions(

@@ -1,0 +1,249 @@
+"""From what a device answered to a verdict and a diagnosis. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_dtm.core.metrics import Divergence, compare, divergent_mask, first_divergent_tokens
+from edge_dtm.formats.record import Mode
+from edge_dtm.formats.thresholds import Thresholds
+from edge_dtm.formats.verdict import AgainstHost, Diagnosis, Evidence
+
+KL_CAP_NATS = 1.0  # so that one position cannot decide over thousands
+
+
+def against_host(
+    host_ids: npt.NDArray[np.integer[Any]],
+    host_top_logits: npt.NDArray[np.floating[Any]],
+    device_ids: npt.NDArray[np.integer[Any]],
+    kl: npt.NDArray[np.floating[Any]],
+    lengths: npt.NDArray[np.integer[Any]],
+    decided_margin: float,
+) -> AgainstHost:
+    """host_ids, device_ids, kl (nats, top_kl) of shape (S, N), host_top_logits (S, N, K) falling,
+    lengths (S,)."""
+    counted = np.arange(host_ids.shape[1])[None, :] < np.asarray(lengths)[:, None]
+    other = divergent_mask(host_ids, device_ids, lengths)
+    margins = host_top_logits[:, :, 0] - host_top_logits[:, :, 1]
+    decided = counted & (margins >= decided_margin)
+    n = int(decided.sum())
+    return AgainstHost(
+        kl_nats=float(np.minimum(kl[counted], KL_CAP_NATS).mean()) if counted.any() else 0.0,
+        decided_sdt=float((other & decided).sum() / n) if n else 0.0,
+        decided_positions=n,
+        largest_margin=float(margins[other].max()) if other.any() else 0.0,
+    )
+
+
+def limits_of_part(
+    thresholds: Thresholds, host: Divergence, part: Divergence, total: int, taken: int
+) -> Thresholds:
+    """The thresholds against the original for `taken` of the bundle's `total` sequences.
+
+    host and part: the host's own run of the file against the original, on all and on these. Some
+    sequences are easier than others, which the host's run shows; and what remains, the difference
+    between device and host, is a mean of fewer, so that its room grows with the root.
+    A threshold that the host itself misses is the user's wish and stays where it is.
+    """
+    if taken >= total:
+        return thresholds
+    wider = math.sqrt(total / taken)
+    max_sdt, min_fdt = thresholds.max_sdt, thresholds.min_fdt
+    if host.sdt.value <= max_sdt:
+        max_sdt = min(part.sdt.value + (max_sdt - host.sdt.value) * wider, 1.0)
+    if host.fdt.value >= min_fdt:
+        min_fdt = max(part.fdt.value - (host.fdt.value - min_fdt) * wider, 0.0)
+    return replace(thresholds, max_sdt=max_sdt, min_fdt=min_fdt)
+
+
+@dataclass(frozen=True)
+class _Check:
+    """name: as in quick.QuickVerdict where that decides it. of_host: whether it compares the
+    machine with the host, not the model with the original. met_so_far: by the figures alone, which
+    a diagnosis goes by where a quick run ended before this check was certain."""
+
+    name: str
+    met: bool
+    text: str
+    of_host: bool
+    met_so_far: bool
+
+
+def _checks(e: Evidence, t: Thresholds, certain: Mapping[str, bool] | None) -> list[_Check]:
+    def _check(
+        name: str,
+        met: bool,
+        what: str,
+        value: str,
+        relation: str,
+        limit: str,
+        of_host: bool = False,
+    ) -> _Check:
+        met_so_far = met
+        if certain is not None and name in certain:
+            met, so_far = certain[name], " so far"
+        else:
+            so_far = ""
+        wanted = ", wanted" if met else ", but wanted is"
+        text = f"{what} is {value}{so_far}{wanted} {relation} {limit}."
+        return _Check(name, met, text, of_host, met_so_far)
+
+    fdt, sdt = e.against_original.fdt.value, e.against_original.sdt.value
+    out = [
+        _check(
+            "fdt",
+            fdt >= t.min_fdt,
+            "FDT against the original",
+            f"{fdt:.2f} tokens",
+            "at least",
+            f"{t.min_fdt:.2f}",
+        )
+    ]
+    if e.mode == "teacher_forced":
+        out.append(
+            _check(
+                "sdt",
+                sdt <= t.max_sdt,
+                "SDT against the original",
+                f"{sdt:.3%}",
+                "at most",
+                f"{t.max_sdt:.3%}",
+            )
+        )
+    if e.host is not None:
+        out += [
+            _check(
+                "kl",
+                e.host.kl_nats <= t.max_kl_vs_host,
+                "KL against the host's run of this file",
+                f"{e.host.kl_nats:.2g} nats",
+                "at most",
+                f"{t.max_kl_vs_host:.2g}",
+                True,
+            ),
+            _check(
+                "decided",
+                e.host.decided_sdt <= t.max_decided_sdt_vs_host,
+                f"The share of other tokens where the host was sure ({t.decided_margin:g} logits)",
+                f"{e.host.decided_sdt:.3%}",
+                "at most",
+                f"{t.max_decided_sdt_vs_host:.3%}",
+                True,
+            ),
+        ]
+    if e.kl_probe_nats is not None:
+        out.append(
+            _check(
+                "probe",
+                e.kl_probe_nats <= t.max_kl_probe,
+                "KL of the small F16 model against the host's",
+                f"{e.kl_probe_nats:.2g} nats",
+                "at most",
+                f"{t.max_kl_probe:.2g}",
+                True,
+            )
+        )
+    if e.kernels:
+        worst = max(e.kernels, key=lambda k: (not k.ok, k.worst_relative_error))
+        out.append(
+            _Check(
+                "kernels",
+                worst.ok,
+                f"All {len(e.kernels)} kernels agree with numpy (largest relative error "
+                f"{worst.worst_relative_error:.1g})."
+                if worst.ok
+                else f"{sum(not k.ok for k in e.kernels)} of {len(e.kernels)} kernels compute "
+                f"wrong products (worst: {worst.type} {worst.path}, {worst.columns} columns, "
+                f"{worst.component}, relative error {worst.worst_relative_error:.1g}).",
+                True,
+                worst.ok,
+            )
+        )
+    return out
+
+
+def judge(
+    evidence: Evidence,
+    thresholds: Thresholds,
+    host_meets: bool,
+    certain: Mapping[str, bool] | None = None,
+) -> tuple[bool, list[str], Diagnosis]:
+    """(passed, reasons, diagnosis). host_meets: whether the host's own run of this file meets the
+    thresholds against the original. certain: what a quick run found of the whole bundle, by the
+    name of a check, which then counts and not the figures so far."""
+    checks = _checks(evidence, thresholds, certain)
+    passed = all(c.met for c in checks)
+    reasons = [c.text for c in checks if c.met == passed]
+    return passed, reasons, _diagnosis(checks, evidence, host_meets)
+
+
+def _diagnosis(checks: Sequence[_Check], e: Evidence, host_meets: bool) -> Diagnosis:
+    if all(c.met for c in checks):
+        return Diagnosis("healthy", "This machine computes what the host computed.")
+    if any(c.of_host and not (c.met and c.met_so_far) for c in checks):
+        bad = sorted({f"{k.type} ({k.path})" for k in e.kernels if not k.ok})
+        if bad:
+            where = f"its kernels for {', '.join(bad)} are wrong"
+        elif any(c.name == "probe" and not c.met for c in checks):
+            where = "even the small F16 model comes out differently, so it is not quantization"
+        elif e.kernels:
+            where = "single products are right, so look at attention, threads and memory"
+        else:
+            where = "single products were not checked, so verify without --kernels skip first"
+        return Diagnosis(
+            "broken_kernels",
+            f"Broken kernels: this machine does not compute what the host computed from the same "
+            f"file; {where}. Run edge-dtm doctor, then edge-dtm verify --kernels compare, and "
+            "rebuild llama-cpp-python.",
+        )
+    if e.mode == "generate":
+        return Diagnosis(
+            "bad_plan",
+            "The text leaves the original's too early. Run edge-dtm verify without --mode generate, "
+            "which tells a bad plan from broken kernels.",
+        )
+    if not host_meets:
+        return Diagnosis(
+            "bad_plan",
+            "Bad plan: this machine computes what the host computed, and both are as far from the "
+            "original. Compress again with a larger --max-bytes, or set other thresholds.",
+        )
+    return Diagnosis(
+        "too_close",
+        "This machine computes what the host computed, but for the rounding that healthy kernels "
+        "differ by, and that carried it over a threshold that the host just meets. Compress again "
+        "with a larger --max-bytes, or set thresholds with more room.",
+    )
+
+
+def divergences(
+    reference_ids: npt.NDArray[np.integer[Any]],
+    host_ids: npt.NDArray[np.integer[Any]],
+    device_ids: npt.NDArray[np.integer[Any]],
+    lengths: npt.NDArray[np.integer[Any]],
+    margins: npt.NDArray[np.floating[Any]],
+    near_tie_margin: float,
+    mode: Mode,
+) -> tuple[Divergence, Divergence, list[int]]:
+    """(against the original, against the host, first divergent tokens against the original).
+
+    Ids and margins of shape (S, N), lengths (S,). In mode "generate" the host, which was fed the
+    original's text, says what it would have generated up to its own first divergence only.
+    """
+    original = compare(reference_ids, device_ids, lengths, margins, near_tie_margin)
+    host_lengths = lengths
+    if mode == "generate":
+        first = first_divergent_tokens(divergent_mask(reference_ids, host_ids, lengths), lengths)
+        host_lengths = np.minimum(first + 1, lengths)
+    mask = divergent_mask(reference_ids, device_ids, lengths)
+    return (
+        original,
+        compare(host_ids, device_ids, host_lengths),
+        [int(i) for i in first_divergent_tokens(mask, lengths)],
+    )

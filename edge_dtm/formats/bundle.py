@@ -1,0 +1,294 @@
+"""The bundle: a folder with all a device needs to judge a model by itself.
+
+manifest.json lists every other file with its SHA-256, so nothing is read unchecked; manifest.sig,
+where there is one, says who made that list (`sign`). `archive` opens bundles and packs them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from edge_dtm.core import strict_json
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.scratch import Scratch
+from edge_dtm.formats.thresholds import Thresholds
+
+SCHEMA_VERSION = 2
+KIND = "edge-dtm bundle"
+MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
+MODEL, REFERENCE, HOST_RECORD = "model.gguf", "reference.npz", "host.npz"
+PROBE_RECORD = "probe.npz"  # what device/probe_model.py's small F16 model said on the host
+REQUIRED_FILES = (MODEL, REFERENCE, HOST_RECORD, PROBE_RECORD)
+# What edge-dtm makes of a bundle and may lie in its folder: never listed, packed or read.
+TOLERATED_FILES = ("report.html", "frontier.png")
+
+MANIFEST_LIMIT_BYTES = 16 * 2**20
+SIGNATURE_LIMIT_BYTES = 4096  # ten times what `sign` writes
+FILES_LIMIT = 256  # of a manifest; bundles have half a dozen
+COPY_BYTES = 2**20
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,98}")  # at most 99: a tar header's name field
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One line of the manifest: SHA-256 in hex and size in bytes."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json, checked. provenance and measured: free-form JSON objects."""
+
+    files: Mapping[str, FileEntry]
+    thresholds: Thresholds
+    provenance: Mapping[str, Any]
+    measured: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": KIND,
+            "files": {name: asdict(entry) for name, entry in sorted(self.files.items())},
+            "thresholds": self.thresholds.to_json(),
+            "provenance": dict(self.provenance),
+            "measured": dict(self.measured),
+        }
+
+    def noise_floor(self, source: Path) -> dict[str, Any]:
+        """What was measured of it. EdgeDtmError, naming source, when its near_tie_margin is no
+        number of 0 or more; it may be absent."""
+        floor = self.measured.get("noise_floor", {})
+        margin = floor.get("near_tie_margin", 0) if isinstance(floor, dict) else None
+        if isinstance(margin, bool) or not isinstance(margin, (int, float)) or margin < 0:
+            raise EdgeDtmError(f"{source}: the noise floor in its manifest cannot be read")
+        return dict(floor)
+
+    @classmethod
+    def parse(cls, data: bytes, source: str) -> Manifest:
+        """EdgeDtmError, naming source, unless data is a manifest of this schema."""
+        try:
+            tree = strict_json.loads(data)
+        except ValueError as error:
+            raise EdgeDtmError(f"{source} is no JSON ({error}): copy the bundle again") from None
+        if not isinstance(tree, dict) or tree.get("kind") != KIND:
+            raise EdgeDtmError(f"{source} is not the manifest of an edge-dtm bundle")
+        version = tree.get("schema_version")
+        if type(version) is not int or version != SCHEMA_VERSION:
+            raise EdgeDtmError(
+                f"{source} has schema version {version!r}, this edge-dtm reads "
+                f"{SCHEMA_VERSION}: use the edge-dtm that wrote it"
+            )
+        problems = []
+        entries: dict[str, FileEntry] = {}
+        listed = tree.get("files")
+        if not isinstance(listed, dict):
+            problems.append("no files")
+            listed = {}
+        if len(listed) > FILES_LIMIT:
+            raise EdgeDtmError(
+                f"{source} lists {len(listed)} files, the limit is {FILES_LIMIT}: do not use it"
+            )
+        problems += _name_problems(list(listed))
+        for name, entry in listed.items():
+            if (
+                not isinstance(entry, dict)
+                or not isinstance(entry.get("sha256"), str)
+                or not _SHA256.fullmatch(entry["sha256"])
+                or type(entry.get("size_bytes")) is not int
+                or entry["size_bytes"] < 0
+            ):
+                problems.append(f"{name!r} needs a sha256 and a size_bytes")
+            else:
+                entries[name] = FileEntry(entry["sha256"], entry["size_bytes"])
+        for key in ("provenance", "measured"):
+            if not isinstance(tree.get(key), dict):
+                problems.append(f"no {key}")
+        if problems:
+            raise EdgeDtmError(f"{source} is wrong: {'; '.join(problems)}")
+        try:
+            thresholds = Thresholds.from_json(tree.get("thresholds"))
+        except EdgeDtmError as error:
+            raise EdgeDtmError(f"{source}: {error}") from None
+        return cls(entries, thresholds, tree["provenance"], tree["measured"])
+
+
+@dataclass
+class Bundle:
+    """An opened bundle; a context manager, because a packed one lies in a temporary folder.
+
+    source: what was opened; folder: where its files are; key_id: of the key that signed the
+    manifest, None when it is not signed.
+    """
+
+    source: Path
+    folder: Path
+    manifest: Manifest
+    key_id: str | None = None
+    _temporary: Scratch | None = None
+
+    def __enter__(self) -> Bundle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the temporary folder of a packed bundle; a second call does nothing."""
+        if self._temporary is not None:
+            self._temporary.close()
+            self._temporary = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all listed files, the total of check's progress when all is well."""
+        return sum(entry.size_bytes for entry in self.manifest.files.values())
+
+    def path(self, name: str) -> Path:
+        """Where a listed file is. EdgeDtmError when the manifest does not list it."""
+        if name not in self.manifest.files:
+            raise EdgeDtmError(f"{self.source} lists no {name}")
+        return self.folder / name
+
+    def check(self, progress: Progress | None = None) -> None:
+        """Hash every file. EdgeDtmError naming each one missing, changed or not listed.
+
+        progress: called with the bytes hashed since its last call. Subfolders, TOLERATED_FILES
+        and names that begin with a dot are not looked at, nothing reads them.
+        """
+        problems = [
+            f"{name} is not listed" for name in REQUIRED_FILES if name not in self.manifest.files
+        ]
+        for name, entry in sorted(self.manifest.files.items()):
+            if reason := _file_problem(self.folder / name, entry, progress):
+                problems.append(f"{name} {reason}")
+        known = {MANIFEST, SIGNATURE, *self.manifest.files, *REQUIRED_FILES, *TOLERATED_FILES}
+        problems += [
+            f"{item.name} is not listed"
+            for item in sorted(self.folder.iterdir())
+            if item.name not in known and not item.name.startswith(".") and not item.is_dir()
+        ]
+        if problems:
+            raise EdgeDtmError(
+                f"{self.source} is not as it was made: {'; '.join(problems)}; copy it again"
+            )
+
+
+def write_manifest(
+    folder: Path,
+    files: Sequence[str],
+    thresholds: Thresholds,
+    provenance: Mapping[str, Any],
+    measured: Mapping[str, Any],
+) -> Manifest:
+    """Hash the files, plain names in folder, and write manifest.json, whole or not at all.
+
+    A manifest.sig of an earlier manifest is removed.
+    EdgeDtmError for a missing file, a name that is not plain, or a value JSON cannot hold.
+    """
+    folder = Path(folder)
+    problems = _name_problems(list(files))
+    problems += [f"{name} is missing" for name in files if not (folder / name).is_file()]
+    if problems:
+        raise EdgeDtmError(f"cannot write the manifest of {folder}: {'; '.join(problems)}")
+    entries = {name: _entry(folder / name) for name in files}
+    manifest = Manifest(entries, thresholds, provenance, measured)
+    try:
+        text = json.dumps(manifest.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise EdgeDtmError(f"cannot write the manifest of {folder}: {error}") from None
+    temporary = folder / f".{MANIFEST}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        (folder / SIGNATURE).unlink(missing_ok=True)
+        temporary.replace(folder / MANIFEST)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise EdgeDtmError(
+            f"cannot write the manifest of {folder}: {error.strerror or error}"
+        ) from None
+    return manifest
+
+
+def read_head(folder: Path) -> tuple[bytes, bytes | None]:
+    """The bytes of a folder's manifest and of its signature, None when there is none.
+
+    EdgeDtmError when folder is no bundle or a file cannot be read or is above its limit.
+    """
+    data = _read_within(folder / MANIFEST, MANIFEST_LIMIT_BYTES)
+    if data is None:
+        raise EdgeDtmError(f"{folder} is no bundle: it has no {MANIFEST}")
+    return data, _read_within(folder / SIGNATURE, SIGNATURE_LIMIT_BYTES)
+
+
+def _read_within(path: Path, limit_bytes: int) -> bytes | None:
+    """None when there is no such file."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit_bytes + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise EdgeDtmError(f"cannot read {path}: {error.strerror or error}") from None
+    if len(data) > limit_bytes:
+        raise EdgeDtmError(f"{path} is above {limit_bytes} bytes: do not use this bundle")
+    return data
+
+
+def _name_problems(names: Sequence[str]) -> list[str]:
+    problems = [
+        f"{name!r} is not a plain file name"
+        for name in names
+        if not _NAME.fullmatch(name) or name.casefold() in (MANIFEST, SIGNATURE)
+    ]
+    folded = [name.casefold() for name in names]
+    # A file system that ignores case would let one overwrite the other.
+    problems += [
+        f"{name!r} comes twice" for i, name in enumerate(names) if name.casefold() in folded[:i]
+    ]
+    return problems
+
+
+def _entry(path: Path, progress: Progress | None = None) -> FileEntry:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while part := file.read(COPY_BYTES):
+            digest.update(part)
+            size += len(part)
+            if progress:
+                progress(len(part))
+    return FileEntry(digest.hexdigest(), size)
+
+
+def _file_problem(path: Path, entry: FileEntry, progress: Progress | None) -> str:
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            return "is not a plain file"
+        size = path.stat().st_size
+        if size != entry.size_bytes:
+            return f"is changed ({size} bytes instead of {entry.size_bytes})"
+        return "" if _entry(path, progress) == entry else "is changed (its hash differs)"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"

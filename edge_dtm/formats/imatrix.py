@@ -1,0 +1,243 @@
+"""Importance vectors as the imatrix files of llama.cpp's tools.
+
+llama-imatrix records for each matrix the sum of the squares of its inputs, and llama-quantize
+weights the squared error of each column with their mean. Source of both formats and of all rules
+here: tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp and tools/quantize/quantize.cpp of the
+llama.cpp in llama-cpp-python 0.3.36.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_dtm.core.errors import EdgeDtmError
+
+if TYPE_CHECKING:
+    from edge_dtm.formats.plan import Component
+
+FloatArray = npt.NDArray[np.float32]
+
+# What llama-imatrix leaves out: looked-up rows have no inputs; `output` only with
+# --process-output; a tied head, whose tensor is called token_embd, never.
+OPTIONAL = ("token_embd", "output")
+COMMAND = "llama-imatrix -m MODEL.gguf -f TEXT.txt --process-output -o imatrix.gguf"
+
+_WEIGHT, _SUMS, _COUNTS = ".weight", ".in_sum2", ".counts"
+_EXPERTS = "_exps" + _WEIGHT  # the only mark of experts in the old format, which has no counts
+
+
+def write_imatrix(
+    path: Path,
+    vectors: Mapping[str, FloatArray],
+    tokens: int,
+    datasets: Sequence[str],
+    chunk_tokens: int = 512,
+) -> None:
+    """Write what llama-imatrix would have written, under a temporary name until complete.
+
+    vectors: component -> float32 (row_length,), the mean square of its inputs, finite and not
+    negative. tokens: how many tokens the mean is over; it is the weight of this file when
+    llama-imatrix merges several. datasets: names of the calibration texts, at least one, since
+    llama-quantize refuses a file without. chunk_tokens: tokens of one chunk, for display.
+
+    The file holds sums in float32, not means, so that llama-quantize may get back a value that
+    differs in the last bit, which is enough for other bytes in many a matrix. With a power of two
+    as `tokens` it gets exactly `vectors`. Equal arguments give equal bytes. EdgeDtmError when
+    values are negative or not finite or the file cannot be written.
+    """
+    import gguf
+
+    if not vectors or not datasets or tokens < 1 or chunk_tokens < 1:
+        raise ValueError("an imatrix needs vectors, a dataset, tokens and a chunk size")
+    count = np.float32(tokens)
+    sums, bad = {}, []
+    for name, vector in vectors.items():
+        if vector.ndim != 1 or not vector.size:
+            raise ValueError(f"{name} needs one value a column, not {vector.shape}")
+        with np.errstate(over="ignore"):
+            sums[name] = vector.astype(np.float32) * count
+        if not np.isfinite(sums[name]).all() or (vector < 0).any():
+            bad.append(name)
+    if bad:
+        raise EdgeDtmError(
+            f"{_listed(bad, len(vectors), 'importance vectors')} hold values that are NaN, "
+            "negative or too large: check the model for infinite activations"
+        )
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        writer = gguf.GGUFWriter(temporary, "imatrix")
+        try:
+            writer.kv_data[0].clear()  # general.architecture, which llama-imatrix does not write
+            writer.add_type("imatrix")
+            writer.add_array("imatrix.datasets", list(datasets))
+            writer.add_uint32("imatrix.chunk_count", tokens // chunk_tokens)
+            writer.add_uint32("imatrix.chunk_size", chunk_tokens)
+            for tensor in sorted(name + _WEIGHT for name in sums):
+                writer.add_tensor(tensor + _SUMS, sums[tensor.removesuffix(_WEIGHT)])
+                writer.add_tensor(tensor + _COUNTS, np.array([count]))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.flush()
+            assert writer.fout is not None
+            os.fsync(writer.fout[0].fileno())
+        finally:
+            writer.close()
+        temporary.replace(path)
+    except OSError as error:
+        raise EdgeDtmError(
+            f"{path} could not be written ({error.strerror or error}): free some space or choose "
+            "another folder"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_imatrix(path: Path) -> dict[str, FloatArray]:
+    """Component -> float32 (row_length,), the mean square of its inputs, of an imatrix file.
+
+    Reads the GGUF format and the older binary one (`llama-imatrix --output-format dat`), with the
+    values llama-quantize would use: ones where nothing was counted. EdgeDtmError when the file is
+    neither, is not whole, holds NaN, infinite or negative values, or mixtures of experts.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(4) == b"GGUF":
+                means = _read_gguf(path)
+            else:
+                file.seek(0)
+                means = _read_legacy(file)
+        for name, mean in means.items():
+            if not np.isfinite(mean).all() or (mean < 0).any():
+                raise ValueError(f"values of {name} are NaN, infinite or negative")
+    except FileNotFoundError:
+        raise EdgeDtmError(f"{path} does not exist: make it with {COMMAND}") from None
+    except OSError as error:
+        raise EdgeDtmError(f"{path} cannot be read ({error.strerror or error})") from None
+    # gguf-py does not check what it reads; a damaged file ends in any of these.
+    except (ValueError, LookupError, TypeError, ArithmeticError, struct.error) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise EdgeDtmError(
+            f"{path} is no whole imatrix file ({text}): make it again with {COMMAND}"
+        ) from None
+    experts = [name for name, mean in means.items() if mean.ndim > 1]
+    if experts:
+        raise EdgeDtmError(
+            f"{path}: {_listed(experts, len(means), 'entries')} belong to a mixture of experts, "
+            "which edge-dtm does not support: use the imatrix of a plain Llama model"
+        )
+    return means
+
+
+def check_imatrix(vectors: Mapping[str, FloatArray], components: Iterable[Component]) -> None:
+    """EdgeDtmError listing every component whose vector is missing or has another length.
+
+    Those of OPTIONAL may be missing: they are quantized without importance then.
+    """
+    components, bad = list(components), []
+    for c in components:
+        vector = vectors.get(c.name)
+        if vector is None:
+            if c.name not in OPTIONAL:
+                bad.append(f"{c.name} (missing)")
+        elif vector.shape != (c.row_length,):
+            shape = "x".join(map(str, vector.shape))
+            bad.append(f"{c.name} ({shape} values, not {c.row_length})")
+    if bad:
+        raise EdgeDtmError(
+            f"the imatrix does not fit this model in {_listed(bad, len(components), 'components')}: "
+            f"make it from this very model with {COMMAND}"
+        )
+
+
+def _listed(names: Sequence[str], total: int, what: str) -> str:
+    return f"{len(names)} of {total} {what} ({', '.join(names)})"
+
+
+def _component(name: str) -> str:
+    return name.removesuffix(_WEIGHT)
+
+
+def _read_gguf(path: Path) -> dict[str, FloatArray]:
+    """Experts come out as float32 (experts, row_length). ValueError and gguf-py's own."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    field = reader.get_field("general.type")
+    kind = None if field is None else field.contents()
+    if kind != "imatrix":
+        raise ValueError(f"its general.type is {kind!r}, not 'imatrix'")
+    tensors = {t.name: t for t in reader.tensors}
+    names = dict.fromkeys(
+        name.removesuffix(end) for name in tensors for end in (_SUMS, _COUNTS) if name.endswith(end)
+    )
+    if not names:
+        raise ValueError("it has no entries")
+    means = {}
+    for name in names:
+        if name + _SUMS not in tensors or name + _COUNTS not in tensors:
+            raise ValueError(f"{name} lacks {_SUMS} or {_COUNTS}")
+        pair = tensors[name + _SUMS], tensors[name + _COUNTS]
+        if any(t.tensor_type != gguf.GGMLQuantizationType.F32 for t in pair):
+            raise ValueError(f"{name} is not in F32")
+        sums, counts = (t.data.reshape(-1) for t in pair)
+        if not (np.isfinite(counts).all() and (counts >= 0).all()):
+            raise ValueError(f"counts of {name} are NaN, infinite or negative")
+        if not counts.size or not sums.size or sums.size % counts.size:
+            raise ValueError(f"{name} has {sums.size} values for {counts.size} counts")
+        # As lround: halves go up, which np.round does not do.
+        whole = np.floor(counts.astype(np.float64) + 0.5).astype(np.float32)[:, None]
+        table = sums.reshape(counts.size, -1)
+        # Where nothing was counted llama-quantize takes ones, that is no weighting.
+        mean = np.divide(table, whole, out=np.ones(table.shape, np.float32), where=whole > 0)
+        experts = counts.size > 1 or name.endswith(_EXPERTS)
+        means[_component(name)] = mean if experts else mean[0]
+    return means
+
+
+def _read_legacy(file: BinaryIO) -> dict[str, FloatArray]:
+    """Entries of (name length, name, calls, values, float32 values), all int32 in the machine's
+    order, little-endian in practice; then perhaps the number of chunks and the dataset's name.
+    The values are means times calls. ValueError when it is anything else.
+    """
+    left = os.fstat(file.fileno()).st_size
+
+    def take(size: int) -> bytes:
+        nonlocal left
+        # Before reading, since a wrong length can be 2 GB.
+        if not 0 <= size <= left:
+            raise ValueError("it is truncated, or of another format")
+        left -= size
+        return file.read(size)
+
+    def integer() -> int:
+        return int(struct.unpack("<i", take(4))[0])
+
+    means: dict[str, FloatArray] = {}
+    entries = integer()
+    if entries < 1:
+        raise ValueError("it has no entries")
+    for _ in range(entries):
+        name = take(integer()).decode()
+        calls, values = integer(), integer()
+        if not name or values < 1:
+            raise ValueError("it has an entry without a name or values")
+        mean = np.frombuffer(take(4 * values), dtype="<f4").astype(np.float32)
+        if calls > 0:
+            mean /= np.float32(calls)
+        if _component(name) in means:
+            raise ValueError(f"it holds {name} twice")
+        means[_component(name)] = mean[None] if name.endswith(_EXPERTS) else mean
+    if left:
+        integer()  # chunks
+        take(integer())  # dataset
+    if left:
+        raise ValueError(f"{left} bytes follow its end")
+    return means

@@ -1,0 +1,223 @@
+"""What one model answered to a reference, and the settings it ran with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.formats.reference import TOP_K, check_arrays, load_npz, save_npz
+
+Mode = Literal["teacher_forced", "generate"]
+
+
+CACHE_STEP = 256  # llama.cpp rounds the context of a sequence up to a multiple
+
+
+# Settings come with a bundle: what is above these is no use and would only take memory.
+MAX_THREADS, MAX_BATCH_TOKENS = 512, 16_384
+
+
+MAX_SEQUENCES = 64  # LLAMA_MAX_SEQ of the oldest llama.cpp that is supported
+
+
+_ARRAYS = (
+    "ids",
+    "top_ids",
+    "top_logits",
+    "log_normalizers",
+    "reference_log_probabilities",
+    "lengths",
+)
+
+
+_TYPES: dict[str, npt.DTypeLike] = {
+    "ids": np.int32,
+    "top_ids": np.int32,
+    "top_logits": np.float32,
+    "log_normalizers": np.float32,
+    "lengths": np.int32,
+}
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How llama.cpp is run; everything here may change an argmax in a near-tie.
+
+    threads: CPU threads; batch_tokens: most tokens in one decode call; parallel_sequences: most
+    sequences that share one call, at most MAX_SEQUENCES, 1 for one after the other; kv_type: GGML
+    type of the KV cache; micro_batch_tokens: tokens that run through the layers at once, at most
+    batch_tokens count; repack: let llama.cpp rearrange the weights for this CPU's kernels. Flash
+    attention is off by default: its kernels differ more between machines.
+
+    Memory: a KV cache of the whole context for each parallel sequence (cache_tokens), and logits,
+    4 bytes x vocabulary for each token of a micro-batch and for each token of a call whose logits
+    are wanted (logits_bytes at most).
+    """
+
+    threads: int
+    batch_tokens: int = 128
+    parallel_sequences: int = 4
+    flash_attention: bool = False
+    kv_type: str = "F16"
+    micro_batch_tokens: int = 64
+    repack: bool = True
+
+    def __post_init__(self) -> None:
+        numbers = {
+            name: getattr(self, name)
+            for name in ("threads", "batch_tokens", "parallel_sequences", "micro_batch_tokens")
+        }
+        small = [f"{name} is {value}" for name, value in numbers.items() if value < 1]
+        if small:
+            raise EdgeDtmError(f"{', '.join(small)}, must be 1 or more")
+        most = {
+            "threads": MAX_THREADS,
+            "batch_tokens": MAX_BATCH_TOKENS,
+            "parallel_sequences": MAX_SEQUENCES,
+        }
+        large = [
+            f"{name} is {numbers[name]}, must be at most {limit}"
+            for name, limit in most.items()
+            if numbers[name] > limit
+        ]
+        if large:
+            raise EdgeDtmError("; ".join(large))
+
+    @property
+    def sequences_per_call(self) -> int:
+        """llama.cpp wants no fewer tokens in a micro-batch than sequences in a context."""
+        return min(self.parallel_sequences, self.micro_batch_tokens, self.batch_tokens)
+
+    def cache_tokens(self, context_tokens: int) -> int:
+        """Tokens that the KV cache has room for, in all sequences together."""
+        return -(-context_tokens // CACHE_STEP) * CACHE_STEP * self.sequences_per_call
+
+    def logits_bytes(self, vocabulary: int) -> int:
+        """Most bytes that logits take, in the graph of a micro-batch and behind a call."""
+        micro = min(self.micro_batch_tokens, self.batch_tokens)
+        return 4 * vocabulary * (micro + self.batch_tokens)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RunSettings:
+        """EdgeDtmError when data is not what to_json wrote."""
+        try:
+            types = {item.name: item.type for item in fields(cls)}
+            for name, value in data.items():
+                if name in types and type(value).__name__ != types[name]:
+                    raise TypeError(f"{name} is no {types[name]}")
+            return cls(**data)
+        except TypeError as error:
+            raise EdgeDtmError(f"no settings of a run: {error}") from None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one model answered to S sequences of at most N generated tokens.
+
+    ids int32 (S, N): the model's argmax, the lowest id on a tie, PADDING beyond a row's length;
+    top_ids int32 (S, N, TOP_K); top_logits float32 (S, N, TOP_K) falling; log_normalizers float32
+    (S, N): log of the sum of exp of all logits; reference_log_probabilities float32 (S, N), nats:
+    of the reference's token, nan in mode "generate" and beyond a row's length; lengths int32 (S,).
+    Speeds in tokens per second, nan when not measured. settings: RunSettings.to_json().
+    meta: what `save` was given.
+    """
+
+    mode: Mode
+    ids: npt.NDArray[np.int32]
+    top_ids: npt.NDArray[np.int32]
+    top_logits: npt.NDArray[np.float32]
+    log_normalizers: npt.NDArray[np.float32]
+    reference_log_probabilities: npt.NDArray[np.float32]
+    lengths: npt.NDArray[np.int32]
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    settings: Mapping[str, Any]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 2:
+            raise ValueError(f"ids have shape {self.ids.shape}, not (sequences, tokens)")
+        s, n = self.ids.shape
+        expected = {
+            "top_ids": (s, n, TOP_K),
+            "top_logits": (s, n, TOP_K),
+            "log_normalizers": (s, n),
+            "reference_log_probabilities": (s, n),
+            "lengths": (s,),
+        }
+        wrong = [k for k, shape in expected.items() if getattr(self, k).shape != shape]
+        if wrong:
+            raise ValueError(f"shapes do not fit {s} sequences of {n} tokens: {', '.join(wrong)}")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def rows(self, index: npt.NDArray[Any]) -> Record:
+        """The record of some sequences only (an index or boolean array over sequences)."""
+        arrays = {name: getattr(self, name)[index] for name in _ARRAYS}
+        return Record(
+            mode=self.mode,
+            prefill_tokens_per_s=self.prefill_tokens_per_s,
+            decode_tokens_per_s=self.decode_tokens_per_s,
+            settings=self.settings,
+            meta=self.meta,
+            **arrays,
+        )
+
+    def save(self, path: Path, meta: Mapping[str, Any] | None = None) -> None:
+        """Write an npz file of kind "record"; meta: anything JSON can hold, e.g. provenance."""
+        head = {
+            "kind": "record",
+            "mode": self.mode,
+            "prefill_tokens_per_s": _number_or_none(self.prefill_tokens_per_s),
+            "decode_tokens_per_s": _number_or_none(self.decode_tokens_per_s),
+            "settings": dict(self.settings),
+            "meta": dict(self.meta if meta is None else meta),
+        }
+        save_npz(path, {name: getattr(self, name) for name in _ARRAYS}, head)
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """EdgeDtmError when the file is no whole record of this schema."""
+        arrays, head = load_npz(path, list(_ARRAYS), "record")
+        try:
+            mode = head["mode"]
+            if mode not in ("teacher_forced", "generate"):
+                raise ValueError(f"unknown mode {mode!r}")
+            # Of the reference's tokens some have no probability: those beyond a row's length.
+            check_arrays(arrays, _TYPES)
+            if arrays["reference_log_probabilities"].dtype != np.float32:
+                raise ValueError("wrong type of reference_log_probabilities")
+            lengths = arrays["lengths"]
+            if lengths.size and not 0 <= lengths.min() <= lengths.max() <= arrays["ids"].shape[-1]:
+                raise ValueError("a length lies outside its row")
+            return cls(
+                mode=mode,
+                prefill_tokens_per_s=_none_to_nan(head["prefill_tokens_per_s"]),
+                decode_tokens_per_s=_none_to_nan(head["decode_tokens_per_s"]),
+                settings=dict(head["settings"]),
+                meta=dict(head["meta"]),
+                **arrays,
+            )
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise EdgeDtmError(
+                f"{path} is no readable record file ({error}): make it again"
+            ) from None
+
+
+def _number_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no nan
+
+
+def _none_to_nan(value: float | None) -> float:
+    return math.nan if value is None else float(value)

@@ -1,0 +1,246 @@
+"""Who made a bundle: an Ed25519 signature (RFC 8032) over its manifest.
+
+The manifest holds the hash of every file, so one small signature vouches for all of them. A
+signature alone says only that the holder of some key made it; it means something where the public
+key was known before, which is what the folder of trusted keys is for.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from edge_dtm.core import strict_json
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.files import write_whole
+from edge_dtm.core.scratch import Scratch
+
+SCHEMA_VERSION = 1
+ALGORITHM = "Ed25519"
+PRIVATE_SUFFIX, PUBLIC_SUFFIX = ".key", ".pub"
+# What is signed begins with this, so that no signature made for another purpose fits a manifest.
+_DOMAIN = b"edge-dtm manifest v2\n"
+_FIELDS = {"schema_version", "algorithm", "key_id", "public_key", "signature"}
+_PUBLIC_BYTES, _SIGNATURE_BYTES = 32, 64
+_KEY_FILE_LIMIT_BYTES = 64 * 2**10
+
+Trusted = Mapping[str, Ed25519PublicKey]
+
+
+def key_id(key: Ed25519PublicKey) -> str:
+    """The first 16 hex digits of the SHA-256 of the raw public key."""
+    return hashlib.sha256(key.public_bytes_raw()).hexdigest()[:16]
+
+
+def generate(name: Path) -> str:
+    """Make a key pair, NAME.key (readable by its owner only) and NAME.pub; returns the key id.
+
+    EdgeDtmError when either file exists or cannot be written; then neither is left behind.
+    """
+    private_path = name.with_name(name.name + PRIVATE_SUFFIX)
+    public_path = name.with_name(name.name + PUBLIC_SUFFIX)
+    for path in (private_path, public_path):
+        if os.path.lexists(path):
+            raise EdgeDtmError(f"{path} exists already: give another name, keys are not replaced")
+    key = Ed25519PrivateKey.generate()
+    _write_new(
+        private_path,
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        ),
+    )
+    try:
+        write_whole(
+            public_path,
+            key.public_key().public_bytes(
+                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+            ),
+        )
+    except BaseException:
+        private_path.unlink(missing_ok=True)
+        raise
+    return key_id(key.public_key())
+
+
+def load_private(path: Path) -> Ed25519PrivateKey:
+    """EdgeDtmError unless path is an Ed25519 private key in PEM without a passphrase."""
+    data = _read_key(path)
+    try:
+        key = serialization.load_pem_private_key(data, password=None)
+    except TypeError:
+        raise EdgeDtmError(
+            f"{path} is locked with a passphrase: give a key as edge-dtm keygen makes it"
+        ) from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise EdgeDtmError(
+            f"{path} is no private key: give the .key file that edge-dtm keygen made"
+        ) from None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise EdgeDtmError(f"{path} is no {ALGORITHM} key: make one with edge-dtm keygen")
+    return key
+
+
+def load_trusted(folder: Path) -> dict[str, Ed25519PublicKey]:
+    """Key id -> public key, of every *.pub file in folder.
+
+    EdgeDtmError when there is none, when one cannot be read, and when one is a private key, which
+    does not belong on a device.
+    """
+    try:
+        paths = sorted(p for p in folder.iterdir() if p.name.endswith(PUBLIC_SUFFIX))
+    except OSError as error:
+        raise EdgeDtmError(
+            f"cannot read the trusted keys in {folder}: {error.strerror or error}"
+        ) from None
+    if not paths:
+        raise EdgeDtmError(
+            f"{folder} holds no trusted keys: put the .pub files of those you trust there"
+        )
+    keys = [_load_public(path) for path in paths]
+    return {key_id(key): key for key in keys}
+
+
+def sign_manifest(manifest: bytes, key: Ed25519PrivateKey) -> bytes:
+    """The contents of manifest.sig for these exact bytes; the same input gives the same output."""
+    public = key.public_key()
+    tree = {
+        "schema_version": SCHEMA_VERSION,
+        "algorithm": ALGORITHM,
+        "key_id": key_id(public),
+        "public_key": base64.b64encode(public.public_bytes_raw()).decode(),
+        "signature": base64.b64encode(key.sign(_DOMAIN + manifest)).decode(),
+    }
+    return (json.dumps(tree, indent=2, sort_keys=True) + "\n").encode()
+
+
+def check_signature(
+    manifest: bytes,
+    signature: bytes | None,
+    trusted: Trusted | None = None,
+    source: str | Path = "the bundle",
+) -> str | None:
+    """The id of the key that signed these bytes, None when signature and trusted are both None.
+
+    manifest, signature: the contents of the two files. trusted: what `load_trusted` gave; None
+    asks only that a signature fits its manifest, whoever made it. EdgeDtmError, naming source,
+    for a missing signature where trusted is given, an unknown key, a signature that does not fit,
+    and a file that holds no signature.
+    """
+    if signature is None:
+        if trusted is None:
+            return None
+        raise EdgeDtmError(
+            f"{source} is not signed: ask its maker for one packed with --sign, or leave out the "
+            f"trusted keys if you know where it comes from"
+        )
+    named, public, raw = _parse(signature, source)
+    if trusted is not None and (
+        named not in trusted or trusted[named].public_bytes_raw() != public.public_bytes_raw()
+    ):
+        raise EdgeDtmError(
+            f"{source} is signed with the key {named}, trusted are {', '.join(sorted(trusted))}: "
+            f"do not use it, unless you know whose key that is and add its .pub file"
+        )
+    try:
+        public.verify(raw, _DOMAIN + manifest)
+    except InvalidSignature:
+        raise EdgeDtmError(
+            f"{source}: its signature does not fit its manifest; do not use it, get it again"
+        ) from None
+    return named
+
+
+def _parse(data: bytes, source: str | Path) -> tuple[str, Ed25519PublicKey, bytes]:
+    """Key id, public key and raw signature of a signature file."""
+
+    def malformed(why: str) -> EdgeDtmError:
+        return EdgeDtmError(f"{source}: its signature file {why}; do not use it, get it again")
+
+    try:
+        tree = strict_json.loads(data)
+    except ValueError:
+        raise malformed("is no JSON") from None
+    if not isinstance(tree, dict) or set(tree) != _FIELDS:
+        raise malformed(f"needs exactly the names {', '.join(sorted(_FIELDS))}")
+    version, algorithm = tree["schema_version"], tree["algorithm"]
+    if type(version) is not int or version != SCHEMA_VERSION or algorithm != ALGORITHM:
+        raise EdgeDtmError(
+            f"{source}: its signature file has schema version {version!r} and algorithm "
+            f"{algorithm!r}, this edge-dtm reads {SCHEMA_VERSION} and {ALGORITHM}: use the "
+            f"edge-dtm that signed it"
+        )
+    public_bytes = _base64(tree["public_key"], _PUBLIC_BYTES)
+    signature = _base64(tree["signature"], _SIGNATURE_BYTES)
+    if public_bytes is None or signature is None:
+        raise malformed(f"holds no {ALGORITHM} key and signature")
+    public = Ed25519PublicKey.from_public_bytes(public_bytes)
+    if tree["key_id"] != key_id(public):
+        raise malformed("names another key than it holds")
+    return key_id(public), public, signature
+
+
+def _base64(value: Any, size_bytes: int) -> bytes | None:
+    """None unless value is the base64 of that many bytes, in the one way of writing them."""
+    try:
+        data = base64.b64decode(value, validate=True)
+    except (binascii.Error, TypeError, ValueError):
+        return None
+    if len(data) != size_bytes or base64.b64encode(data).decode() != value:
+        return None
+    return data
+
+
+def _load_public(path: Path) -> Ed25519PublicKey:
+    data = _read_key(path)
+    if b"PRIVATE KEY" in data:
+        raise EdgeDtmError(
+            f"{path} holds a private key: take it away, only the .pub file that keygen made "
+            f"belongs there"
+        )
+    try:
+        key = serialization.load_pem_public_key(data)
+    except (ValueError, UnsupportedAlgorithm):
+        raise EdgeDtmError(f"{path} is no public key: remove it or copy it again") from None
+    if not isinstance(key, Ed25519PublicKey):
+        raise EdgeDtmError(f"{path} is no {ALGORITHM} key: remove it")
+    return key
+
+
+def _read_key(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(_KEY_FILE_LIMIT_BYTES)
+    except OSError as error:
+        raise EdgeDtmError(f"cannot read the key {path}: {error.strerror or error}") from None
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    """Write a file that only its owner reads, whole or not at all, and never over another one."""
+    try:
+        with Scratch(path.name, path.parent) as folder:
+            temporary = folder / path.name
+            # 0600 from the start: a file that is made narrower later can be opened before.
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(temporary, path)  # unlike a rename, this fails where a file is
+    except FileExistsError:
+        raise EdgeDtmError(
+            f"{path} exists already: give another name, keys are not replaced"
+        ) from None
+    except OSError as error:
+        raise EdgeDtmError(f"cannot write {path}: {error.strerror or error}") from None

@@ -1,0 +1,106 @@
+"""A plan for the stock llama-quantize: a file of tensor types and the command line.
+
+    llama-quantize --imatrix imatrix.gguf --tensor-type-file types.txt \\
+        ./model-f32.gguf ./model-mixed.gguf Q4_K_S
+
+makes a GGUF whose tensors have exactly the plan's types (`quantize_command` writes this line). The
+source must be in F32, F16 or BF16, since requantizing costs quality and is not asked for.
+
+Source of all rules: tools/quantize/quantize.cpp and src/llama-quant.cpp of the llama.cpp in
+llama-cpp-python 0.3.36. Its file is a list of `regex=type` with white space between, without
+comments. The regex is lower-cased and searched anywhere in the tensor's name, the first that fits
+wins. It reaches token_embd and output too, as long as --token-embedding-type and
+--output-tensor-type are not given, which come before it. The list is ignored altogether when the
+file type is F32, F16 or BF16.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.formats.plan import ALL_TYPES, Plan
+
+# llama-quantize's Q4_K and Q5_K mean Q4_K_M and Q5_K_M, mixtures that this file is not.
+_FILE_TYPES = {"Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}
+_UNQUANTIZED = ("F32", "F16", "BF16")
+_NAME = re.compile(r"[a-z0-9_.]+")
+
+
+def tensor_type_file(plan: Plan) -> str:
+    """The text for `llama-quantize --tensor-type-file`, one line a component in the plan's order.
+
+    EdgeDtmError that lists every component whose treatment llama-quantize cannot make: zeros,
+    names with other characters than a-z, 0-9, _ and ., a single row (taken for a vector and left
+    alone), rows that the type's block size does not divide (made in another type).
+    """
+    lines, sparse, bad = [], [], []
+    for c, t in zip(plan.components, plan.treatments, strict=True):
+        if t.zero_share:
+            sparse.append(f"{c.name} {t}")
+        elif not _NAME.fullmatch(c.name):
+            bad.append(f"{c.name!r}: its name")
+        elif c.rows < 2:
+            bad.append(f"{c.name}: a single row")
+        elif not c.fits(t.type):
+            bad.append(f"{c.name}: {t.type} does not divide rows of {c.row_length}")
+        else:
+            lines.append(f"^{re.escape(c.name + '.weight')}$={t.type.lower()}\n")
+    if sparse:
+        raise EdgeDtmError(
+            f"llama-quantize cannot prune, and {len(sparse)} of {len(plan.components)} components "
+            f"have zeros ({', '.join(sparse)}): compress without --sparsity"
+        )
+    if bad:
+        raise EdgeDtmError(
+            f"llama-quantize cannot make {len(bad)} of {len(plan.components)} components "
+            f"({'; '.join(bad)}): use the GGUF that edge-dtm compress wrote"
+        )
+    return "".join(lines)
+
+
+def write_tensor_types(path: Path, plan: Plan) -> None:
+    """Write tensor_type_file(plan) under a temporary name until complete; the same errors."""
+    text = tensor_type_file(plan)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def quantize_command(
+    plan: Plan, types_file: Path, imatrix_file: Path | None, source: Path, target: Path
+) -> str:
+    """The command line, quoted for a POSIX shell, that makes `target` from `source`.
+
+    types_file: what write_tensor_types wrote. imatrix_file: None for no importance. source: a GGUF
+    in F32, F16 or BF16.
+    """
+    words = ["llama-quantize"]
+    if imatrix_file is not None:
+        words += ["--imatrix", str(imatrix_file)]
+    words += ["--tensor-type-file", str(types_file)]
+    # "./", since llama-quantize takes a target such as 7b.gguf for the number of a file type.
+    words += [str(p) if p.is_absolute() else f"./{p}" for p in (source, target)]
+    return shlex.join([*words, _file_type(plan)])
+
+
+def _file_type(plan: Plan) -> str:
+    """What llama-quantize calls the file: after the quantized type with most bytes.
+
+    It fills general.file_type and the types of matrices that are not in the plan.
+    """
+    sizes: dict[str, int] = {}
+    for c, t in zip(plan.components, plan.treatments, strict=True):
+        sizes[t.type] = sizes.get(t.type, 0) + c.size_bytes(t)
+    if len(sizes) == 1 and (only := next(iter(sizes))) in _UNQUANTIZED:
+        return only  # the list is ignored, and not needed
+    # Only a quantized file type lets the list through, so Q8_0 for F16 and F32 together, say.
+    ranked = sorted(sizes, key=lambda t: (-sizes[t], t))
+    named = [t for t in ranked if t in ALL_TYPES and t not in _UNQUANTIZED] + ["Q8_0"]
+    return _FILE_TYPES.get(named[0], named[0])

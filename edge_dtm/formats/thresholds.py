@@ -1,0 +1,161 @@
+"""What a device must reach: the thresholds of a bundle, and the room for healthy kernels. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.metrics import (
+    Divergence,
+    divergent_mask,
+    first_divergent_tokens,
+    share_of_divergent_tokens,
+)
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What a device must reach.
+
+    Against the original: max_sdt, share (0 to 1) of divergent tokens; min_fdt, tokens, mean over
+    sequences. Against the host's run of the same file, where healthy kernels differ too:
+    max_kl_vs_host, nats, mean over positions, on the host's stored top logits, renormalized, each
+    position's capped at 1; max_decided_sdt_vs_host, share of other argmaxes among the positions
+    that the host decided by decided_margin logits or more. max_kl_probe: nats, mean over
+    positions of the small F16 model, whose kernels leave no room.
+    """
+
+    max_sdt: float
+    min_fdt: float
+    max_kl_vs_host: float
+    decided_margin: float
+    max_decided_sdt_vs_host: float
+    max_kl_probe: float
+
+    def __post_init__(self) -> None:
+        problems = []
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                problems.append(f"{item.name} is no number")
+            elif not math.isfinite(value) or value < 0:
+                problems.append(f"{item.name} is {value}, needs to be finite and 0 or more")
+            elif "sdt" in item.name and value > 1:
+                problems.append(f"{item.name} is {value}, a share is at most 1")
+        if problems:
+            raise EdgeDtmError(f"wrong thresholds: {'; '.join(problems)}")
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: object) -> Thresholds:
+        """EdgeDtmError when a name is missing or unknown or a value is no finite number."""
+        names = {item.name for item in fields(cls)}
+        if not isinstance(data, dict) or set(data) != names:
+            raise EdgeDtmError(f"thresholds need exactly the names {', '.join(sorted(names))}")
+        return cls(**data)
+
+
+# The healthy band, from emulated ARM devices (docs/emulated-devices.md), with room above: kernels
+# of quantized types round activations each in their own way, those of F16 next to not at all.
+MAX_KL_VS_HOST_NATS = {"quantized": 0.05, "F16": 1e-3}
+
+
+DECIDED_MARGIN_LOGITS = 1.5
+
+
+MAX_DECIDED_SDT_VS_HOST = 0.005
+
+
+MAX_KL_PROBE_NATS = 1e-3
+
+
+# The room above the host's own figure, in half-widths of its 95 % interval: a healthy device rounds
+# activations otherwise and is as far from the original, at other positions.
+ROOM = 1.5
+
+
+def thresholds_from(
+    host: Divergence,
+    healthy: Healthy,
+    quantized: bool,
+    max_sdt: float | None = None,
+    min_fdt: float | None = None,
+) -> Thresholds:
+    """The thresholds of a bundle whose GGUF did `host` against the original on the host.
+
+    healthy: what a device may do that is not broken (healthy_range). quantized: whether the file
+    has other types than F32, F16 and BF16. max_sdt (share) and min_fdt (tokens) are the user's own,
+    who may be stricter than the file is.
+    """
+    sdt, fdt = host.sdt, host.fdt
+    most = max(sdt.value + ROOM * (sdt.high - sdt.value), healthy.sdt)
+    least = min(fdt.value - ROOM * (fdt.value - fdt.low), healthy.fdt)
+    return Thresholds(
+        max_sdt=min(most, 1.0) if max_sdt is None else max_sdt,
+        min_fdt=max(least, 0.0) if min_fdt is None else min_fdt,
+        max_kl_vs_host=MAX_KL_VS_HOST_NATS["quantized" if quantized else "F16"],
+        decided_margin=DECIDED_MARGIN_LOGITS,
+        max_decided_sdt_vs_host=MAX_DECIDED_SDT_VS_HOST,
+        max_kl_probe=MAX_KL_PROBE_NATS,
+    )
+
+
+# Twice what an emulated Cortex-A76 with fp16 is off the host in F16 (docs/emulated-devices.md).
+KERNELS_KL_NATS = 4e-4
+DRAWS = 200
+WITHIN = 0.99  # of the draws
+
+
+@dataclass(frozen=True)
+class Healthy:
+    """The largest SDT (share) and the smallest mean FDT (tokens) against the original."""
+
+    sdt: float
+    fdt: float
+
+
+EXACT = Healthy(0.0, math.inf)  # of devices that round as the host does: no room beyond its figures
+
+
+def healthy_range(
+    reference_ids: npt.NDArray[np.integer[Any]],
+    top_ids: npt.NDArray[np.integer[Any]],
+    top_logits: npt.NDArray[np.floating[Any]],
+    lengths: npt.NDArray[np.integer[Any]],
+    kl_nats: float = KERNELS_KL_NATS,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Healthy:
+    """What WITHIN of all devices stay in whose mean KL to the host is kl_nats.
+
+    reference_ids: the original's tokens, (S, N); top_ids and top_logits: the host's run of the
+    file, (S, N, K), logits falling; lengths: (S,). Each device moves every logit by noise of its
+    own, normal with one variance v. To second order that is a mean KL of v / 2 times the mean of
+    1 - sum p^2 (the expected variance of the noise under p), p the softmax of a position's K
+    logits; v follows from kl_nats.
+    """
+    counted = np.arange(top_ids.shape[1])[None, :] < np.asarray(lengths)[:, None]
+    ids, logits = top_ids[counted], top_logits[counted].astype(np.float64)
+    if not len(ids):
+        return Healthy(0.0, 0.0)
+    shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    shares /= shares.sum(axis=-1, keepdims=True)
+    spread = float((1 - np.square(shares).sum(axis=-1)).mean())
+    deviation = math.sqrt(2 * kl_nats / spread) if spread > 0 else 0.0
+    random = np.random.default_rng(seed)
+    said = np.array(reference_ids)
+    sdt, fdt = [], []
+    for _ in range(draws):
+        moved = logits + deviation * random.standard_normal(logits.shape)
+        said[counted] = np.take_along_axis(ids, moved.argmax(axis=-1)[:, None], axis=-1)[:, 0]
+        mask = divergent_mask(reference_ids, said, lengths)
+        sdt.append(share_of_divergent_tokens(mask, lengths))
+        fdt.append(float(first_divergent_tokens(mask, lengths).mean()))
+    return Healthy(float(np.quantile(sdt, WITHIN)), float(np.quantile(fdt, 1 - WITHIN)))

@@ -1,0 +1,195 @@
+"""What a device's run of a bundle amounts to: three comparisons, a verdict, a diagnosis. Pure.
+
+Device against the original says whether the tokens are good enough; device against the host's run
+of the same file says whether this machine computes what the host computed; the noise floor says
+what no compression at all would have cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from edge_dtm.core import strict_json
+from edge_dtm.core.metrics import Divergence
+from edge_dtm.formats.thresholds import Thresholds
+
+SCHEMA_VERSION = 2
+
+
+Mode = Literal["teacher_forced", "generate"]
+Code = Literal["healthy", "broken_kernels", "bad_plan", "too_close"]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Why it failed, or that it did not: a code for machines, a sentence for people."""
+
+    code: Code
+    words: str
+
+    def to_json(self) -> dict[str, str]:
+        return {"code": self.code, "words": self.words}
+
+
+@dataclass(frozen=True)
+class AgainstHost:
+    """Device against the host's run of the same file.
+
+    kl_nats: mean of top_kl over positions, each capped at KL_CAP_NATS; decided_sdt: share of other
+    argmaxes among the decided_positions, which are those where the host's own margin is at least
+    the threshold's decided_margin; largest_margin: the host's largest margin, in logits, at which
+    the device chose another token, 0 when it never did.
+    """
+
+    kl_nats: float
+    decided_sdt: float
+    decided_positions: int
+    largest_margin: float
+
+
+@dataclass(frozen=True)
+class KernelCheck:
+    """One kernel against numpy: a GGML type, in its plain or repacked layout, with so many columns.
+
+    worst_relative_error: of the sum of |weight| |activation| of an output.
+    """
+
+    type: str
+    path: str
+    columns: int
+    worst_relative_error: float
+    component: str
+    ok: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "type": self.type,
+            "path": self.path,
+            "columns": self.columns,
+            "worst_relative_error": self.worst_relative_error,
+            "component": self.component,
+            "ok": self.ok,
+        }
+
+
+@dataclass(frozen=True)
+class KernelsCompared:
+    """The same positions with and without repacked weights."""
+
+    positions: int
+    differing_tokens: int
+    kl_nats: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "positions": self.positions,
+            "differing_tokens": self.differing_tokens,
+            "kl_nats": self.kl_nats,
+        }
+
+
+@dataclass(frozen=True)
+class StoppedEarly:
+    """A quick run's end: the verdict of the whole run was certain after so many sequences."""
+
+    after_sequences: int
+    saved_tokens: int
+    certainty: float
+    by: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "after_sequences": self.after_sequences,
+            "saved_tokens": self.saved_tokens,
+            "certainty": self.certainty,
+            "by": self.by,
+        }
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that was measured on the device.
+
+    against_original, against_host: in mode "generate" their sdt is no SDT. host: None in mode
+    "generate". kl_probe_nats: the small F16 model against the host's; None when not run.
+    first_divergent_tokens and lengths, tokens: of each sequence replayed, against the original.
+    """
+
+    mode: Mode
+    against_original: Divergence
+    against_host: Divergence
+    host: AgainstHost | None
+    kl_probe_nats: float | None
+    kernels: Sequence[KernelCheck]
+    first_divergent_tokens: Sequence[int]
+    lengths: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict with all that led to it; `verdict_table.print_verdict` shows it.
+
+    reasons: one sentence for each threshold missed, or for each one met if none is missed.
+    thresholds: those applied, which hold for the sequences replayed.
+    """
+
+    passed: bool
+    reasons: Sequence[str]
+    diagnosis: Diagnosis
+    evidence: Evidence
+    sequences: int
+    sequences_in_bundle: int
+    thresholds: Thresholds
+    noise_floor: Mapping[str, Any]
+    bundle: Mapping[str, Any]
+    performance: Mapping[str, float | None]
+    settings: Mapping[str, Any]
+    runtime: Mapping[str, Any]
+    stopped_early: StoppedEarly | None = None
+    kernels_compared: KernelsCompared | None = None
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON as data/verdict.schema.json describes it."""
+        e = self.evidence
+        tree = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "edge-dtm verdict",
+            "passed": self.passed,
+            "reasons": list(self.reasons),
+            "diagnosis": self.diagnosis.to_json(),
+            "notes": list(self.notes),
+            "mode": e.mode,
+            "bundle": dict(self.bundle),
+            "sequences": self.sequences,
+            "sequences_in_bundle": self.sequences_in_bundle,
+            "stopped_early": None if self.stopped_early is None else self.stopped_early.to_json(),
+            "against_original": _divergence_json(e.against_original, e.mode),
+            "against_host": _divergence_json(e.against_host, e.mode),
+            "kl_vs_host_nats": None if e.host is None else e.host.kl_nats,
+            "decided_sdt_vs_host": None if e.host is None else e.host.decided_sdt,
+            "largest_margin_vs_host": None if e.host is None else e.host.largest_margin,
+            "kl_probe_nats": e.kl_probe_nats,
+            "kernels": [k.to_json() for k in e.kernels],
+            "kernels_compare": (
+                None if self.kernels_compared is None else self.kernels_compared.to_json()
+            ),
+            "performance": dict(self.performance),
+            "settings": dict(self.settings),
+            "runtime": dict(self.runtime),
+            "noise_floor": dict(self.noise_floor),
+            "thresholds": self.thresholds.to_json(),
+            "first_divergent_tokens": list(e.first_divergent_tokens),
+            "lengths": list(e.lengths),
+        }
+        plain: dict[str, Any] = strict_json.plain(tree)
+        return plain
+
+
+def _divergence_json(divergence: Divergence, mode: Mode) -> dict[str, Any]:
+    data = divergence.to_json()
+    if mode == "generate":
+        data |= {"sdt": None, "divergent_tokens": None, "near_tie_share": None}
+    return data

@@ -1,0 +1,129 @@
+"""The checkpoint as a torch module: transformers' own Llama, filled tensor by tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint
+
+_HF_PARTS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_HF_TOP = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
+
+
+def module_name(gguf_name: str) -> str:
+    """`blk.3.ffn_down` -> `model.layers.3.mlp.down_proj`."""
+    if gguf_name in _HF_TOP:
+        return _HF_TOP[gguf_name]
+    _, layer, part = gguf_name.split(".")
+    return f"model.layers.{layer}.{_HF_PARTS[part]}"
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda`. EdgeDtmError when cuda is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EdgeDtmError("--device cuda: torch sees no GPU here; use --device cpu or auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+class NoAttention(torch.nn.Module):
+    """In the place of an attention that was removed: adds nothing."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+def _fit_layers(model: Any, checkpoint: Checkpoint) -> None:
+    """Give the matrices of a reduced model's layers the sizes they have left; on meta."""
+    c, modules = checkpoint.config, dict(model.named_modules())
+    for layer in range(c.layers):
+        if not c.layer_kv_heads(layer):
+            model.model.layers[layer].self_attn = NoAttention()
+    for component in checkpoint.components():
+        name = module_name(component.name)
+        if component.in_block and modules[name].weight.shape != (
+            component.rows,
+            component.row_length,
+        ):
+            parent, _, own = name.rpartition(".")
+            bias = modules[name].bias is not None
+            fitting = torch.nn.Linear(component.row_length, component.rows, bias=bias)
+            setattr(modules[parent], own, fitting)
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
+    """transformers' causal LM in float32 on the device, in eval mode, without gradients for its
+    weights (only activations' gradients are ever needed). A reduced one knows no KV cache: pass
+    use_cache=False."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    c = checkpoint.config
+    if c.rope_linear:
+        rope: dict[str, Any] = {"rope_type": "linear", "factor": c.rope_linear}
+    else:
+        rope = {"rope_type": "default"}
+    # Mistral without its sliding window is a Llama, and llama.cpp runs it as one.
+    config: Any = LlamaConfig(  # type: ignore[call-arg]
+        vocab_size=c.vocab,
+        hidden_size=c.hidden,
+        intermediate_size=c.ffn,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads,
+        head_dim=c.head_dim,
+        rms_norm_eps=c.rms_epsilon,
+        max_position_embeddings=c.context_length,
+        tie_word_embeddings=c.tied,
+        attention_bias=c.attention_bias,
+        mlp_bias=c.mlp_bias,
+        rope_parameters={**rope, "rope_theta": c.rope_theta},
+        attn_implementation="sdpa",
+    )
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(config)
+        if c.reduced:
+            _fit_layers(model, checkpoint)
+    state = {}
+    for component in checkpoint.components():
+        data = torch.from_numpy(checkpoint.hf_tensor(component.name + ".weight"))
+        state[module_name(component.name) + ".weight"] = data.to(device)
+    for name, _ in checkpoint.vectors():
+        if name == "rope_freqs.weight":
+            continue
+        stem, _, suffix = name.rpartition(".")
+        state[f"{module_name(stem)}.{suffix}"] = torch.from_numpy(checkpoint.hf_tensor(name)).to(
+            device
+        )
+    if c.tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    if c.attention_bias:
+        for layer in range(c.layers):  # GGUFs with q, k, v biases only have none on the output
+            if not c.layer_kv_heads(layer):
+                continue
+            key = f"model.layers.{layer}.self_attn.o_proj.bias"
+            state.setdefault(key, torch.zeros(c.hidden, device=device))
+    for layer in range(c.layers):
+        if not c.layer_kv_heads(layer):  # its norm feeds nothing, but transformers runs it
+            key = f"model.layers.{layer}.input_layernorm.weight"
+            state[key] = torch.ones(c.hidden, device=device)
+    model.load_state_dict(state, assign=True)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
+    if c.rope_factors is not None:
+        factors = torch.tensor(c.rope_factors, device=device)
+        model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq / factors
+    return model.eval().requires_grad_(False)

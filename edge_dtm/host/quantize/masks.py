@@ -1,0 +1,141 @@
+"""Which weights of a row become zero, and what the others become to make up for it.
+
+A mask is a grid: zero where it prunes, all real numbers elsewhere. The best point of it is found
+by least squares, in the metric in which error feedback rounds (compensate.py): the quantizer's
+blocks then round it with the zeros held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from edge_dtm.formats.plan import Treatment, zeros_per_row
+from edge_dtm.host.quantize.error_feedback import Feedback, compensate, one_torch_thread
+from edge_dtm.llamacpp import ggml
+
+SCORES = ("activation", "saliency", "magnitude")  # the first measured best
+REFIT_STEPS = 12  # forty lower the measured cost by 2 % more (docs/experiments.md)
+
+
+def prune_scores(
+    weights: torch.Tensor,
+    kind: str,
+    feedback: Feedback | None = None,
+    importance: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """float32 (rows, row_length): in each row the weights of the lowest scores are pruned.
+
+    weights: float32 (rows, row_length). kind, with H the damped second moments of `feedback`:
+    `magnitude` |w_j|; `activation` |w_j| |x_j|, x_j the root mean square of the input (Wanda, arXiv
+    2306.11695), from `importance`, float32 (row_length,), the mean squares; `saliency`
+    |w_j| / sqrt([H^-1]_jj), the error once all other weights have made up for it (the optimal
+    brain surgeon of SparseGPT, arXiv 2301.00774). ValueError when a kind lacks what it needs.
+    """
+    size = weights.abs()
+    if kind == "magnitude":
+        return size
+    if kind == "activation":
+        if importance is None:
+            raise ValueError("the score `activation` needs the inputs' importance")
+        return size * importance.sqrt()
+    if feedback is None:
+        raise ValueError(f"the score `{kind}` needs second moments")
+    if kind == "saliency":
+        return size * feedback.inverse_diagonal.rsqrt()
+    raise ValueError(f"{kind!r} is no score; choose among {', '.join(SCORES)}")
+
+
+def kept_weights(scores: torch.Tensor, zero_share: float) -> torch.Tensor:
+    """bool (rows, row_length): False where pruned, the same number in every row. Ties go to the
+    lower column, so that the result is the same everywhere."""
+    kept = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
+    count = zeros_per_row(scores.shape[1], zero_share)
+    if count:
+        lowest = scores.argsort(dim=1, stable=True)[:, :count]
+        kept.scatter_(1, lowest, False)
+    return kept
+
+
+def refit(
+    weights: torch.Tensor,
+    kept: torch.Tensor,
+    feedback: Feedback,
+    outputs: Feedback | None = None,
+    start: torch.Tensor | None = None,
+    steps: int = REFIT_STEPS,
+) -> torch.Tensor:
+    """The Q that is zero where `kept` is False and makes tr(G (W - Q) H (W - Q)') least, float32
+    (rows, row_length), by that many steps of conjugate gradients.
+
+    H and G are the damped moments of `feedback` and `outputs` (None: rows on their own). start: where to
+    begin, by default W itself with its zeros.
+    """
+    h, g = feedback.moments, None if outputs is None else outputs.moments
+
+    def metric(m: torch.Tensor) -> torch.Tensor:
+        product = (m if g is None else g @ m) @ h
+        return product * kept
+
+    diagonal = h.diagonal()[None].clamp(min=torch.finfo(torch.float32).tiny)
+    if g is not None:
+        diagonal = diagonal * g.diagonal()[:, None].clamp(min=1e-30)
+    values = (weights if start is None else start) * kept
+    residual = metric(weights - values)
+    scaled = residual / diagonal
+    direction, size = scaled, (residual * scaled).sum(dtype=torch.float64)
+    for _ in range(steps):
+        curved = metric(direction)
+        curvature = (direction * curved).sum(dtype=torch.float64)
+        if not float(curvature) > 0:  # nothing left to gain
+            break
+        step = (size / curvature).float()
+        values = values + step * direction
+        residual = residual - step * curved
+        scaled = residual / diagonal
+        before, size = size, (residual * scaled).sum(dtype=torch.float64)
+        direction = scaled + (size / before).float() * direction
+    return values * kept
+
+
+@torch.no_grad()
+def fit_masks(
+    weights: torch.Tensor,
+    treatments: Sequence[Treatment],
+    feedback: Feedback,
+    outputs: Feedback | None,
+    importance: torch.Tensor,
+    score: str = SCORES[0],
+    threads: int | None = 1,
+) -> list[tuple[npt.NDArray[np.uint8], torch.Tensor]]:
+    """For each treatment with zeros, in F16 or Q8_0, its blocks, uint8 (rows, row_bytes), and the
+    float32 values they stand for, (rows, row_length).
+
+    weights: float32 (rows, row_length). importance: float32 (row_length,), mean squares of the
+    inputs. Each level is fitted on its own, so that a level that is made again alone, when it is
+    exported, comes out the same.
+    """
+    made: dict[Treatment, tuple[npt.NDArray[np.uint8], torch.Tensor]] = {}
+    with one_torch_thread():
+        scores = prune_scores(weights, score, feedback, importance)
+        kept = {s: kept_weights(scores, s) for s in {t.zero_share for t in treatments}}
+        values = {s: refit(weights, k, feedback, outputs) for s, k in sorted(kept.items())}
+    for t in treatments:
+        if t.type == "F16":
+            data = ggml.quantize("F16", values[t.zero_share].cpu().numpy(), threads=threads)
+            made[t] = data, values[t.zero_share].half().float()
+    others = [t for t in treatments if t.type != "F16"]
+    if others:
+        rounded = compensate(
+            torch.stack([values[t.zero_share] for t in others]),
+            [t.type for t in others],
+            feedback,
+            outputs,
+            threads=threads,
+            kept=torch.stack([kept[t.zero_share] for t in others]),
+        )
+        made |= dict(zip(others, rounded, strict=True))
+    return [made[t] for t in treatments]

@@ -1,0 +1,144 @@
+"""ggml's own quantizers and dequantizers, through the library that llama-cpp-python ships.
+
+The same C code makes the bytes here and in llama.cpp's tools, so nothing has to be trusted twice.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.formats.ggml_types import ggml_type, row_bytes
+
+FloatArray = npt.NDArray[np.float32]
+ByteArray = npt.NDArray[np.uint8]
+
+
+class _TypeTraits(ctypes.Structure):
+    _fields_ = [
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+    ]
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """libggml-base of the installed llama-cpp-python, without importing that package.
+
+    LLAMA_CPP_LIB_PATH is honoured as llama-cpp-python honours it. EdgeDtmError when not found.
+    """
+    folders = []
+    if override := os.environ.get("LLAMA_CPP_LIB_PATH"):
+        folders.append(Path(override))
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is not None and spec.origin is not None:
+        folders.append(Path(spec.origin).parent / "lib")
+    suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+    for folder in folders:
+        for name in (f"libggml-base{suffix}", f"ggml-base{suffix}"):
+            if (folder / name).is_file():
+                lib = ctypes.CDLL(str(folder / name))
+                lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+                lib.ggml_quantize_chunk.argtypes = [
+                    ctypes.c_int,
+                    ctypes.c_void_p,
+                    ctypes.c_void_p,
+                    ctypes.c_int64,
+                    ctypes.c_int64,
+                    ctypes.c_int64,
+                    ctypes.c_void_p,
+                ]
+                lib.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+                lib.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+                return lib
+    raise EdgeDtmError(
+        "libggml-base was not found: install llama-cpp-python (pip install llama-cpp-python)"
+    )
+
+
+def quantize(
+    type_name: str,
+    weights: FloatArray,
+    importance: FloatArray | None = None,
+    threads: int | None = None,
+) -> ByteArray:
+    """Quantize rows with ggml_quantize_chunk.
+
+    weights: float32 (rows, row_length), finite. importance: float32 (row_length,), the weight of
+    each column's squared error (llama.cpp's imatrix: mean square of the inputs). Returns uint8
+    (rows, row_bytes). Rows are independent, so the result does not depend on `threads`.
+    """
+    rows, row_length = weights.shape
+    weights = np.ascontiguousarray(weights, dtype=np.float32)
+    out = np.empty((rows, row_bytes(type_name, row_length)), dtype=np.uint8)
+    lib, kind = library(), int(ggml_type(type_name))
+    lib.ggml_quantize_init(ctypes.c_int(kind))  # fills shared tables; not safe inside threads
+    pointer = None
+    if importance is not None:
+        importance = np.ascontiguousarray(importance, dtype=np.float32)
+        if importance.shape != (row_length,):
+            raise ValueError(f"importance {importance.shape} does not fit rows of {row_length}")
+        pointer = importance.ctypes.data
+    elif lib.ggml_quantize_requires_imatrix(ctypes.c_int(kind)):
+        raise EdgeDtmError(f"{type_name} cannot be made without an importance vector")
+
+    def chunk(start: int, stop: int) -> None:
+        part, target = weights[start:stop], out[start:stop]
+        lib.ggml_quantize_chunk(
+            kind, part.ctypes.data, target.ctypes.data, 0, stop - start, row_length, pointer
+        )
+
+    _over_rows(chunk, rows, threads)
+    return out
+
+
+def dequantize(
+    type_name: str, data: ByteArray, row_length: int, threads: int | None = None
+) -> FloatArray:
+    """The float32 (rows, row_length) that blocks stand for. data: uint8 (rows, row_bytes)."""
+    data = np.ascontiguousarray(data)
+    if data.ndim != 2 or data.shape[1] != row_bytes(type_name, row_length):
+        raise ValueError(f"{data.shape} bytes are no {type_name} rows of {row_length}")
+    out = np.empty((data.shape[0], row_length), dtype=np.float32)
+    if type_name == "F32":
+        out[...] = data.view(np.float32)
+        return out
+    to_float = (
+        library().ggml_get_type_traits(ctypes.c_int(int(ggml_type(type_name)))).contents.to_float
+    )
+
+    def chunk(start: int, stop: int) -> None:
+        part, target = data[start:stop], out[start:stop]
+        to_float(part.ctypes.data, target.ctypes.data, (stop - start) * row_length)
+
+    _over_rows(chunk, data.shape[0], threads)
+    return out
+
+
+def _over_rows(chunk: Any, rows: int, threads: int | None) -> None:
+    """Call chunk(start, stop) over all rows on several threads; ctypes releases the GIL."""
+    count = max(1, min(threads or os.cpu_count() or 1, rows // 16))
+    if count == 1:
+        chunk(0, rows)
+        return
+    # More pieces than threads, since some rows (all zeros, say) are quicker than others.
+    edges = np.linspace(0, rows, 4 * count + 1).astype(int)
+    with ThreadPoolExecutor(count) as pool:
+        for future in [pool.submit(chunk, a, b) for a, b in pairwise(edges)]:
+            future.result()

@@ -1,0 +1,222 @@
+"""The head of a GGUF file, read with bounds and little memory.
+
+gguf's own reader makes several Python objects for each token of the vocabulary: 160 MB and seconds
+for 49,152 tokens, more than the model needs to run. It also trusts the file. This one walks over
+the vocabulary and refuses a count or an offset that the file has no room for.
+
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3, little endian.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.formats import ggml_types
+
+Value = int | float | bool | str | tuple[int | float | bool, ...]
+
+MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
+KEPT_ITEMS = 4096  # longer arrays are the vocabulary's
+_STRING, _ARRAY = 8, 9
+# enum gguf_type, as struct spells it.
+_NUMBERS = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """shape as ggml has it: (row_length, rows, ...). type: a GGML type name. Bytes in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    offset_bytes: int
+    size_bytes: int
+
+    @property
+    def end_bytes(self) -> int:
+        return self.offset_bytes + self.size_bytes
+
+
+@dataclass(frozen=True)
+class Header:
+    """values: metadata by key, without arrays of strings and arrays above KEPT_ITEMS."""
+
+    path: Path
+    file_bytes: int
+    values: Mapping[str, Value]
+    tensors: tuple[TensorInfo, ...]
+
+    @property
+    def architecture(self) -> str:
+        return str(self.values.get("general.architecture", ""))
+
+    def integers(self, key: str) -> list[int]:
+        """A number or an array of numbers of this architecture, such as `block_count`; [] without.
+
+        EdgeDtmError when it is something else or below 0.
+        """
+        name = f"{self.architecture}.{key}"
+        value = self.values.get(name, ())
+        found = list(value) if isinstance(value, tuple) else [value]
+        if not all(isinstance(v, int) and v >= 0 for v in found):
+            raise EdgeDtmError(
+                f"{self.path}: {name!r} is no whole number of 0 or more: copy or make it again"
+            )
+        return [int(v) for v in found]
+
+
+def read_header(path: Path) -> Header:
+    """EdgeDtmError, in one line, when path is no whole GGUF file of version 3 in little endian."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            head = file.read(8)
+            if head[:4] != b"GGUF":
+                raise EdgeDtmError(f"{path} is no GGUF file: it does not start with GGUF")
+            if head[4:] != (3).to_bytes(4, "little"):
+                raise EdgeDtmError(
+                    f"{path} is not GGUF version 3 in little endian: convert the model again"
+                )
+            values, tensors = _Reader(file, size).rest()
+    except OSError as error:
+        raise EdgeDtmError(f"cannot read {path}: {error.strerror or error}") from None
+    except _Broken as error:
+        raise EdgeDtmError(
+            f"{path} is truncated or no GGUF file ({error}): copy or make it again"
+        ) from None
+    if not tensors:
+        raise EdgeDtmError(f"{path} holds no tensors")
+    end = max(t.end_bytes for t in tensors)
+    if end > size:
+        raise EdgeDtmError(
+            f"{path} is truncated: its tensors need {end} bytes, it has {size}; copy it again"
+        )
+    return Header(path, size, values, tuple(tensors))
+
+
+def kv_bytes_per_token(header: Header, kv_type: str) -> int:
+    """Bytes of the KV cache of one token over all layers, in the GGML type kv_type.
+
+    2 (K and V) x KV heads x head size x bytes of the type; in architecture `deci` each layer has
+    its own numbers. EdgeDtmError when one of them is no number.
+    """
+
+    layers = (header.integers("block_count") or [0])[0]
+    heads = header.integers("attention.head_count") or [1]
+    kv_heads = header.integers("attention.head_count_kv") or heads
+    width = (header.integers("embedding_length") or [0])[0]
+    head_size = (header.integers("attention.key_length") or [width // max(*heads, 1)])[0]
+    times = 1 if len(kv_heads) > 1 else layers
+    return 2 * times * sum(ggml_types.row_bytes(kv_type, n * head_size) for n in kv_heads if n)
+
+
+class _Broken(Exception):
+    """What is wrong, in a few words."""
+
+
+class _Reader:
+    """Reads on from byte 8 of a file of so many bytes."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size, self.at = file, size, 8
+
+    def rest(self) -> tuple[dict[str, Value], list[TensorInfo]]:
+        n_tensors, n_values = self._number("Q"), self._number("Q")
+        # The least that a tensor and a value take; so no count can keep the loops going for long.
+        self._need(n_tensors * 24 + n_values * 13)
+        values: dict[str, Value] = {}
+        for _ in range(n_values):
+            key, kind = self._string(), self._number("I")
+            if key in values:
+                raise _Broken(f"the key {key[:80]!r} is there twice")
+            value = self._value(kind)
+            if value is not None:
+                values[key] = value
+        found = [self._tensor() for _ in range(n_tensors)]
+        alignment = values.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+            raise _Broken(f"its alignment is {str(alignment)[:40]}")
+        start = -(-self.at // alignment) * alignment
+        names = [t.name for t in found]
+        if len(set(names)) != len(names):
+            raise _Broken("two tensors have one name")
+        return values, [
+            TensorInfo(t.name, t.shape, t.type, start + t.offset_bytes, t.size_bytes) for t in found
+        ]
+
+    def _tensor(self) -> TensorInfo:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        name, n_dims = self._string(), self._number("I")
+        if not 1 <= n_dims <= MAX_DIMENSIONS:
+            raise _Broken(f"the tensor {name[:80]!r} has {n_dims} dimensions")
+        shape = tuple(self._number("Q") for _ in range(n_dims))
+        number, offset = self._number("I"), self._number("Q")
+        try:
+            type_ = GGMLQuantizationType(number)
+            block, block_bytes = GGML_QUANT_SIZES[type_]
+        except (ValueError, KeyError):
+            raise _Broken(f"the tensor {name[:80]!r} has the unknown type {number}") from None
+        if min(shape) < 1 or shape[0] % block:
+            raise _Broken(f"the tensor {name[:80]!r} has a shape that {type_.name} cannot have")
+        return TensorInfo(name, shape, type_.name, offset, prod(shape) // block * block_bytes)
+
+    def _value(self, kind: int) -> Value | None:
+        """None for what is not kept."""
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            return self._number(self._code(kind))
+        kind, count = self._number("I"), self._number("Q")
+        if kind == _STRING:
+            self._need(count * 8)
+            for _ in range(count):
+                self._skip(self._number("Q"))
+            return None
+        code = self._code(kind)
+        item_bytes = struct.calcsize(f"<{code}")
+        if count > KEPT_ITEMS:
+            self._skip(count * item_bytes)
+            return None
+        return struct.unpack(f"<{count}{code}", self._read(count * item_bytes))
+
+    @staticmethod
+    def _code(kind: int) -> str:
+        try:
+            return _NUMBERS[kind]
+        except KeyError:
+            raise _Broken(f"a value has the unknown type {kind}") from None
+
+    def _string(self) -> str:
+        return self._read(self._number("Q")).decode("utf-8", "replace")
+
+    def _number(self, code: str) -> int:
+        # bool and float are numbers too; only metadata has them, and takes what comes.
+        (value,) = struct.unpack(f"<{code}", self._read(struct.calcsize(f"<{code}")))
+        return value  # type: ignore[no-any-return]
+
+    def _need(self, count: int) -> None:
+        if count > self.size - self.at:
+            raise _Broken(f"at byte {self.at} it needs {count} more, it has {self.size - self.at}")
+
+    def _skip(self, count: int) -> None:
+        self._need(count)
+        self.file.seek(count, 1)
+        self.at += count
+
+    def _read(self, count: int) -> bytes:
+        self._need(count)
+        data = self.file.read(count)
+        if len(data) != count:
+            raise _Broken(f"it ends at byte {self.at + len(data)}")
+        self.at += count
+        return data

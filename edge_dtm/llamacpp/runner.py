@@ -1,0 +1,570 @@
+"""Replays token sequences through llama.cpp and notes its argmaxes and top logits.
+
+llama_cpp and gguf are imported on first use, so that importing this module stays cheap.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import platform
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.formats.record import Mode, Record, RunSettings
+from edge_dtm.formats.reference import PADDING, TOP_K, Reference
+from edge_dtm.llamacpp.gguf_header import read_header
+
+LOG_VARIABLE = "EDGE_DTM_LLAMA_LOG"
+Progress = Callable[[int], None]
+Observer = Callable[[int, int, npt.NDArray[np.float32]], None]
+
+BEGINNING_TOKENS = 16  # those that sequences are sorted by, so that neighbours begin alike
+_LOG_LEVEL_ERROR, _LOG_LEVEL_CONTINUE = 4, 5  # enum ggml_log_level
+_last_errors: deque[str] = deque(maxlen=3)
+
+
+class _Step(NamedTuple):
+    """One token of a decode call; slot: its sequence in the KV cache; row: of the reference; target:
+    its index in the generated tokens, -1 if its logits are not wanted."""
+
+    token: int
+    position: int
+    slot: int = 0
+    row: int = 0
+    target: int = -1
+
+
+class Feed(NamedTuple):
+    """A sequence in a call. slot: where in the KV cache; kept: how many of its tokens, from the
+    first on, lie there already, from the sequence before."""
+
+    row: int
+    slot: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One prompt and what was decoded behind it, one token a call, in seconds."""
+
+    prompt_tokens: int
+    prefill_s: float
+    decode_s: tuple[float, ...]
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return _rate(self.prompt_tokens, self.prefill_s)
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        return _rate(len(self.decode_s), sum(self.decode_s))
+
+
+class LlamaRunner:
+    """A GGUF model on the CPU, in a context of its own.
+
+    path: the GGUF file; context_tokens: the longest sequence that will be decoded. Use it as a
+    context manager or call close(). EdgeDtmError when llama.cpp cannot load the file.
+    """
+
+    def __init__(self, path: Path, settings: RunSettings, context_tokens: int) -> None:
+        self._model: Any = None
+        self._context: Any = None
+        self._batch: Any = None
+        self.path = Path(path)
+        self.settings = settings
+        self.context_tokens = context_tokens
+        lib = _library()
+        self._lib = lib
+        if context_tokens < 1:
+            raise EdgeDtmError(f"context_tokens is {context_tokens}, needs to be 1 or more")
+        kv_type = getattr(lib, f"GGML_TYPE_{settings.kv_type}", None)
+        if kv_type is None:
+            raise EdgeDtmError(f"{settings.kv_type!r} is no GGML type; take F16 as kv_type")
+        try:
+            self._model = _load_model(self.path, repack=settings.repack)
+            params = lib.llama_context_default_params()
+            # In a cache of its own each sequence has the same place as if it ran alone, and with it
+            # the same order of summation: the answer does not depend on its neighbours.
+            params.kv_unified = False
+            params.n_ctx = settings.cache_tokens(context_tokens)
+            params.n_batch = settings.batch_tokens
+            params.n_ubatch = min(settings.micro_batch_tokens, settings.batch_tokens)
+            params.n_seq_max = settings.sequences_per_call
+            params.n_threads = params.n_threads_batch = settings.threads
+            params.flash_attn_type = (
+                lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+                if settings.flash_attention
+                else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            )
+            params.type_k = params.type_v = kv_type
+            params.offload_kqv = params.op_offload = False
+            params.no_perf = True
+            _last_errors.clear()
+            self._context = lib.llama_init_from_model(self._model, params)
+            if not self._context:
+                raise EdgeDtmError(
+                    f"{self.path}: llama.cpp made no context of {params.n_ctx} tokens"
+                    f"{_error_text()}; lower the context or change kv_type"
+                )
+            self._batch = lib.llama_batch_init(settings.batch_tokens, 0, 1)
+            size = (settings.batch_tokens,)
+            self._tokens = np.ctypeslib.as_array(self._batch.token, shape=size)
+            self._positions = np.ctypeslib.as_array(self._batch.pos, shape=size)
+            self._wanted = np.ctypeslib.as_array(self._batch.logits, shape=size)
+            np.ctypeslib.as_array(self._batch.n_seq_id, shape=size)[:] = 1
+            self._memory = lib.llama_get_memory(self._context)
+            vocab = lib.llama_model_get_vocab(self._model)
+            self.n_vocab = int(lib.llama_vocab_n_tokens(vocab))
+            if self.n_vocab < TOP_K:
+                raise EdgeDtmError(f"{self.path}: vocabulary of {self.n_vocab} is below {TOP_K}")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> LlamaRunner:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free batch, context and model; a second call does nothing."""
+        if self._batch is not None:
+            # The arrays are views of memory that is about to be freed.
+            self._tokens = self._positions = self._wanted = np.empty(0)
+            self._lib.llama_batch_free(self._batch)
+            self._batch = None
+        if self._context:
+            self._lib.llama_free(self._context)
+            self._context = None
+        if self._model:
+            self._lib.llama_model_free(self._model)
+            self._model = None
+
+    def teacher_forced(
+        self,
+        reference: Reference,
+        progress: Progress | None = None,
+        observe: Observer | None = None,
+    ) -> Record:
+        """Feed the reference's own tokens and note the argmax at every generated position.
+
+        Short sequences share decode calls (see `calls`). progress: called with the tokens done
+        since its last call, replay_tokens() in all, those that were still in the cache
+        included.
+        observe: called with row, position and all logits float32 (V,), which are valid during the
+        call only; for what a Record does not hold.
+        EdgeDtmError when a sequence does not fit the context or the vocabulary.
+        """
+        self._check(reference)
+        out = _Arrays(reference)
+        seconds, count = 0.0, 0
+        self._lib.llama_memory_clear(self._memory, False)
+        width, most = self.settings.sequences_per_call, self.settings.batch_tokens
+        for call in calls(reference, most, width):
+            steps = []
+            for feed in call:
+                if not self._lib.llama_memory_seq_rm(self._memory, feed.slot, feed.kept, -1):
+                    raise EdgeDtmError(f"{self.path}: llama.cpp cannot shorten its KV cache")
+                steps += self._steps(reference, feed)
+            kept = sum(feed.kept for feed in call)
+            for chunk in _chunks(steps, most):
+                seconds += self._decode(chunk)
+                count += len(chunk)
+                for i, step in enumerate(chunk):
+                    if step.target >= 0:
+                        logits = self._logits(i)
+                        token = int(reference.generated_ids[step.row, step.target])
+                        out.note(step.row, step.target, logits, token)
+                        if observe:
+                            observe(step.row, step.target, logits)
+                if progress:
+                    progress(len(chunk) + kept)
+                kept = 0
+        return out.record("teacher_forced", _rate(count, seconds), math.nan, self.settings)
+
+    def greedy(self, reference: Reference, progress: Progress | None = None) -> Record:
+        """Decode greedily behind each prompt, one token a call, as often as the reference did.
+
+        EOS does not stop it: the reference's length does, which already ends at its own EOS.
+        progress and errors as in teacher_forced.
+        """
+        self._check(reference)
+        out = _Arrays(reference)
+        seconds, count = [0.0, 0.0], [0, 0]  # prefill, decode
+        for row in range(len(reference)):
+            self._lib.llama_memory_clear(self._memory, False)
+            prompt = reference.prompt(row)
+            steps = _prompt_steps(prompt)
+            for chunk in _chunks(steps, self.settings.batch_tokens):
+                seconds[0] += self._decode(chunk)
+                count[0] += len(chunk)
+                last = len(chunk) - 1
+                if progress:
+                    progress(len(chunk))
+            token = out.note(row, 0, self._logits(last), None)
+            for target in range(1, int(reference.generated_lengths[row])):
+                seconds[1] += self._decode([_Step(token, len(prompt) + target - 1, target=target)])
+                count[1] += 1
+                token = out.note(row, target, self._logits(0), None)
+                if progress:
+                    progress(1)
+        rates = _rate(count[0], seconds[0]), _rate(count[1], seconds[1])
+        return out.record("generate", *rates, self.settings)
+
+    def measure_speed(
+        self, prompt_tokens: int = 128, decode_tokens: int = 32
+    ) -> tuple[float, float]:
+        """Prefill and decode speed in tokens per second, after one unmeasured round."""
+        self.time_decoding(min(prompt_tokens, 16), min(decode_tokens, 2))
+        timing = self.time_decoding(prompt_tokens, decode_tokens)
+        return timing.prefill_tokens_per_s, timing.decode_tokens_per_s
+
+    def time_decoding(
+        self,
+        prompt_tokens: int,
+        decode_tokens: int,
+        during: AbstractContextManager[object] | None = None,
+    ) -> Timing:
+        """Time a prompt, and tokens decoded behind it one a call, in an empty cache.
+
+        The tokens are arbitrary ids; speed does not depend on them. during: entered while the
+        decoding runs, but not the prompt. EdgeDtmError when they do not fit the context.
+        """
+        if prompt_tokens < 1 or prompt_tokens + decode_tokens > self.context_tokens:
+            raise EdgeDtmError(
+                f"{prompt_tokens} + {decode_tokens} tokens do not fit the context of "
+                f"{self.context_tokens}"
+            )
+        self._lib.llama_memory_clear(self._memory, False)
+        random = np.random.default_rng(0)
+        ids = random.integers(0, self.n_vocab, prompt_tokens + decode_tokens).tolist()
+        # As in use: logits only behind the last prompt token and behind each decoded one.
+        steps = _prompt_steps(ids[:prompt_tokens])
+        prefill = sum(self._decode(c) for c in _chunks(steps, self.settings.batch_tokens))
+        behind = range(prompt_tokens, len(ids))
+        with during or nullcontext():
+            decode = [self._decode([_Step(ids[at], at, target=0)]) for at in behind]
+        return Timing(prompt_tokens, prefill, tuple(decode))
+
+    def set_threads(self, threads: int) -> None:
+        """Use another number of CPU threads from the next call on."""
+        self._lib.llama_set_n_threads(self._context, threads, threads)
+
+    def _check(self, reference: Reference) -> None:
+        # The last generated token is never fed.
+        needed = reference.prompt_lengths.astype(int) + reference.generated_lengths - 1
+        long = np.flatnonzero(needed > self.context_tokens)
+        if long.size:
+            raise EdgeDtmError(
+                f"{long.size} sequences do not fit the context of {self.context_tokens} tokens "
+                f"(first: number {long[0] + 1} needs {needed[long[0]]}): raise the context"
+            )
+        for row in range(len(reference)):
+            ids = reference.prompt(row) + reference.generated(row)
+            if min(ids) < 0 or max(ids) >= self.n_vocab:
+                raise EdgeDtmError(
+                    f"{self.path}: sequence {row + 1} has token ids outside the vocabulary of "
+                    f"{self.n_vocab}: model and reference do not belong together"
+                )
+
+    @staticmethod
+    def _steps(reference: Reference, feed: Feed) -> list[_Step]:
+        row, slot, kept = feed
+        tokens = reference.prompt(row) + reference.generated(row)[:-1]
+        first = int(reference.prompt_lengths[row]) - 1
+        return [
+            _Step(tokens[i], i, slot, row, i - first if i >= first else -1)
+            for i in range(kept, len(tokens))
+        ]
+
+    def _decode(self, steps: Sequence[_Step]) -> float:
+        """Run one call and return its seconds."""
+        n = len(steps)
+        batch = self._batch
+        self._tokens[:n] = [s.token for s in steps]
+        self._positions[:n] = [s.position for s in steps]
+        self._wanted[:n] = [s.target >= 0 for s in steps]
+        for i, step in enumerate(steps):
+            batch.seq_id[i][0] = step.slot
+        batch.n_tokens = n
+        _last_errors.clear()
+        start = time.perf_counter()
+        code = self._lib.llama_decode(self._context, batch)
+        # llama_decode may return before the work is done on some backends.
+        self._lib.llama_synchronize(self._context)
+        seconds = time.perf_counter() - start
+        if code:
+            raise EdgeDtmError(
+                f"{self.path}: llama.cpp failed to decode (code {code}){_error_text()}"
+            )
+        return seconds
+
+    def _logits(self, index: int) -> npt.NDArray[np.float32]:
+        """A view of the logits at one place of the last call, valid until the next call."""
+        pointer = self._lib.llama_get_logits_ith(self._context, index)
+        if not pointer:
+            raise EdgeDtmError(f"{self.path}: llama.cpp gave no logits{_error_text()}")
+        return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
+
+
+class _Arrays:
+    """A record in the making."""
+
+    def __init__(self, reference: Reference) -> None:
+        s, n = reference.generated_ids.shape
+        self.ids = np.full((s, n), PADDING, dtype=np.int32)
+        self.top_ids = np.full((s, n, TOP_K), PADDING, dtype=np.int32)
+        self.top_logits = np.zeros((s, n, TOP_K), dtype=np.float32)
+        self.log_normalizers = np.zeros((s, n), dtype=np.float32)
+        self.log_probabilities = np.full((s, n), np.nan, dtype=np.float32)
+        self.lengths = reference.generated_lengths.astype(np.int32)
+
+    def note(
+        self, row: int, target: int, logits: npt.NDArray[np.float32], token: int | None
+    ) -> int:
+        """Store one position; token: the reference's, if its probability is wanted."""
+        ids, values, normalizer = summarize(logits)
+        self.ids[row, target] = ids[0]
+        self.top_ids[row, target] = ids
+        self.top_logits[row, target] = values
+        self.log_normalizers[row, target] = normalizer
+        if token is not None:
+            self.log_probabilities[row, target] = float(logits[token]) - normalizer
+        return int(ids[0])
+
+    def record(
+        self, mode: Mode, prefill_rate: float, decode_rate: float, settings: RunSettings
+    ) -> Record:
+        return Record(
+            mode=mode,
+            ids=self.ids,
+            top_ids=self.top_ids,
+            top_logits=self.top_logits,
+            log_normalizers=self.log_normalizers,
+            reference_log_probabilities=self.log_probabilities,
+            lengths=self.lengths,
+            prefill_tokens_per_s=prefill_rate,
+            decode_tokens_per_s=decode_rate,
+            settings=settings.to_json(),
+        )
+
+
+def summarize(
+    logits: npt.NDArray[np.float32],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], float]:
+    """(top ids, top logits falling, log normalizer in nats) of logits (V,), V at least TOP_K.
+
+    On ties the lower id comes first, so the first id is np.argmax's. EdgeDtmError when a logit is
+    nan or infinite.
+    """
+    top = float(logits.max())
+    normalizer = top + math.log(float(np.exp(logits - np.float32(top)).sum(dtype=np.float64)))
+    if not math.isfinite(normalizer):
+        raise EdgeDtmError("the model computes logits that are not finite: its weights are broken")
+    # The eighth largest of the maxima of some stretches is no larger than the eighth logit, so that
+    # what reaches it holds all candidates, ties included, without sorting the vocabulary.
+    stretches = max(min(logits.size // 32, 1024), TOP_K)
+    maxima = np.maximum.reduceat(logits, np.arange(stretches) * logits.size // stretches)
+    bound = np.partition(maxima, stretches - TOP_K)[stretches - TOP_K]
+    candidates = np.flatnonzero(logits >= bound)
+    order = np.lexsort((candidates, -logits[candidates]))[:TOP_K]
+    ids = candidates[order]
+    return ids, logits[ids], normalizer
+
+
+def calls(reference: Reference, batch_tokens: int, sequences: int) -> Iterator[list[Feed]]:
+    """The sequences of each call; each row is in one call.
+
+    As many as `sequences` share a call if they fit into batch_tokens; one that is longer has a
+    call of its own, to be fed in chunks. Tokens that the slot's sequence before began with stay in
+    the cache, up to where logits are wanted; so neighbours should begin alike (a chat template's
+    beginning is fed once a slot) and have about one length, since llama.cpp feeds equal lengths at
+    once.
+    """
+    fed = [reference.prompt(row) + reference.generated(row)[:-1] for row in range(len(reference))]
+    held: list[list[int]] = [[] for _ in range(sequences)]
+    order = sorted(range(len(fed)), key=lambda row: (fed[row][:BEGINNING_TOKENS], len(fed[row])))
+    call: list[Feed] = []
+    size = 0
+    for row in order:
+        kept = _kept(reference, row, held[len(call) % sequences], fed[row])
+        if call and (len(call) == sequences or size + len(fed[row]) - kept > batch_tokens):
+            yield call
+            call, size = [], 0
+            kept = _kept(reference, row, held[0], fed[row])
+        held[len(call)] = fed[row]
+        call.append(Feed(row, len(call), kept))
+        size += len(fed[row]) - kept
+    if call:
+        yield call
+
+
+def _kept(reference: Reference, row: int, held: Sequence[int], tokens: Sequence[int]) -> int:
+    """How many tokens in front of the first wanted logits a slot that holds `held` has already."""
+    first = int(reference.prompt_lengths[row]) - 1
+    pairs = zip(held, tokens[:first], strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(held), first))
+
+
+def _prompt_steps(prompt: Sequence[int]) -> list[_Step]:
+    last = len(prompt) - 1
+    return [_Step(token, i, target=0 if i == last else -1) for i, token in enumerate(prompt)]
+
+
+def replay_tokens(reference: Reference) -> int:
+    """Tokens that teacher_forced or greedy feeds, the total that progress adds up to."""
+    return int(
+        reference.prompt_lengths.sum(dtype=np.int64)
+        + reference.generated_lengths.sum(dtype=np.int64)
+        - len(reference)
+    )
+
+
+def context_needed(reference: Reference) -> int:
+    """Tokens of the longest sequence, prompt and generated ones together."""
+    lengths = reference.prompt_lengths.astype(np.int64) + reference.generated_lengths
+    return int(lengths.max()) if len(reference) else 1
+
+
+def tokenize(path: Path, texts: Sequence[str], add_special: bool = True) -> list[list[int]]:
+    """Token ids of each text by the GGUF's own vocabulary; no weights are loaded.
+
+    Special tokens spelled out in a text become one id each. add_special: also put what the model
+    itself asks for (BOS, EOS) around each text. EdgeDtmError when the file cannot be loaded.
+    """
+    lib = _library()
+    model = _load_model(Path(path), vocab_only=True, repack=False)
+    try:
+        vocab = lib.llama_model_get_vocab(model)
+        result = []
+        for text in texts:
+            data = text.encode()
+            # A token covers at least a byte, but for those that are put around and in front.
+            size = len(data) + 16
+            buffer = (lib.llama_token * size)()
+            count = lib.llama_tokenize(vocab, data, len(data), buffer, size, add_special, True)
+            if count < 0:
+                buffer = (lib.llama_token * -count)()
+                count = lib.llama_tokenize(
+                    vocab, data, len(data), buffer, len(buffer), add_special, True
+                )
+            if count < 0:
+                raise EdgeDtmError(f"{path}: llama.cpp cannot tokenize a text of {len(data)} bytes")
+            result.append([int(token) for token in buffer[:count]])
+        return result
+    finally:
+        lib.llama_model_free(model)
+
+
+def check_gguf(path: Path) -> None:
+    """EdgeDtmError, in one line, unless path is a whole GGUF file of a Llama model.
+
+    llama.cpp may abort the process on a broken file, so this looks first: magic, version 3 in
+    little endian, every tensor's data inside the file, architecture llama or deci, which is a
+    llama whose layers differ in shape. Only the head is read: nothing of the weights is in memory
+    afterwards.
+    """
+    name = read_header(path).architecture
+    if name not in ("llama", "deci"):
+        raise EdgeDtmError(
+            f"{path} has the architecture {name!r}; edge-dtm reads llama and deci only"
+        )
+
+
+def runtime_info() -> dict[str, Any]:
+    """Versions and machine: what one needs to know to explain a different argmax."""
+    import llama_cpp
+
+    lib = _library()
+    return {
+        "llama_cpp_python": llama_cpp.__version__,
+        "system_info": lib.llama_print_system_info().decode(errors="replace").strip(),
+        "cpus": os.cpu_count() or 1,
+        "machine": platform.machine(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+@cache
+def _library() -> Any:
+    """llama_cpp's low-level module, its log redirected; the callback lives as long as the cache."""
+    try:
+        from llama_cpp import llama_cpp as lib
+    except ImportError as error:
+        raise EdgeDtmError(
+            f"llama-cpp-python cannot be imported ({error}): pip install llama-cpp-python"
+        ) from None
+    last_level = 0
+
+    def log(level: int, text: bytes, user_data: object) -> None:
+        nonlocal last_level
+        last_level = last_level if level == _LOG_LEVEL_CONTINUE else level
+        line = text.decode(errors="replace")
+        if last_level == _LOG_LEVEL_ERROR and line.strip():
+            _last_errors.append(" ".join(line.split()))
+        if os.environ.get(LOG_VARIABLE) == "1":
+            sys.stderr.write(line)
+
+    module: Any = lib
+    callback = module.llama_log_callback(log)
+    module.llama_log_set(callback, ctypes.c_void_p(0))
+    module.edge_dtm_log_callback = callback  # ctypes does not keep it alive
+    module.llama_backend_init()
+    return module
+
+
+def _load_model(path: Path, *, vocab_only: bool = False, repack: bool) -> Any:
+    lib = _library()
+    # Whoever else loaded a model in this process may have redirected the log since.
+    lib.llama_log_set(lib.edge_dtm_log_callback, ctypes.c_void_p(0))
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = 0
+    params.vocab_only = vocab_only
+    params.use_extra_bufts = repack
+    # Repacked weights are copies: with the file mapped both would count, twice the model at the
+    # peak. Without repacking the map is the cheapest, since the system may drop its pages.
+    if hasattr(params, "load_mode"):
+        params.load_mode = lib.LLAMA_LOAD_MODE_NONE if repack else lib.LLAMA_LOAD_MODE_MMAP
+    else:  # llama-cpp-python before 0.3.36
+        params.use_mmap = not repack
+    _last_errors.clear()
+    model = lib.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        reason = _error_text() or " (set EDGE_DTM_LLAMA_LOG=1 to see its log)"
+        raise EdgeDtmError(f"{path}: llama.cpp cannot load the model{reason}")
+    return model
+
+
+def _error_text() -> str:
+    return f" ({'; '.join(_last_errors)})" if _last_errors else ""
+
+
+def _chunks(steps: Sequence[_Step], size: int) -> Iterator[Sequence[_Step]]:
+    for start in range(0, len(steps), size):
+        yield steps[start : start + size]
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if count and seconds > 0 else math.nan

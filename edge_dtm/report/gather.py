@@ -1,0 +1,318 @@
+"""All that the page shows, read from a bundle and the files beside it. The only I/O here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.metrics import Divergence, compare, divergent_mask, first_divergent_tokens
+from edge_dtm.formats import bundle as bundles
+from edge_dtm.formats.bundle import Bundle, Manifest
+from edge_dtm.formats.plan import Plan
+from edge_dtm.formats.record import Record
+from edge_dtm.formats.reference import HELD_OUT, Reference
+from edge_dtm.formats.verdict_file import device_name, read_numbers, read_verdict
+from edge_dtm.llamacpp.token_text import TokenTexts
+from edge_dtm.report import examples
+from edge_dtm.report.charts import Measured, Series
+from edge_dtm.report.words import estimate, number
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one run said to sequences of the reference.
+
+    label: whose; fed: whether it was fed the original's tokens; divergent: other tokens of each
+    sequence, which says something only when fed.
+    """
+
+    label: str
+    fed: bool
+    first: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    divergent: npt.NDArray[np.int64]
+
+    def series(self) -> Series:
+        return Series(self.label, self.first.tolist(), self.lengths.tolist())
+
+
+@dataclass(frozen=True)
+class Device:
+    """A verdict, under its file's name, and in a few words the machine it is of."""
+
+    name: str
+    machine: str
+    verdict: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} ({self.machine})"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything on the page.
+
+    host: the host's own run against the original; shown: whose histogram and texts are shown, the
+    host or a device's record; curves: without the host's, the noise floor last; measured: sizes
+    and SDT of other files; frontier: (bytes, predicted SDT); costs: component -> treatment's text
+    -> logits squared.
+    """
+
+    name: str
+    manifest: Manifest
+    key_id: str | None
+    devices: Sequence[Device]
+    host: Divergence
+    host_prefill_tokens_per_s: float
+    host_answers: Answers
+    shown: Answers
+    curves: Sequence[Series]
+    measured: Sequence[Measured]
+    without_curve: Sequence[str]
+    plan: Plan | None
+    predicted_sdt: float | None
+    frontier: Sequence[tuple[float, float]]
+    costs: Mapping[str, Mapping[str, float]]
+    examples: Sequence[examples.Example]
+
+
+def gather(
+    bundle: Bundle,
+    verdict_files: Sequence[Path] = (),
+    measure_files: Sequence[Path] = (),
+    record_file: Path | None = None,
+) -> Report:
+    """bundle: checked. EdgeDtmError when a file is damaged or belongs to another bundle."""
+    reference = Reference.load(bundle.path(bundles.REFERENCE))
+    reference = reference.part(HELD_OUT)
+    host = Record.load(bundle.path(bundles.HOST_RECORD))
+    if not len(reference) or not (
+        host.ids.shape == reference.generated_ids.shape
+        and np.array_equal(host.lengths, reference.generated_lengths)
+    ):
+        raise EdgeDtmError(
+            f"{bundle.source}: its host record does not belong to its reference; make it again"
+        )
+    rows = np.arange(len(reference))
+    host_answers = _answers("this file, on the host", reference, host, rows)
+    shown, record, part = host_answers, host, reference
+    if record_file is not None:
+        record = Record.load(record_file)
+        rows = _rows_of(record, reference, record_file)
+        part = reference.rows(rows)
+        shown = _answers(f"this file, {record_file.stem}", part, record, rows)
+    devices = _devices(bundle, verdict_files, reference.generated_ids.shape[1])
+    curves, measured, without = _others(devices, measure_files, reference)
+    floor = bundle.manifest.measured.get("noise_floor")
+    floor_curve = _lists(floor)
+    if floor_curve is not None and list(floor_curve[1]) == reference.generated_lengths.tolist():
+        curves.append(Series("noise floor", *floor_curve, is_floor=True))
+    else:
+        without.append("the noise floor")
+    plan, plan_json = _plan(bundle)
+    return Report(
+        name=bundle.source.resolve().name,
+        manifest=bundle.manifest,
+        key_id=bundle.key_id,
+        devices=devices,
+        host=compare(
+            reference.generated_ids,
+            host.ids,
+            reference.generated_lengths,
+            reference.margins,
+            max(number(floor, "near_tie_margin") or 0.0, 0.0),
+        ),
+        host_prefill_tokens_per_s=host.prefill_tokens_per_s,
+        host_answers=host_answers,
+        shown=shown,
+        curves=curves,
+        measured=measured,
+        without_curve=without,
+        plan=plan,
+        predicted_sdt=number(plan_json, "predicted", "sdt"),
+        frontier=_frontier(plan_json),
+        costs=_costs(plan_json),
+        examples=_examples(bundle.path(bundles.MODEL), part, record, shown),
+    )
+
+
+def _answers(
+    label: str, reference: Reference, record: Record, rows: npt.NDArray[np.int64]
+) -> Answers:
+    lengths = reference.generated_lengths
+    mask = divergent_mask(reference.generated_ids, record.ids, lengths)
+    return Answers(
+        label,
+        record.mode == "teacher_forced",
+        first_divergent_tokens(mask, lengths),
+        lengths.astype(np.int64),
+        mask.sum(axis=1).astype(np.int64),
+    )
+
+
+def _rows_of(record: Record, reference: Reference, path: Path) -> npt.NDArray[np.int64]:
+    """The reference's sequences that a record answers, in its order.
+
+    verify notes them in the record's meta; without that they are the first ones. A record of
+    another bundle shows by its lengths, or by its log-probabilities of the reference's tokens,
+    which are also those of its top logits where such a token is among them.
+    """
+    n = len(record)
+    noted = record.meta.get("rows", list(range(n)))
+    strange = EdgeDtmError(
+        f"{path} does not belong to this bundle: give the record that verify wrote for it"
+    )
+    if (
+        not isinstance(noted, list)
+        or len(noted) != n
+        or not all(type(r) is int and 0 <= r < len(reference) for r in noted)
+        or len(set(noted)) != n
+    ):
+        raise strange
+    rows = np.array(noted, dtype=np.int64)
+    part = reference.rows(rows)
+    if record.ids.shape != part.generated_ids.shape or not np.array_equal(
+        record.lengths, part.generated_lengths
+    ):
+        raise strange
+    if record.mode == "teacher_forced":
+        there = record.top_ids == part.generated_ids[:, :, None]
+        counted = np.arange(there.shape[1])[None, :] < record.lengths[:, None]
+        there &= counted[:, :, None]
+        own = record.top_logits - record.log_normalizers[:, :, None]
+        said = np.broadcast_to(record.reference_log_probabilities[:, :, None], own.shape)
+        if not np.allclose(own[there], said[there], atol=1e-3):
+            raise strange
+    return rows
+
+
+def _devices(bundle: Bundle, files: Sequence[Path], longest: int) -> list[Device]:
+    """longest: tokens a sequence can have. EdgeDtmError unless each verdict is of this bundle."""
+    digest = hashlib.sha256((bundle.folder / bundles.MANIFEST).read_bytes()).hexdigest()
+    out = []
+    for path in files:
+        data = read_verdict(path)
+        if data["bundle"]["manifest_sha256"] != digest:
+            raise EdgeDtmError(
+                f"{path} is a verdict of another bundle ({data['bundle']['name'][:60]}), not of "
+                f"{bundle.source}: verify this one"
+            )
+        if max(data["lengths"]) > longest:
+            raise EdgeDtmError(f"{path}: its lengths are not those of {bundle.source}")
+        out.append(Device(path.stem, device_name(data), data))
+    return out
+
+
+def _others(
+    devices: Sequence[Device], files: Sequence[Path], reference: Reference
+) -> tuple[list[Series], list[Measured], list[str]]:
+    """Curves and points of devices and other files, and the names of those without a curve."""
+    curves = [
+        Series(
+            d.label if d.verdict["mode"] == "teacher_forced" else f"{d.label}, generated",
+            d.verdict["first_divergent_tokens"],
+            d.verdict["lengths"],
+        )
+        for d in devices
+    ]
+    points, without = [], []
+    for path in files:
+        data = read_numbers(path)
+        found, size = estimate(data, "sdt"), number(data, "size_bytes")
+        if found is None or size is None or size <= 0 or not 0 <= found[0] <= 1:
+            raise EdgeDtmError(
+                f"{path} is no measurement: give a file that edge-dtm measure --json wrote"
+            )
+        name = data.get("name")
+        label = name if isinstance(name, str) else path.stem
+        points.append(Measured(label, size, *found))
+        lists = _lists(data)
+        if lists is None:
+            without.append(label)
+            if number(data, "sequences") != len(reference):
+                raise _other_reference(path)
+        elif list(lists[1]) != reference.generated_lengths.tolist():
+            raise _other_reference(path)
+        else:
+            curves.append(Series(label, *lists))
+    return curves, points, without
+
+
+def _other_reference(path: Path) -> EdgeDtmError:
+    return EdgeDtmError(
+        f"{path} was measured on other sequences: run edge-dtm measure with this bundle as "
+        "--reference"
+    )
+
+
+def _lists(data: object) -> tuple[list[int], list[int]] | None:
+    """(first_divergent_tokens, lengths) of free-form JSON, None unless they are whole."""
+    if not isinstance(data, Mapping):
+        return None
+    first, lengths = data.get("first_divergent_tokens"), data.get("lengths")
+    if not (isinstance(first, list) and isinstance(lengths, list) and lengths):
+        return None
+    if len(first) != len(lengths) or not all(type(v) is int for v in (*first, *lengths)):
+        return None
+    return (
+        (first, lengths) if all(0 <= f <= n for f, n in zip(first, lengths, strict=True)) else None
+    )
+
+
+def _plan(bundle: Bundle) -> tuple[Plan | None, object]:
+    """The plan and its file's JSON; (None, {}) for a bundle without one."""
+    if PLAN not in bundle.manifest.files:
+        return None, {}
+    data = read_numbers(bundle.path(PLAN))
+    if not isinstance(data, dict) or "components" not in data:
+        return None, data
+    return Plan.from_json(data), data
+
+
+def _frontier(plan: object) -> list[tuple[float, float]]:
+    points = plan.get("frontier") if isinstance(plan, dict) else None
+    pairs = [
+        (number(p, "size_bytes"), number(p, "sdt"))
+        for p in (points if isinstance(points, list) else [])
+    ]
+    return [(size, sdt) for size, sdt in pairs if size is not None and sdt is not None]
+
+
+def _costs(plan: object) -> dict[str, dict[str, float]]:
+    listed = plan.get("costs") if isinstance(plan, dict) else None
+    out: dict[str, dict[str, float]] = {}
+    for entry in listed if isinstance(listed, list) else []:
+        if not isinstance(entry, dict) or not isinstance(entry.get("costs"), dict):
+            continue
+        found = {k: number(v) for k, v in entry["costs"].items()}
+        out[str(entry.get("name"))] = {k: v for k, v in found.items() if v is not None and v >= 0}
+    return out
+
+
+def _examples(
+    model: Path, reference: Reference, record: Record, shown: Answers
+) -> list[examples.Example]:
+    vocabulary = TokenTexts(model)
+    divergent = shown.divergent if shown.fed else np.zeros_like(shown.divergent)
+    return [
+        examples.example(
+            title,
+            row,
+            str(reference.texts[row]),
+            reference.generated(row),
+            [int(i) for i in record.ids[row, : reference.generated_lengths[row]]],
+            vocabulary,
+            shown.fed,
+        )
+        for title, row in examples.chosen_rows(shown.first, divergent)
+    ]

@@ -1,0 +1,400 @@
+"""Files made to harm are refused in one line, with little time, memory and disk; and the tool that
+tries it in large numbers notices what it is there to notice."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import math
+import os
+import random
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_dtm.core import strict_json
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.formats.record import Record
+from edge_dtm.formats.reference import Reference, load_imatrix, load_npz, save_npz
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[name] = found
+    spec.loader.exec_module(found)
+    return found
+
+
+fuzz = _load("fuzz")
+m = sys.modules["mutations"]
+tiny_bundle = sys.modules["tiny_bundle"]
+
+
+def test_some_thousand_hostile_files(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, TOOLS / "fuzz.py", "--inputs", "3000", "--seed", "1", "--out", tmp_path],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    rows = re.findall(r"^\| (.+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| 0 \|", done.stdout, re.M)
+    assert len(rows) == 12
+    for name, *counts in rows:
+        inputs, accepted, refused = (int(c.replace(",", "")) for c in counts)
+        assert inputs == accepted + refused
+        assert accepted and refused, f"{name}: only one of both is tried"
+    assert int(rows[-1][1].replace(",", "")) >= 3000
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_same_seed_gives_the_same_inputs(tmp_path: Path) -> None:
+    """In any order, so that a finding can be made again by itself."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for one, other in zip(fuzz.targets(tmp_path / "a"), fuzz.targets(tmp_path / "b"), strict=True):
+        forth = [fuzz.input_bytes(one, 7, i) for i in range(30)]
+        back = [fuzz.input_bytes(other, 7, i) for i in reversed(range(30))]
+        assert forth == back[::-1], one.name
+        assert len(set(forth)) > 15
+        assert fuzz.input_bytes(one, 8, 0) != forth[0] or len(forth[0]) < 3
+
+
+def _target(read: Callable[[bytes, Path], object]) -> Any:
+    return fuzz.Target("one", lambda source: source.randbytes(4), read, 1)
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("read", "words"),
+    [
+        (lambda data, folder: data[10], "IndexError in tests/test_hostile.py:"),
+        (lambda data, folder: bytearray(2**31), "MemoryError in tests/test_hostile.py:"),
+        (lambda data, folder: (folder / "x").write_bytes(data), "accepted, but x left behind"),
+        (lambda data, folder: (folder / "x").mkdir(), "accepted, but x left behind"),
+        (lambda data, folder: _raise(EdgeDtmError("a" * 9999)), None),
+        (lambda data, folder: os.kill(os.getpid(), signal.SIGSEGV), "died of SIGSEGV"),
+        (lambda data, folder: os._exit(9), "ended the process with status 9"),
+        (lambda data, folder: _loop(), "took more than 0.2 s of CPU time"),
+    ],
+)
+def test_what_the_tool_notices(
+    tmp_path: Path, read: Callable[[bytes, Path], object], words: str | None
+) -> None:
+    """Each of these is met by the second of three inputs; the others are accepted."""
+    second = fuzz.input_bytes(_target(read), 0, 1)
+
+    def sometimes(data: bytes, folder: Path) -> object:
+        return read(data, folder) if data == second else None
+
+    result = fuzz.run(_target(sometimes), 3, 0, tmp_path, cpu_limit_s=0.2)
+    if words is None:
+        # EdgeDtmError shortens its message itself.
+        assert (result.accepted, result.refused) == (2, 1)
+        return
+    assert result.accepted == 2
+    ((index, kind, _),) = result.findings
+    assert index == 1
+    assert kind.startswith(words)
+    assert not list(tmp_path.iterdir())
+
+
+def _loop() -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        pass
+
+
+def test_a_message_is_one_printable_line(tmp_path: Path) -> None:
+    class Bad(EdgeDtmError):
+        def __str__(self) -> str:
+            return str(self.words)
+
+    for words in ("a\nb", "\x1b[2J", "a" * (fuzz.MESSAGE_LIMIT + 1)):
+        error = Bad("")
+        error.words = words
+        result = fuzz.run(_target(lambda data, folder, e=error: _raise(e)), 1, 0, tmp_path)
+        assert len(result.findings) == 1
+        assert result.findings[0][1].startswith("a message")
+
+
+def test_an_error_quotes_a_file_without_obeying_it() -> None:
+    error = str(EdgeDtmError("the name \x1b[31m\n\u202e\ud800 of é" + "x" * 5000 + ": do this"))
+    assert error.isprintable()
+    assert len(error) <= 1000
+    assert error.startswith(r"the name \x1b[31m\n\u202e\ud800 of é")
+    assert error.endswith("do this")
+    assert str(EdgeDtmError("plain: ü")) == "plain: ü"
+
+
+def test_findings_are_written_and_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(data: bytes, folder: Path) -> None:
+        raise ValueError(f"{len(data)} bytes")
+
+    monkeypatch.setattr(fuzz, "targets", lambda work: [_target(broken)])
+    assert fuzz.main(["--inputs", "5", "--out", str(tmp_path)]) == 1
+    out = capsys.readouterr()
+    assert "| one | 5 | 0 | 0 | 5 |" in out.out
+    assert "5 times: ValueError in tests/test_hostile.py" in out.err
+    written = sorted(tmp_path.iterdir())
+    assert len(written) == fuzz.EXAMPLES
+    assert fuzz.main(["--replay", str(written[0])]) == 1
+    assert "ValueError" in capsys.readouterr().out
+    assert fuzz.main(["--only", "nothing"]) == 1
+    assert capsys.readouterr().err.startswith("error: no target")
+
+
+# --- npz files -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def members(tmp_path: Path) -> dict[str, bytes]:
+    """Of a valid reference."""
+    tiny_bundle.made_up()[0].save(tmp_path / "r.npz")
+    return m.read_npz((tmp_path / "r.npz").read_bytes())  # type: ignore[no-any-return]
+
+
+def _refused(tmp_path: Path, data: bytes, words: str) -> None:
+    path = tmp_path / "bad.npz"
+    path.write_bytes(data)
+    with pytest.raises(EdgeDtmError, match=words) as caught:
+        Reference.load(path)
+    assert str(caught.value).isprintable()
+
+
+def test_what_save_wrote_is_read(members: dict[str, bytes], tmp_path: Path) -> None:
+    path = tmp_path / "again.npz"
+    path.write_bytes(m.write_npz(list(members.items())))
+    found, wanted = Reference.load(path), tiny_bundle.made_up()[0]
+    np.testing.assert_array_equal(found.top_logits, wanted.top_logits)
+    assert list(found.texts) == list(wanted.texts)
+    found.top_ids[0, 0, 0] = 5  # they are the caller's own
+
+
+@pytest.mark.parametrize(
+    ("shape", "descr", "data", "words"),
+    [
+        ("(1000000000000,)", "'<i4'", b"", "does not fit its 0 bytes"),
+        ("(2, 4, 8)", "'<i8'", bytes(512), "wrong types of top_ids"),
+        ("(2, 4, 8)", "'>i4'", bytes(256), "a type that edge-dtm does not use"),
+        ("(32,)", "'|O'", bytes(256), "a type that edge-dtm does not use"),
+        ("(32,)", "[('a', '<i8')]", bytes(256), "a type that edge-dtm does not use"),
+        ("(9223372036854775807,)", "'|V0'", b"", "a type that edge-dtm does not use"),
+        ("(-1, -64)", "'<i4'", bytes(256), "an impossible shape"),
+        ("(True, 64)", "'<i4'", bytes(256), "an impossible shape"),
+        ("(4294967296, 4294967296)", "'<i4'", b"", "does not fit"),
+        ("(64,)", "'<i4'", bytes(256), "shapes do not fit"),
+        ("(2, 4, 8)", "'<i4'", bytes(255), "does not fit its 255 bytes"),
+        ("(2, 4, 8)", "__import__('os')", bytes(256), "the head of top_ids cannot be read"),
+        ("(" * 200 + ")" * 200, "'<i4'", bytes(256), "the head of top_ids cannot be read"),
+    ],
+)
+def test_heads_that_lie(
+    members: dict[str, bytes], tmp_path: Path, shape: str, descr: str, data: bytes, words: str
+) -> None:
+    members["top_ids.npy"] = m.npy(shape, descr, data)
+    _refused(tmp_path, m.write_npz(list(members.items())), words)
+
+
+def test_bombs(members: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before they unfold: by what they say, and by what they do not say."""
+    from edge_dtm.formats import reference
+
+    monkeypatch.setattr(reference, "ARRAYS_LIMIT_BYTES", 10**5)
+    zeros = bytes(2**20)
+    members["top_ids.npy"] = m.npy("(262144,)", "'<i4'", zeros)
+    data = m.write_npz(list(members.items()))
+    _refused(tmp_path, data, "unpacks to .* bytes, the limit is 100000")
+    told = struct.pack("<I", len(members["top_ids.npy"]))
+    assert data.count(told) == 2, "in the member's head and in the table of contents"
+    _refused(tmp_path, data.replace(told, struct.pack("<I", 384)), "Bad CRC-32")
+    members["top_ids.npy"] = m.npy("(2, 4, 8)", "'<i4'", bytes(256))
+    for how in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
+        _refused(tmp_path, m.write_npz(list(members.items()), how), "packed in a way")
+    many = [(f"{i:05}.npy", b"") for i in range(20_000)]
+    _refused(tmp_path, m.write_npz([*members.items(), *many]), "table of contents is too long")
+
+
+def test_tables_of_contents_elsewhere(members: dict[str, bytes], tmp_path: Path) -> None:
+    data = m.write_npz(list(members.items()))
+    out = io.BytesIO(data)
+    with zipfile.ZipFile(out, "a") as archive:
+        archive.comment = b"PK"
+    for spoilt in (out.getvalue(), data + b"x", data[:-1], data[:10], b"", b"PK\5\6" + bytes(18)):
+        _refused(tmp_path, spoilt, "is no readable reference file")
+    # A record that has the sizes in 64 bits, which zipfile would believe.
+    located = data[:-22] + b"PK\6\7" + bytes(16) + data[-22:]
+    _refused(tmp_path, located, "was not written by edge-dtm")
+
+
+@pytest.mark.parametrize("code", [0x110000, 0xFFFFFFFF, 0xD800, 0xDFFF])
+def test_texts_of_what_is_no_character(
+    members: dict[str, bytes], tmp_path: Path, code: int
+) -> None:
+    members["texts.npy"] = m.npy("(2,)", "'<U1'", struct.pack("<II", 65, code))
+    _refused(tmp_path, m.write_npz(list(members.items())), "texts holds what is no character")
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite(
+    members: dict[str, bytes], tmp_path: Path, number: float
+) -> None:
+    values = np.zeros((2, 4, 8), np.float32)
+    values[1, 2, 3] = number
+    members["top_logits.npy"] = m.npy("(2, 4, 8)", "'<f4'", values.tobytes())
+    _refused(tmp_path, m.write_npz(list(members.items())), "top_logits holds numbers that are not")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lengths": np.array([4, 9], np.int32)},
+        {"lengths": np.array([4, -1], np.int32)},
+        {"ids": np.zeros((2, 4), np.float32)},
+        {"top_logits": np.full((2, 4, 8), np.nan, np.float32)},
+        {"reference_log_probabilities": np.zeros((2, 4), np.int32)},
+        {"prefill_tokens_per_s": [1]},
+        {"settings": 5},
+        {"mode": "x" * 5000},
+    ],
+)
+def test_records(tmp_path: Path, changes: dict[str, Any]) -> None:
+    record = tiny_bundle.made_up()[1]
+    record.save(tmp_path / "host.npz")
+    arrays, head = load_npz(
+        tmp_path / "host.npz", [n for n in vars(record) if isinstance(getattr(record, n), np.ndarray)],
+        "record",
+    )  # fmt: skip
+    for name, value in changes.items():
+        (arrays if name in arrays else head)[name] = value
+    save_npz(tmp_path / "bad.npz", arrays, head)
+    with pytest.raises(EdgeDtmError, match="is no readable record file"):
+        Record.load(tmp_path / "bad.npz")
+
+
+def test_a_head_without_names(tmp_path: Path) -> None:
+    good = {"kind": "imatrix", "names": ["a"], "tokens": 5}
+    for head in ({**good, "names": "a"}, {**good, "names": [1]}, {"kind": "imatrix", "tokens": 5}):
+        save_npz(tmp_path / "i.npz", {"a": np.ones(3, np.float32)}, head)
+        with pytest.raises(EdgeDtmError, match="its head is wrong"):
+            load_imatrix(tmp_path / "i.npz")
+    save_npz(tmp_path / "i.npz", {"a": np.ones(3, np.float32)}, good)
+    assert load_imatrix(tmp_path / "i.npz")[1] == 5
+
+
+@pytest.mark.parametrize("version", [1.0, True, "1", 2])
+def test_a_schema_version_is_a_whole_number(tmp_path: Path, version: Any) -> None:
+    save_npz(tmp_path / "a.npz", {}, {"kind": "margins", "schema_version": version})
+    with pytest.raises(EdgeDtmError, match=f"of schema {version}, not a margins of schema 1"):
+        load_npz(tmp_path / "a.npz", [], "margins")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_head_is_written_that_cannot_be_read(tmp_path: Path, value: float) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save_npz(tmp_path / "a.npz", {}, {"kind": "margins", "value": value})
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- JSON ------------------------------------------------------------------------------------
+
+_TREES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8")),
+    lambda children: (
+        st.lists(children, max_size=4)
+        | st.dictionaries(st.text(st.characters(codec="utf-8")), children, max_size=4)
+    ),
+    max_leaves=20,
+)
+
+
+@given(_TREES, st.booleans())
+def test_plain_json_is_read_as_ever(tree: Any, ascii_only: bool) -> None:
+    data = json.dumps(tree, ensure_ascii=ascii_only).encode()
+    assert strict_json.loads(data) == tree
+
+
+@given(_TREES)
+def test_what_is_written_can_be_read(tree: Any) -> None:
+    assert strict_json.loads(strict_json.dumps(tree).encode()) == tree
+
+
+def test_what_is_not_finite_is_written_as_null() -> None:
+    tree = {"b": (math.inf, -math.inf, 1.5), "a": {"c": math.nan, "d": [True, None, "NaN", 2]}}
+    text = strict_json.dumps(tree)
+    assert strict_json.loads(text.encode()) == {
+        "a": {"c": None, "d": [True, None, "NaN", 2]}, "b": [None, None, 1.5]
+    }  # fmt: skip
+    finite = {"b": [1, 2.5], "a": "é"}
+    assert strict_json.dumps(finite) == json.dumps(finite, indent=1, sort_keys=True) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"NaN", "NaN is no JSON number"),
+        (b"[-Infinity]", "-Infinity is no JSON number"),
+        (b"1e999", "is too large"),
+        (b"[-1e400]", "is too large"),
+        (b"9" * 30, "too many digits"),
+        (b"9" * 100_000, "too many digits"),
+        (b"[" * 33 + b"]" * 33, "nested too deeply"),
+        (b"[" * 10**5, "nested too deeply"),
+        (b'{"a":' * 40 + b"0" + b"}" * 40, "nested too deeply"),
+        (rb'["\ud800"]', "surrogates not allowed"),
+        (rb'{"\udfff": 1}', "surrogates not allowed"),
+        (b"\xff", "invalid start byte"),
+        (b"\xef\xbb\xbf{}", "BOM"),
+        (b"", "Expecting value"),
+        (b"{}x", "Extra data"),
+    ],
+)
+def test_json_that_surprises_is_refused(data: bytes, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        strict_json.loads(data)
+    assert len(str(caught.value)) < 200
+
+
+def test_pairs_of_halves_are_characters() -> None:
+    assert strict_json.loads(rb'["\ud83d\ude00"]') == ["😀"]
+    assert strict_json.loads(b"[" * 32 + b"]" * 32) is not None
+
+
+def test_a_spoilt_tree_is_still_json() -> None:
+    """What mutate_json writes is text that a parser can begin with; otherwise only the parser would
+    be tried."""
+    tree = json.dumps(tiny_bundle.plan().to_json()).encode()
+    parsed = 0
+    for i in range(200):
+        try:
+            json.loads(m.mutate_json(random.Random(i), tree))
+            parsed += 1
+        except (ValueError, RecursionError):
+            pass
+    assert parsed > 100

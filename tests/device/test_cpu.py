@@ -1,0 +1,342 @@
+"""What the CPU has against what llama.cpp was built with, and a first decode that may crash."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.device import cpu as module
+from edge_dtm.device.cpu import (
+    ARM_BITS,
+    X86_FLAGS,
+    Build,
+    Cpu,
+    arm_features,
+    build_in_child,
+    cpu_name,
+    first_decode_in_child,
+    mac_features,
+    missing_on_cpu,
+    parse_system_info,
+    read_cpu,
+    rebuild_command,
+    repacked_types,
+    require_runnable,
+    unused_by_build,
+    x86_features,
+)
+from edge_dtm.formats.record import RunSettings
+from edge_dtm.llamacpp.runner import runtime_info
+
+ROOT = Path(__file__).resolve().parents[2]
+# As printed by llama.cpp on this kind of machine.
+X86_INFO = (
+    "CPU : SSE3 = 1 | SSSE3 = 1 | AVX = 1 | AVX2 = 1 | F16C = 1 | FMA = 1 | BMI2 = 1 | "
+    "LLAMAFILE = 1 | OPENMP = 1 | REPACK = 1 | "
+)
+PI5_INFO = "CPU : NEON = 1 | ARM_FMA = 1 | FP16_VA = 1 | DOTPROD = 1 | OPENMP = 1 | REPACK = 1 | "
+# AT_HWCAP and AT_HWCAP2 as QEMU 10 gives them to a program on these CPUs.
+HWCAPS = {
+    "cortex-a72": (0x8FB, 0),
+    "cortex-a76": (0x119FFB, 0),
+    "neoverse-v1": (0xCFFFFFFB, 0x17201),
+}
+PI4 = Cpu("aarch64", "Cortex-A72", arm_features(*HWCAPS["cortex-a72"]), frozenset(ARM_BITS))
+
+
+@pytest.fixture(autouse=True)
+def _found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # where edge-dtm is not installed
+
+
+def test_system_info_of_one_backend() -> None:
+    build = parse_system_info(X86_INFO, "0.3.36")
+    assert build.version == "0.3.36" and build.repacks
+    assert build.features == {
+        "SSE3", "SSSE3", "AVX", "AVX2", "F16C", "FMA", "BMI2", "LLAMAFILE", "OPENMP", "REPACK"
+    }  # fmt: skip
+
+
+def test_system_info_with_other_backends_and_zeros() -> None:
+    text = (
+        "CUDA : ARCHS = 890 | F16 = 1 | CPU : NEON = 1 | DOTPROD = 0 | SVE_CNT = 32 | REPACK = 1 | "
+    )
+    assert parse_system_info(text).features == {"NEON", "SVE_CNT", "REPACK"}
+    text = "CPU : AVX = 1 | Metal : EMBED_LIBRARY = 1 | "
+    assert parse_system_info(text).features == {"AVX"}
+
+
+@pytest.mark.parametrize("text", ["", "CPU : ", "nothing", " | | ", "CPU : X = | "])
+def test_system_info_that_says_nothing(text: str) -> None:
+    assert parse_system_info(text).features == frozenset()
+    assert not parse_system_info(text).repacks
+
+
+@given(st.text(max_size=200))
+def test_any_system_info_is_read(text: str) -> None:
+    assert all(
+        name and "|" not in name for name in parse_system_info(f"CPU : A = 1 |{text}").features
+    )
+
+
+def test_arm_features_of_boards() -> None:
+    assert PI4.features == {"NEON", "ARM_FMA"}
+    pi5 = {"NEON", "ARM_FMA", "FP16_VA", "DOTPROD"}
+    assert arm_features(*HWCAPS["cortex-a76"]) == pi5
+    assert arm_features(*HWCAPS["neoverse-v1"]) == pi5 | {"SVE", "MATMUL_INT8", "BF16"}
+
+
+def test_half_of_fp16_is_none() -> None:
+    assert "FP16_VA" not in arm_features(1 << 10 | 1 << 1, 0)
+
+
+def test_x86_flags() -> None:
+    flags = "fpu sse2 pni ssse3 avx avx2 fma f16c bmi2 avx512f avx512cd avx512bw avx512dq"
+    found = x86_features(flags.split())
+    assert {"AVX2", "FMA", "F16C"} <= found and "AVX512" not in found
+    assert "AVX512" in x86_features([*flags.split(), "avx512vl"])
+
+
+def test_macs() -> None:
+    arm = (
+        "hw.optional.AdvSIMD: 1\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_I8MM: 0\n"
+        "hw.optional.arm.FEAT_FP16: 1\n"
+    )
+    features, known = mac_features(arm)
+    assert features == {"NEON", "ARM_FMA", "DOTPROD", "FP16_VA"}
+    assert "MATMUL_INT8" in known and "SVE" not in known
+    intel = (
+        "machdep.cpu.features: FPU SSE3 SSSE3 FMA AVX1.0 F16C\n"
+        "machdep.cpu.leaf7_features: BMI1 AVX2 BMI2\n"
+    )
+    features, known = mac_features(intel)
+    assert features == {"SSE3", "SSSE3", "FMA", "AVX", "F16C", "AVX2", "BMI2"}
+    assert "AVX512" in known
+    assert mac_features("kern.ostype: Darwin\n") == (frozenset(), frozenset())
+
+
+def test_names_of_cpus() -> None:
+    arm = "processor\t: 0\nmodel name\t: ARMv8 Processor rev 3 (v8l)\nCPU implementer\t: 0x41\n"
+    arm += "CPU variant\t: 0x0\nCPU part\t: {}\n\n"
+    assert cpu_name(arm.format("0xd08") * 4) == "Cortex-A72"
+    assert (
+        cpu_name(arm.format("0xd05") * 4 + arm.format("0xd0b") * 4) == "Cortex-A55 and Cortex-A76"
+    )
+    assert cpu_name(arm.format("0xfff")) == "ARMv8 Processor rev 3 (v8l)"
+    assert cpu_name("model name\t: Intel(R)  Core(TM) i7\n" * 2) == "Intel(R) Core(TM) i7"
+    assert cpu_name("") == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_this_cpu_as_the_kernel_has_it() -> None:
+    cpu = read_cpu()
+    assert cpu.name and cpu.known
+    if cpu.machine == "x86_64":
+        (line, *_) = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "flags" in x]
+        for feature in ("AVX2", "FMA", "F16C"):
+            assert (feature in cpu.features) == (feature.lower() in line.split())
+    elif cpu.machine == "aarch64":
+        text = Path("/proc/cpuinfo").read_text()
+        assert ("DOTPROD" in cpu.features) == ("asimddp" in text)
+
+
+def test_a_machine_that_tells_nothing_lacks_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module.platform, "machine", lambda: "riscv64")
+    cpu = read_cpu(tmp_path)
+    assert cpu == Cpu("riscv64", "riscv64", frozenset(), frozenset())
+    assert missing_on_cpu(parse_system_info(X86_INFO), cpu) == []
+
+
+def test_a_32_bit_python_knows_no_arm_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    # There the bits mean something else.
+    monkeypatch.setattr(module.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(module.struct, "calcsize", lambda _: 4)
+    monkeypatch.setattr(module, "_auxiliary", lambda _: -1)
+    monkeypatch.setattr(module, "read_text", lambda _: "")
+    assert read_cpu().known == frozenset()
+    monkeypatch.setattr(module.struct, "calcsize", lambda _: 8)
+    assert read_cpu().features == frozenset(ARM_BITS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc and musl")
+def test_getauxval_gives_the_page_size() -> None:
+    assert module._auxiliary(6) == os.sysconf("SC_PAGE_SIZE")  # AT_PAGESZ
+
+
+@given(
+    st.frozensets(st.sampled_from([*X86_FLAGS, "REPACK", "OPENMP"])),
+    st.frozensets(st.sampled_from(list(X86_FLAGS))),
+)
+def test_missing_and_unused(build: frozenset[str], features: frozenset[str]) -> None:
+    cpu = Cpu("x86_64", "some CPU", features, frozenset(X86_FLAGS))
+    missing, unused = missing_on_cpu(Build(build), cpu), unused_by_build(Build(build), cpu)
+    assert all(n in build and n not in features and n in X86_FLAGS for n in missing)
+    assert {n for n in build if n in X86_FLAGS} - set(missing) <= features
+    assert not set(unused) & build and set(unused) <= features
+    if missing:
+        with pytest.raises(EdgeDtmError, match="some CPU"):
+            require_runnable(Build(build), cpu)
+    else:
+        require_runnable(Build(build), cpu)
+
+
+def test_the_line_for_a_build_of_another_board() -> None:
+    build = parse_system_info(PI5_INFO.replace("FP16_VA = 1", "MATMUL_INT8 = 1"), "0.3.36")
+    with pytest.raises(EdgeDtmError) as caught:
+        require_runnable(build, PI4)
+    assert str(caught.value) == (
+        "llama.cpp was built with DOTPROD and MATMUL_INT8, which this CPU (Cortex-A72) does not "
+        f"have: rebuild it here: {rebuild_command('0.3.36')}"
+    )
+
+
+def test_the_command_is_one_that_a_shell_and_pip_take() -> None:
+    command = rebuild_command("0.3.36", "-DGGML_CPU_REPACK=ON")
+    shown = command.replace("pip install", "printenv CMAKE_ARGS #")
+    done = subprocess.run(["sh", "-c", shown], capture_output=True, text=True, check=True)
+    assert done.stdout == "-DGGML_NATIVE=ON -DGGML_CPU_REPACK=ON\n"
+    assert command.endswith(" llama-cpp-python==0.3.36")
+    assert rebuild_command().endswith(" llama-cpp-python")
+
+
+def test_repacked_types_as_in_the_packaged_profiles() -> None:
+    from edge_dtm.formats.profile import load_profile
+
+    for name, info in (("raspberrypi", PI5_INFO), ("laptop-avx2", X86_INFO)):
+        table = repacked_types(parse_system_info(info).features)
+        # Profiles leave out MXFP4, which edge-dtm does not make.
+        assert set(table) - {"MXFP4"} == set(load_profile(name).fast_types)
+    assert repacked_types({"NEON", "ARM_FMA", "REPACK"}) == {}
+    assert repacked_types({"NEON", "DOTPROD"}) == {}
+    assert repacked_types({"AVX2", "AVX512", "REPACK"})["Q2_K"] == 8
+    assert repacked_types({"NEON", "MATMUL_INT8", "REPACK"}).keys() == {
+        "Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K"
+    }  # fmt: skip
+    assert "Q4_1" in repacked_types({"AMX_INT8"})
+
+
+def test_a_child_decodes_and_says_what_llama_is(tiny_gguf: Path) -> None:
+    build = first_decode_in_child(RunSettings(threads=1), tiny_gguf)
+    info = runtime_info()
+    assert build == parse_system_info(info["system_info"], info["llama_cpp_python"])
+    assert build.features and build == build_in_child()
+
+
+def test_a_broken_model_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(EdgeDtmError, match="m.gguf is not GGUF version 3") as caught:
+        first_decode_in_child(RunSettings(threads=1), path)
+    assert "\n" not in str(caught.value) and "error:" not in str(caught.value)
+
+
+def _instead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> None:
+    """Run other code in the child, in a real process."""
+    script = tmp_path / "child.py"
+    script.write_text(code)
+    real = subprocess.run
+    monkeypatch.setattr(
+        module.subprocess, "run", lambda words, **more: real([sys.executable, script], **more)
+    )
+
+
+SAID = f"print('noise'); print({json.dumps({'system_info': X86_INFO, 'version': '0.3.36'})!r}, flush=True)\n"
+NOT_RUN_HERE = Cpu("x86_64", "old CPU", frozenset({"SSE3"}), frozenset(X86_FLAGS))
+
+
+@pytest.mark.parametrize("number", ["SIGILL", "SIGSEGV", "SIGBUS", "SIGABRT"])
+@pytest.mark.parametrize("by_shell", [False, True])
+def test_a_child_that_a_signal_kills(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: str, by_shell: bool
+) -> None:
+    monkeypatch.setattr(module, "read_cpu", lambda: Cpu("m", "this CPU", frozenset(), frozenset()))
+    value = int(getattr(signal, number))
+    death = f"sys.exit({128 + value})" if by_shell else f"os.kill(os.getpid(), {value})"
+    limit = "import os, sys, resource\nresource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
+    _instead(monkeypatch, tmp_path, limit + SAID + death)
+    with pytest.raises(EdgeDtmError) as caught:
+        first_decode_in_child(RunSettings(threads=1))
+    text = str(caught.value)
+    assert text.startswith(
+        f"llama.cpp died of {number} in its first decode on this machine (this CPU)"
+    )
+    assert text.endswith(rebuild_command("0.3.36")) and "\n" not in text
+    _instead(monkeypatch, tmp_path, limit + death)
+    with pytest.raises(EdgeDtmError, match=f"died of {number} when it was loaded"):
+        build_in_child()
+
+
+def test_missing_features_are_named_before_the_death(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "read_cpu", lambda: NOT_RUN_HERE)
+    _instead(
+        monkeypatch, tmp_path, "import os, signal\n" + SAID + "os.kill(os.getpid(), signal.SIGILL)"
+    )
+    with pytest.raises(
+        EdgeDtmError, match=r"built with AVX, AVX2, BMI2, F16C, FMA and SSSE3, which"
+    ):
+        first_decode_in_child(RunSettings(threads=1))
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (SAID + "sys.exit('error: no such thing: do this')", "no such thing: do this"),
+        (
+            SAID + "raise MemoryError('much')",
+            r"failed in its first decode \(MemoryError: much\): re",
+        ),
+        ("sys.exit(7)", r"failed when it was loaded \(exit status 7\): rebuild it here"),
+        ("", "answered nothing"),
+        (SAID, "answered nothing"),
+        (SAID + "os.kill(os.getpid(), 9)", "was ended in its first decode by SIGKILL"),
+        (SAID + "os.kill(os.getpid(), 15)", "was ended in its first decode by SIGTERM"),
+        ("import time; time.sleep(60)", "did not finish its first decode within 0.5 s"),
+    ],
+)
+def test_other_ends_of_a_child(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, said: str
+) -> None:
+    monkeypatch.setattr(module, "read_cpu", lambda: Cpu("m", "this CPU", frozenset(), frozenset()))
+    _instead(monkeypatch, tmp_path, "import os, sys\n" + code)
+    timeout_s = 0.5 if "sleep" in code else 60
+    with pytest.raises(EdgeDtmError, match=said) as caught:
+        first_decode_in_child(RunSettings(threads=1), timeout_s=timeout_s)
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("planted", "said"),
+    [
+        ("raise ImportError('no llama')", "pip install llama-cpp-python"),
+        (
+            "raise RuntimeError('Failed to load\\nshared library')",
+            "cannot be loaded .Failed to load sh",
+        ),
+        ("import os; os.kill(os.getpid(), 4)", "died of SIGILL when it was loaded"),
+    ],
+)
+def test_a_llama_cpp_that_cannot_be_imported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, planted: str, said: str
+) -> None:
+    (tmp_path / "llama_cpp.py").write_text(planted + "\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    with pytest.raises(EdgeDtmError, match=said) as caught:
+        build_in_child()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_module_needs_neither_llama_cpp_nor_numpy() -> None:
+    code = "import sys, edge_dtm.device.cpu as c; c.read_cpu(); assert not {'numpy', 'llama_cpp'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

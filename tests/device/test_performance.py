@@ -1,0 +1,264 @@
+"""Speed, memory and energy of a model, and what `bench` says about them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import load_script
+
+from edge_dtm.cli import main
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.device import performance as module
+from edge_dtm.device.performance import Performance, ThreadSpeed, estimated_tokens_per_s, in_words
+from edge_dtm.formats.archive import pack
+from edge_dtm.formats.profile import DeviceProfile, load_profile
+from edge_dtm.formats.record import RunSettings
+from edge_dtm.formats.reference import Reference
+from edge_dtm.llamacpp.gguf_header import kv_bytes_per_token, read_header
+from edge_dtm.llamacpp.runner import LlamaRunner
+
+SETTINGS = RunSettings(threads=1, parallel_sequences=1)
+
+
+@pytest.fixture
+def found() -> Performance:
+    """Of a Raspberry Pi 5 that is as fast as estimated: 9.8e9 / (98e6 + 160 x 12,500) = 98."""
+    return Performance(
+        model_bytes=98_000_000,
+        kv_bytes_per_token=12_500,
+        bytes_by_type={"Q8_0": 90_000_000},
+        threads=4,
+        prompt_tokens=128,
+        decoded_tokens=64,
+        prefill_tokens_per_s=300.0,
+        decode_tokens_per_s=98.0,
+        time_to_first_token_s=0.4,
+        decode_ms_p50=10.0,
+        decode_ms_p95=12.0,
+        peak_rss_bytes=200_000_000,
+        sweep=(),
+        power_sensor=None,
+        energy_j_per_token=None,
+        mean_power_w=None,
+        temperatures_c_before={},
+        temperatures_c_after={},
+        throttled_before=[],
+        throttled_after=[],
+        throttle_events=None,
+        clock_share=None,
+        absent=[],
+    )
+
+
+@pytest.fixture
+def pi() -> DeviceProfile:
+    return load_profile("raspberrypi")
+
+
+def test_the_estimate_is_bandwidth_over_bytes(found: Performance, pi: DeviceProfile) -> None:
+    assert estimated_tokens_per_s(found, pi) == pytest.approx(9.8e9 / 100e6)
+    (sentence,) = in_words(found, pi)
+    assert "as estimated" in sentence and "98.0 tokens/s, estimated 98.0 (100%)" in sentence
+    assert in_words(found, None) == []
+
+
+def test_why_it_may_be_slower(found: Performance, pi: DeviceProfile) -> None:
+    slow = dataclasses.replace(
+        found,
+        decode_tokens_per_s=4.9,
+        bytes_by_type={"Q4_1": 60, "Q8_0": 40},
+        threads=2,
+        clock_share=0.6,
+        throttled_after=["voltage too low"],
+        throttle_events=3,
+        absent=["temperature: not there"],
+    )
+    text = "\n".join(in_words(slow, pi))
+    for part in (
+        "slower than estimated",
+        "4.9 tokens/s, estimated 98.0 (5%)",
+        "60% of the matrices' bytes are of types without fast kernels there (Q4_1)",
+        "meant for 4 threads, here ran 2",
+        "clock was at 60%",
+        "misses the 5.2 tokens/s",
+        "The device reports: voltage too low.",
+        "throttled for heat 3 times",
+        "Absent: temperature: not there.",
+    ):
+        assert part in text
+    fast = dataclasses.replace(slow, decode_tokens_per_s=200.0)
+    text = "\n".join(in_words(fast, pi))
+    assert "faster than estimated" in text
+    assert "Q4_1" not in text and "misses" not in text
+
+
+def test_it_survives_json(found: Performance) -> None:
+    swept = dataclasses.replace(found, sweep=(ThreadSpeed(1, 3.0, 4.0), ThreadSpeed(2, 5.0, 6.0)))
+    assert Performance.from_json(json.loads(json.dumps(swept.to_json()))) == swept
+    data = swept.to_json()
+    del data["threads"]
+    with pytest.raises(TypeError):
+        Performance.from_json(data)
+
+
+def fake_rapl(root: Path) -> None:
+    folder = root / "sys/class/powercap/intel-rapl:0"
+    folder.mkdir(parents=True)
+    for name, text in [("name", "package-0"), ("energy_uj", "5"), ("max_energy_range_uj", "9")]:
+        (folder / name).write_text(text)
+
+
+def test_measured_here(tiny_gguf: Path, tmp_path: Path) -> None:
+    fake_rapl(tmp_path)  # a counter that stands still
+    p = module.measure_here(tiny_gguf, SETTINGS, 1e-6, root=tmp_path, vcgencmd="no-vcgencmd")
+    assert p.model_bytes == tiny_gguf.stat().st_size
+    assert p.decoded_tokens == module.DECODE_TOKENS
+    # 2 layers x (K and V) x 2 KV heads x 64 x 2 bytes
+    assert p.kv_bytes_per_token == 2 * 2 * 2 * 64 * 2
+    assert set(p.bytes_by_type) == {"F32"}
+    assert 0 < p.decode_ms_p50 <= p.decode_ms_p95
+    assert p.prefill_tokens_per_s == pytest.approx(p.prompt_tokens / p.time_to_first_token_s)
+    assert p.energy_j_per_token == 0 and p.power_sensor == "RAPL, CPU packages"
+    assert p.sweep == ()
+    assert {a.split(":")[0] for a in p.absent} == {"clock", "temperature", "throttling"}
+
+
+def test_a_sweep_measures_the_fastest(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = {1: 10.0, 2: 30.0, 3: 20.0}
+    asked: list[int] = []
+    monkeypatch.setattr(module, "_thread_speed", lambda _, n: ThreadSpeed(n, 1.0, speeds[n]))
+    monkeypatch.setattr(LlamaRunner, "set_threads", lambda _, n: asked.append(n))
+    p = module.measure_here(tiny_gguf, SETTINGS, 1e-6, [1, 2, 3], tmp_path, "no-vcgencmd")
+    assert p.threads == 2 and asked == [2]
+    assert [s.decode_tokens_per_s for s in p.sweep] == [10.0, 30.0, 20.0]
+    assert "2 of 1, 2, 3 threads decode fastest." in in_words(p, None)
+    assert p.energy_j_per_token is None and p.mean_power_w is None and p.power_sensor is None
+
+
+def test_a_child_measures_a_sweep(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    p = module.measure(tiny_gguf, SETTINGS, 1e-6, [1])
+    assert [s.threads for s in p.sweep] == [1]
+    assert tiny_gguf.stat().st_size < p.peak_rss_bytes < 400e6
+    assert math.isfinite(p.decode_tokens_per_s)
+
+
+def test_a_broken_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF\3\0\0\0")
+    with pytest.raises(EdgeDtmError, match="could not be measured: .*truncated") as caught:
+        module.measure(path, SETTINGS, 1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def fake_measure(monkeypatch: pytest.MonkeyPatch, found: Performance) -> list[tuple[object, ...]]:
+    """The command without its child; the calls to it."""
+    asked: list[tuple[object, ...]] = []
+
+    def measure(path: Path, *args: object) -> Performance:
+        assert read_header(path).tensors
+        asked.append(args)
+        return dataclasses.replace(found, sweep=(ThreadSpeed(1, 8.0, 7.0),))
+
+    monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr("edge_dtm.device.cpu.first_decode_in_child", lambda settings: None)
+    return asked
+
+
+@pytest.mark.parametrize("kind", ["gguf", "folder", "packed"])
+def test_bench_takes_a_model_in_any_form(
+    tiny_gguf: Path, tiny_bundle: Path, tmp_path: Path, fake_measure: list[tuple[object, ...]],
+    kind: str,
+) -> None:  # fmt: skip
+    source = {"gguf": tiny_gguf, "folder": tiny_bundle, "packed": tmp_path / "tiny.edge"}[kind]
+    if kind == "packed":
+        pack(tiny_bundle, source)
+    out = tmp_path / "out.json"
+    words = ["bench", str(source), "--profile", "raspberrypi", "--seconds", "3", "--threads", "2"]
+    done = CliRunner().invoke(main, [*words, "--threads-sweep", "--json", str(out)])
+    assert done.exit_code == 0, done.output
+    settings, seconds, sweep = fake_measure[0]
+    assert settings == dataclasses.replace(SETTINGS, threads=2)
+    assert seconds == 3 and sweep == range(1, 3)
+    assert "98.0" in done.output and "as estimated" in " ".join(done.output.split())
+    data = json.loads(out.read_text())
+    assert data["profile"] == "raspberrypi"
+    assert data["estimated_decode_tokens_per_s"] == pytest.approx(98)
+    assert data["sentences"]
+
+
+def test_bench_takes_the_bundles_own_profile(
+    tiny_bundle: Path, fake_measure: list[tuple[object, ...]]
+) -> None:
+    manifest = tiny_bundle / "manifest.json"
+    data = json.loads(manifest.read_text())
+    for name, shown in [("rk3588", True), ("../rk3588", False), (["x"], False)]:
+        data["provenance"]["profile"] = name
+        manifest.write_text(json.dumps(data))
+        done = CliRunner().invoke(main, ["bench", str(tiny_bundle)])
+        assert done.exit_code == 0, done.output
+        assert ("rk3588" in done.output) is shown
+    assert fake_measure[0][2] == ()
+
+
+def test_bench_refuses_in_one_line(tiny_gguf: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    with (tiny_bundle / "model.gguf").open("ab") as file:
+        file.write(b"x")
+    for words in (
+        [str(tmp_path / "none.gguf")],
+        [str(tiny_gguf), "--profile", "toaster"],
+        [str(tiny_gguf), "--json", str(tmp_path / "no" / "folder.json")],
+        [str(tiny_bundle)],
+    ):
+        done = CliRunner().invoke(main, ["bench", *words])
+        assert done.exit_code == 1
+        assert done.output.count("\n") == 1 and done.output.startswith("error: ")
+
+
+def test_kv_bytes_of_layers_that_differ(tiny_gguf: Path) -> None:
+    header = read_header(tiny_gguf)
+    values = {
+        "general.architecture": "deci",
+        "deci.block_count": 3,
+        "deci.embedding_length": 256,
+        "deci.attention.head_count": (4, 0, 4),
+        "deci.attention.head_count_kv": (2, 0, 1),
+        "deci.attention.key_length": 64,
+    }
+    deci = dataclasses.replace(header, values=values)
+    assert kv_bytes_per_token(deci, "F16") == 2 * 2 * 64 * (2 + 1)
+    for wrong in ("three", 2.5, -1, (1, -1)):
+        broken = dataclasses.replace(deci, values=values | {"deci.block_count": wrong})
+        with pytest.raises(EdgeDtmError, match="block_count' is no whole number"):
+            kv_bytes_per_token(broken, "F16")
+    assert kv_bytes_per_token(deci, "Q8_0") == 2 * 34 * 2 * (2 + 1)
+
+
+def test_the_bench_of_verify_compares_the_same_answers(
+    tiny_gguf: Path, tiny_reference: Reference
+) -> None:
+    tool = load_script("bench_verify")
+    sequences = tool.random_sequences(5, 16, 300, 0)
+    assert sequences.prompt_ids.shape == (5, 8) and sequences.generated_ids.shape == (5, 8)
+    result = tool.bench(tiny_gguf, sequences, threads=1, rounds=1)
+    assert result["same_argmax"] == 1.0
+    assert result["tokens"] == 5 * 15
+    assert result["decode_calls"] == 2
+    times = result["times"]
+    assert result["speedup_over_greedy_wall"] == pytest.approx(
+        times["greedy"]["wall_s"] / times["teacher_forced"]["wall_s"]
+    )
+    cut = tool.short_sequences(tiny_reference, 10, 24)
+    assert len(cut) and (cut.prompt_lengths + cut.generated_lengths <= 24).all()
+    assert (cut.generated_lengths >= tool.FEWEST_GENERATED).all()
+    with pytest.raises(EdgeDtmError, match="no prompt is short enough"):
+        tool.short_sequences(tiny_reference, 10, 4)

@@ -1,0 +1,497 @@
+"""The verdict's pure parts: each comparison against plain loops, each situation its diagnosis."""
+
+import dataclasses
+import json
+import math
+from fractions import Fraction
+from importlib import resources
+
+import numpy as np
+import pytest
+from conftest import THRESHOLDS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_dtm.core.metrics import Divergence, Interval, compare, divergent_mask
+from edge_dtm.device.judge import against_host, divergences, judge, limits_of_part
+from edge_dtm.formats.record import RunSettings
+from edge_dtm.formats.thresholds import EXACT, Healthy, thresholds_from
+from edge_dtm.formats.verdict import (
+    AgainstHost,
+    Diagnosis,
+    Evidence,
+    KernelCheck,
+    KernelsCompared,
+    StoppedEarly,
+    Verdict,
+)
+from edge_dtm.formats.verdict_file import problems
+from edge_dtm.llamacpp.runner import runtime_info
+
+GOOD_KERNEL = KernelCheck("Q8_0", "plain", 1, 2e-3, "blk.0.attn_q", True)
+BAD_KERNEL = KernelCheck("Q4_K", "repacked", 32, 0.7, "blk.1.ffn_down", False)
+
+
+def divergence(sdt, fdt, spread=0.0):
+    return Divergence(
+        sdt=Interval(sdt, sdt - spread, sdt + spread),
+        fdt=Interval(fdt, fdt - 100 * spread, fdt + 100 * spread),
+        identical_share=0.25,
+        sequences=4,
+        tokens=400,
+        divergent_tokens=int(400 * sdt),
+        near_tie_share=0.001,
+        near_tie_margin=0.01,
+    )
+
+
+def evidence(sdt=0.05, fdt=30.0, kl=0.005, decided=0.001, probe=1e-5, kernels=None, mode=None):
+    """Of a healthy device by the thresholds of conftest, but for what is given."""
+    mode = mode or "teacher_forced"
+    return Evidence(
+        mode=mode,
+        against_original=divergence(sdt, fdt),
+        against_host=divergence(0.01, 60.0),
+        host=None if mode == "generate" else AgainstHost(kl, decided, 300, 0.25),
+        kl_probe_nats=probe,
+        kernels=[GOOD_KERNEL] if kernels is None else kernels,
+        first_divergent_tokens=[30, 30],
+        lengths=[96, 32],
+    )
+
+
+@st.composite
+def replays(draw):
+    """(reference, host, device ids, margins, kl, lengths) of few sequences and a small vocabulary.
+
+    Margins and KL are multiples of powers of two, so that loops and numpy agree to the last bit.
+    """
+    s, n = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+
+    def ids():
+        return st.lists(st.lists(st.integers(0, 2), min_size=n, max_size=n), min_size=s, max_size=s)
+
+    arrays = [np.array(draw(ids())) for _ in range(5)]
+    lengths = np.array(draw(st.lists(st.integers(1, n), min_size=s, max_size=s)))
+    return *arrays[:3], arrays[3] * 0.75, arrays[4] * 0.75, lengths
+
+
+def counted(lengths):
+    return [(s, i) for s, n in enumerate(lengths) for i in range(n)]
+
+
+# --- thresholds -----------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(replays(), st.booleans())
+def test_the_host_meets_the_thresholds_made_from_it(replay, quantized):
+    reference, host, _, _, _, lengths = replay
+    there = compare(reference, host, lengths)
+    made = thresholds_from(there, EXACT, quantized)
+    assert min(there.sdt.high, 1) <= made.max_sdt <= 1
+    assert 0 <= made.min_fdt <= there.fdt.low
+    assert made.max_sdt >= there.sdt.value and made.min_fdt <= there.fdt.value
+
+
+def test_the_room_is_one_and_a_half_half_widths():
+    host = dataclasses.replace(
+        divergence(0, 0), sdt=Interval(0.10, 0.08, 0.14), fdt=Interval(20.0, 16.0, 26.0)
+    )
+    made = thresholds_from(host, EXACT, quantized=True)
+    assert made.max_sdt == pytest.approx(0.16) and made.min_fdt == pytest.approx(14.0)
+
+
+def test_a_share_stays_one_and_a_position_not_negative():
+    made = thresholds_from(divergence(0.9, 2.0, spread=0.1), EXACT, quantized=True)
+    assert made.max_sdt == 1 and made.min_fdt == 0
+
+
+@given(st.floats(0, 1), st.floats(0, 1e4), st.booleans())
+def test_the_users_own_thresholds_are_kept(max_sdt, min_fdt, quantized):
+    host = divergence(0.05, 40.0, spread=0.01)
+    plain = thresholds_from(host, EXACT, quantized)
+    assert thresholds_from(host, EXACT, quantized, max_sdt, min_fdt) == dataclasses.replace(
+        plain, max_sdt=max_sdt, min_fdt=min_fdt
+    )
+    assert thresholds_from(host, EXACT, quantized, max_sdt=max_sdt).min_fdt == plain.min_fdt
+    assert thresholds_from(host, EXACT, quantized, min_fdt=min_fdt).max_sdt == plain.max_sdt
+
+
+def test_no_threshold_is_tighter_than_what_healthy_devices_do():
+    host = divergence(0.01, 80.0)  # an interval without width, as that of a file like the original
+    made = thresholds_from(host, Healthy(0.03, 55.0), quantized=False)
+    assert (made.max_sdt, made.min_fdt) == (0.03, 55.0)
+    assert thresholds_from(host, Healthy(0.005, 85.0), False) == thresholds_from(host, EXACT, False)
+
+
+def test_f16_leaves_less_room_than_quantized_types():
+    host = divergence(0.05, 40.0)
+    quantized, f16 = (thresholds_from(host, EXACT, kind) for kind in (True, False))
+    assert f16.max_kl_vs_host < quantized.max_kl_vs_host / 10
+    assert dataclasses.replace(f16, max_kl_vs_host=quantized.max_kl_vs_host) == quantized
+
+
+# --- device against host --------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(replays(), st.sampled_from([0.0, 0.75, 1.0, 1.5, 9.0]))
+def test_against_host_is_what_loops_count(replay, decided_margin):
+    _, host, device, margins, kl, lengths = replay
+    top = np.stack([margins + 3, np.full(margins.shape, 3.0), np.zeros(margins.shape)], axis=-1)
+    found = against_host(host, top, device, kl, lengths, decided_margin)
+    places = counted(lengths)
+    sure = [at for at in places if margins[at] >= decided_margin]
+    other = [at for at in places if host[at] != device[at]]
+    assert found.kl_nats == pytest.approx(sum(min(kl[at], 1) for at in places) / len(places))
+    assert found.decided_positions == len(sure)
+    assert found.decided_sdt == (len(set(sure) & set(other)) / len(sure) if sure else 0)
+    assert found.largest_margin == max((margins[at] for at in other), default=0)
+
+
+def test_one_position_cannot_decide_over_thousands():
+    ids, lengths = np.zeros((1, 1000), dtype=int), np.array([1000])
+    kl = np.zeros((1, 1000))
+    kl[0, 0] = 1e6
+    assert against_host(ids, np.zeros((1, 1000, 8)), ids, kl, lengths, 1.0).kl_nats == 1e-3
+
+
+@settings(deadline=None, max_examples=60)
+@given(replays(), st.sampled_from(["teacher_forced", "generate"]))
+def test_divergences_are_what_loops_count(replay, mode):
+    reference, host, device, margins, _, lengths = replay
+    original, against, first = divergences(
+        reference, host, device, lengths, margins, near_tie_margin=0.75, mode=mode
+    )
+
+    def first_other(a, b, row, length):
+        return next((i for i in range(length) if a[row, i] != b[row, i]), length)
+
+    rows, places = range(len(lengths)), counted(lengths)
+    assert first == [first_other(reference, device, s, lengths[s]) for s in rows]
+    assert all(type(i) is int for i in first)
+    assert original.fdt.value == pytest.approx(sum(first) / len(first))
+    other = [at for at in places if reference[at] != device[at]]
+    assert original.sdt.value == float(Fraction(len(other), len(places)))
+    ties = [at for at in other if margins[at] <= 0.75]
+    assert original.near_tie_share == float(Fraction(len(ties), len(places)))
+    if mode == "generate":
+        # Its own first divergence is the last position where the host saw the device's text.
+        lengths = [min(first_other(reference, host, s, lengths[s]) + 1, lengths[s]) for s in rows]
+    assert against.tokens == sum(lengths)
+    assert against.divergent_tokens == sum(host[at] != device[at] for at in counted(lengths))
+
+
+# --- the limits of a part -------------------------------------------------------------------
+
+
+def test_the_room_of_a_part_grows_with_the_root():
+    limits = dataclasses.replace(THRESHOLDS, max_sdt=0.16, min_fdt=14.0)
+    host, part = divergence(0.10, 20.0), divergence(0.05, 35.0)
+    moved = limits_of_part(limits, host, part, total=100, taken=25)
+    assert moved.max_sdt == pytest.approx(0.05 + 2 * 0.06)
+    assert moved.min_fdt == pytest.approx(35.0 - 2 * 6.0)
+    same = {"max_sdt": limits.max_sdt, "min_fdt": limits.min_fdt}
+    assert dataclasses.replace(moved, **same) == limits  # nothing else moves
+
+
+@settings(deadline=None, max_examples=60)
+@given(replays(), st.floats(0, 1), st.floats(0, 6), st.data())
+def test_the_hosts_own_run_of_a_part_meets_the_limits_of_it(replay, max_sdt, min_fdt, data):
+    reference, host_ids, _, _, _, lengths = replay
+    limits = dataclasses.replace(THRESHOLDS, max_sdt=max_sdt, min_fdt=min_fdt)
+    total = len(lengths)
+    taken = data.draw(st.integers(1, total))
+    host = compare(reference, host_ids, lengths)
+    part = compare(reference[:taken], host_ids[:taken], lengths[:taken])
+    moved = limits_of_part(limits, host, part, total, taken)
+    if taken == total:
+        assert moved == limits
+    else:
+        # A limit that the host misses on all is the user's own, and does not move.
+        if host.sdt.value <= max_sdt:
+            assert part.sdt.value <= moved.max_sdt <= 1
+        else:
+            assert moved.max_sdt == max_sdt
+        if host.fdt.value >= min_fdt:
+            assert 0 <= moved.min_fdt <= part.fdt.value
+        else:
+            assert moved.min_fdt == min_fdt
+
+
+@given(st.floats(0, 1), st.floats(0, 96), st.integers(1, 50), st.integers(1, 49))
+def test_a_smaller_part_never_has_less_room(max_sdt, min_fdt, total, less):
+    limits = dataclasses.replace(THRESHOLDS, max_sdt=max_sdt, min_fdt=min_fdt)
+    host = divergence(0.1, 20.0)
+    taken = min(less, total)
+    small, large = (limits_of_part(limits, host, host, total + 1, n) for n in (1, taken))
+    assert small.max_sdt >= large.max_sdt and small.min_fdt <= large.min_fdt
+
+
+# --- judging --------------------------------------------------------------------------------
+
+BROKEN, BAD_PLAN, TOO_CLOSE = "broken_kernels", "bad_plan", "too_close"
+# What is wrong, whether the host meets the thresholds, code, a part of the words.
+SITUATIONS = {
+    "healthy": ({}, True, "healthy", "computes what the host computed"),
+    "healthy although the host would miss": ({}, False, "healthy", "computes what the host"),
+    "no kernels checked": ({"kernels": [], "probe": None}, True, "healthy", "computes what"),
+    "a wrong kernel": ({"kernels": [GOOD_KERNEL, BAD_KERNEL]}, True, BROKEN, "Q4_K (repacked)"),
+    "F16 differs": ({"probe": 0.01}, True, BROKEN, "not quantization"),
+    "KL": ({"kl": 0.02}, True, BROKEN, "attention"),
+    "sure tokens differ": ({"decided": 0.01}, True, BROKEN, "attention"),
+    "KL, nothing checked singly": (
+        {"kl": 0.02, "kernels": [], "probe": None}, True, BROKEN, "products were not checked"
+    ),
+    "machine and plan": ({"sdt": 0.9, "kl": 0.02}, False, BROKEN, "doctor"),
+    "SDT, as on the host": ({"sdt": 0.2}, False, BAD_PLAN, "--max-bytes"),
+    "FDT, as on the host": ({"fdt": 3.0}, False, BAD_PLAN, "--max-bytes"),
+    "SDT, not on the host": ({"sdt": 0.11}, True, TOO_CLOSE, "just meets"),
+    "FDT, not on the host": ({"fdt": 19.0}, True, TOO_CLOSE, "just meets"),
+    "generated": ({"mode": "generate"}, True, "healthy", "computes what"),
+    "generated, no SDT": ({"mode": "generate", "sdt": 0.9}, True, "healthy", "computes what"),
+    "generated, FDT": ({"mode": "generate", "fdt": 3.0}, True, BAD_PLAN, "without --mode generate"),
+    "generated, wrong kernel": (
+        {"mode": "generate", "fdt": 3.0, "kernels": [BAD_KERNEL]}, True, BROKEN, "Q4_K (repacked)"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("situation", list(SITUATIONS))
+def test_every_situation_has_its_diagnosis(situation):
+    wrong, host_meets, code, words = SITUATIONS[situation]
+    passed, reasons, diagnosis = judge(evidence(**wrong), THRESHOLDS, host_meets)
+    assert passed == (code == "healthy")
+    assert diagnosis.code == code and words in diagnosis.words
+    # Only what was looked at is right.
+    assert "single products are right" not in diagnosis.words or wrong.get("kernels", [1])
+    assert reasons and all(reason.endswith(".") for reason in reasons)
+    assert all((", but wanted" in r or "wrong products" in r) != passed for r in reasons)
+
+
+MISSED = {  # what to change, and how the reason begins
+    "fdt": ({"fdt": 1.0}, "FDT against the original is 1.00 tokens"),
+    "sdt": ({"sdt": 0.5}, "SDT against the original is 50.000%"),
+    "kl": ({"kl": 0.5}, "KL against the host's run of this file is 0.5 nats"),
+    "decided": ({"decided": 0.5}, "The share of other tokens where the host was sure"),
+    "probe": ({"probe": 0.5}, "KL of the small F16 model against the host's is 0.5 nats"),
+    "kernels": ({"kernels": [GOOD_KERNEL, BAD_KERNEL]}, "1 of 2 kernels compute wrong products"),
+}
+
+
+@given(st.sets(st.sampled_from(list(MISSED))), st.booleans())
+def test_the_reasons_are_the_checks_missed_or_else_all_that_are_met(names, host_meets):
+    changes = {k: v for name in names for k, v in MISSED[name][0].items()}
+    passed, reasons, diagnosis = judge(evidence(**changes), THRESHOLDS, host_meets)
+    assert passed == (not names) == (diagnosis.code == "healthy")
+    if names:
+        wanted = [start for name, (_, start) in MISSED.items() if name in names]
+        assert len(reasons) == len(wanted)
+        assert all(r.startswith(w) for r, w in zip(reasons, wanted, strict=True))
+    else:
+        assert len(reasons) == len(MISSED) and not any("but wanted" in r for r in reasons)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "worse"),
+    [
+        ("sdt", THRESHOLDS.max_sdt, 1),
+        ("fdt", THRESHOLDS.min_fdt, 0),
+        ("kl", THRESHOLDS.max_kl_vs_host, 1),
+        ("decided", THRESHOLDS.max_decided_sdt_vs_host, 1),
+        ("probe", THRESHOLDS.max_kl_probe, 1),
+    ],
+)
+def test_a_limit_is_met_up_to_the_last_bit(name, limit, worse):
+    assert judge(evidence(**{name: limit}), THRESHOLDS, True)[0]
+    assert not judge(evidence(**{name: math.nextafter(limit, worse)}), THRESHOLDS, True)[0]
+
+
+@pytest.mark.parametrize("name", ["sdt", "fdt", "kl", "decided", "probe"])
+def test_what_is_no_number_fails(name):
+    value = math.nan
+    broken = evidence()
+    if name in ("sdt", "fdt"):
+        changed = dataclasses.replace(
+            broken.against_original, **{name: Interval(value, value, value)}
+        )
+        broken = dataclasses.replace(broken, against_original=changed)
+    else:
+        broken = evidence(**{name: value})
+    passed, reasons, _ = judge(broken, THRESHOLDS, True)
+    assert not passed and len(reasons) == 1 and "nan" in reasons[0]
+
+
+def test_the_worst_kernel_is_named_even_where_a_right_one_rounds_more():
+    coarse = dataclasses.replace(GOOD_KERNEL, worst_relative_error=0.9)
+    hopeless = dataclasses.replace(
+        BAD_KERNEL, type="Q6_K", component="blk.7.ffn_up", worst_relative_error=math.inf
+    )
+    _, (reason,), _ = judge(evidence(kernels=[BAD_KERNEL, coarse]), THRESHOLDS, True)
+    assert reason.startswith("1 of 2") and "Q4_K repacked, 32 columns, blk.1.ffn_down" in reason
+    found = evidence(kernels=[BAD_KERNEL, coarse, hopeless])
+    passed, reasons, diagnosis = judge(found, THRESHOLDS, True)
+    assert not passed and reasons[0].startswith("2 of 3")
+    assert "Q6_K repacked, 32 columns, blk.7.ffn_up" in reasons[0] and "inf" in reasons[0]
+    assert "Q4_K (repacked), Q6_K (repacked)" in diagnosis.words
+
+
+@given(
+    st.fixed_dictionaries({name: st.booleans() for name in ("fdt", "sdt", "kl", "decided")}),
+    st.sets(st.sampled_from(list(MISSED))),
+)
+def test_what_is_certain_counts_and_not_the_figures_so_far(certain, names):
+    changes = {k: v for name in names for k, v in MISSED[name][0].items()}
+    passed, reasons, diagnosis = judge(evidence(**changes), THRESHOLDS, True, certain)
+    met = {name: name not in names for name in MISSED} | certain
+    assert passed == all(met.values())
+    wanted = [start for name, (_, start) in MISSED.items() if met[name] == passed]
+    assert len(reasons) == len(wanted)
+    assert all(" so far, " in r for r in reasons if "kernels" not in r and "F16" not in r)
+    # What is bad so far speaks for the device even where a quick run ended before it was certain.
+    of_host = [met[n] and n not in names for n in ("kl", "decided", "probe", "kernels")]
+    wanted_code = "healthy" if passed else "too_close" if all(of_host) else "broken_kernels"
+    assert diagnosis.code == wanted_code
+
+
+def test_a_check_that_is_not_certain_keeps_its_figure():
+    certain = {"fdt": True, "sdt": True, "kl": True}  # no position was decided on the host
+    passed, reasons, _ = judge(evidence(decided=0.5), THRESHOLDS, True, certain)
+    assert not passed and len(reasons) == 1 and "so far" not in reasons[0]
+
+
+# --- JSON -----------------------------------------------------------------------------------
+
+
+def verdict(mode="teacher_forced", **changes):
+    found = evidence(mode=mode, kernels=[GOOD_KERNEL, BAD_KERNEL])
+    passed, reasons, diagnosis = judge(found, THRESHOLDS, True)
+    return Verdict(
+        passed=passed,
+        reasons=reasons,
+        diagnosis=diagnosis,
+        evidence=found,
+        sequences=2,
+        sequences_in_bundle=8,
+        thresholds=THRESHOLDS,
+        noise_floor={"near_tie_margin": 0.01, "sdt": 0.002},
+        bundle={
+            "name": "tiny",
+            "manifest_sha256": "0" * 64,
+            "model_sha256": "1" * 64,
+            "key_id": None,
+        },
+        performance={
+            "prefill_tokens_per_s": 31.5,
+            "decode_tokens_per_s": 7.25,
+            "peak_rss_bytes": 123_456_789,
+        },
+        settings=RunSettings(threads=2).to_json(),
+        runtime=runtime_info(),
+        **changes,
+    )
+
+
+FULL = {
+    "stopped_early": StoppedEarly(2, 640, 0.95, "statistics"),
+    "kernels_compared": KernelsCompared(128, 3, 0.004),
+    "notes": ("the kernels were not checked by themselves",),
+}
+
+
+@pytest.mark.parametrize("mode", ["teacher_forced", "generate"])
+@pytest.mark.parametrize("changes", [{}, FULL], ids=["plain", "full"])
+def test_a_verdict_is_plain_json(mode, changes):
+    data = verdict(mode, **changes).to_json()
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    assert (data["schema_version"], data["kind"]) == (2, "edge-dtm verdict")
+    assert data["passed"] is False and data["diagnosis"]["code"] == "broken_kernels"
+    assert data["mode"] == mode and data["sequences"] == 2 and data["sequences_in_bundle"] == 8
+    assert data["thresholds"] == dataclasses.asdict(THRESHOLDS)
+    assert data["first_divergent_tokens"] == [30, 30] and data["lengths"] == [96, 32]
+    assert [k["ok"] for k in data["kernels"]] == [True, False]
+    assert data["kernels"][1]["type"] == "Q4_K" and data["kernels"][1]["columns"] == 32
+    assert data["against_original"]["fdt"]["value"] == 30.0
+    assert data["kl_probe_nats"] == 1e-5
+    assert data["performance"]["peak_rss_bytes"] == 123_456_789
+    for name in ("stopped_early", "kernels_compare"):
+        assert (data[name] is None) == (not changes)
+    if changes:
+        assert data["stopped_early"]["saved_tokens"] == 640
+        assert data["kernels_compare"]["differing_tokens"] == 3 and len(data["notes"]) == 1
+
+
+def test_generation_has_no_sdt_and_no_kl():
+    forced, generated = (verdict(mode).to_json() for mode in ("teacher_forced", "generate"))
+    assert forced["against_original"]["sdt"]["value"] == 0.05
+    assert forced["against_host"]["divergent_tokens"] == 4
+    assert forced["kl_vs_host_nats"] == 0.005 and forced["decided_sdt_vs_host"] == 0.001
+    assert forced["largest_margin_vs_host"] == 0.25
+    for name in ("against_original", "against_host"):
+        for figure in ("sdt", "divergent_tokens", "near_tie_share"):
+            assert generated[name][figure] is None and forced[name][figure] is not None
+    for name in ("kl_vs_host_nats", "decided_sdt_vs_host", "largest_margin_vs_host"):
+        assert generated[name] is None
+
+
+def test_what_json_cannot_say_is_null():
+    whole = verdict()
+    endless = dataclasses.replace(BAD_KERNEL, worst_relative_error=math.inf)
+    data = dataclasses.replace(
+        whole,
+        evidence=dataclasses.replace(whole.evidence, kernels=[endless], kl_probe_nats=None),
+        performance={"prefill_tokens_per_s": math.nan, "decode_tokens_per_s": None},
+    ).to_json()
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    assert data["kernels"][0]["worst_relative_error"] is None and data["kl_probe_nats"] is None
+    assert data["performance"] == {"prefill_tokens_per_s": None, "decode_tokens_per_s": None}
+    # A token that the other run thinks impossible, which no cap hides there.
+    data = dataclasses.replace(whole, kernels_compared=KernelsCompared(9, 1, math.inf)).to_json()
+    assert data["kernels_compare"]["kl_nats"] is None and problems(data) == []
+
+
+def test_evidence_from_arrays_is_plain_json_too():
+    """Numbers of numpy are none of json's."""
+    random = np.random.default_rng(0)
+    reference, host, device = random.integers(0, 3, (3, 4, 6))
+    lengths, top = np.array([6, 1, 3, 6]), -np.sort(random.random((4, 6, 8)).astype(np.float32))
+    original, against, first = divergences(
+        reference, host, device, lengths, top[..., 0], 0.5, "teacher_forced"
+    )
+    kl = random.random((4, 6))
+    found = Evidence(
+        "teacher_forced", original, against, against_host(host, top, device, kl, lengths, 0.1),
+        1e-5, [], first, [int(n) for n in lengths],
+    )  # fmt: skip
+    passed, reasons, diagnosis = judge(found, THRESHOLDS, False)
+    data = dataclasses.replace(
+        verdict(), evidence=found, passed=passed, reasons=reasons, diagnosis=diagnosis
+    ).to_json()
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    mask = divergent_mask(reference, device, lengths)
+    assert data["against_original"]["divergent_tokens"] == int(mask.sum())
+
+
+@pytest.mark.parametrize("mode", ["teacher_forced", "generate"])
+@pytest.mark.parametrize("changes", [{}, FULL], ids=["plain", "full"])
+def test_a_verdict_is_as_its_schema_says(mode, changes):
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = resources.files("edge_dtm.data") / "verdict.schema.json"
+    if not schema.is_file():
+        pytest.skip("no schema is packaged")
+    rules = json.loads(schema.read_text())
+    jsonschema.Draft202012Validator.check_schema(rules)
+    check = jsonschema.Draft202012Validator(rules)
+    data = verdict(mode, **changes).to_json()
+    assert [e.message for e in check.iter_errors(data)] == []
+    # A schema that allows anything would show nothing.
+    for spoilt in (data | {"passed": "yes"}, {k: v for k, v in data.items() if k != "reasons"}):
+        assert not check.is_valid(spoilt)
+
+
+def test_a_diagnosis_for_machines_and_people():
+    assert Diagnosis("too_close", "So close.").to_json() == {
+        "code": "too_close",
+        "words": "So close.",
+    }

@@ -1,0 +1,342 @@
+"""Verdicts on a tiny bundle, good and spoilt."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import THRESHOLDS
+from rich.console import Console
+
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.metrics import top_kl
+from edge_dtm.device.verify import Options
+from edge_dtm.device.verify import verify as verify_with
+from edge_dtm.formats.archive import pack
+from edge_dtm.formats.record import Record
+from edge_dtm.formats.reference import Reference
+from edge_dtm.formats.thresholds import Thresholds
+from edge_dtm.formats.verdict import Verdict
+from edge_dtm.report.verdict_table import print_verdict
+
+Seal = Callable[..., None]
+SCRIPT = """
+import sys
+import edge_dtm.llamacpp.runner, edge_dtm.device.verify
+for name in ("llama_cpp", "gguf"):
+    assert name not in sys.modules, name
+from edge_dtm.device.verify import Options, verify
+from edge_dtm.report.verdict_table import print_verdict
+verdict = verify(sys.argv[1], Options(threads=1)).verdict
+print_verdict(verdict)
+assert verdict.passed, verdict.reasons
+found = sorted({"torch", "transformers"} & {name.partition(".")[0] for name in sys.modules})
+assert not found, found
+"""
+
+
+def verify(path: Path, progress: Any = None, **options: Any) -> Verdict:
+    return verify_with(path, Options(**options), progress).verdict
+
+
+def printed(verdict: Verdict) -> list[str]:
+    console = Console(file=io.StringIO(), width=100)
+    print_verdict(verdict, console)
+    return console.file.getvalue().rstrip().splitlines()
+
+
+def test_pass(tiny_bundle: Path) -> None:
+    stages: dict[str, tuple[int, int]] = {}
+    verdict = verify(
+        tiny_bundle,
+        threads=1,
+        progress=lambda stage, done, total: stages.update({stage: (done, total)}),
+    )
+    assert verdict.passed
+    assert len(verdict.reasons) == 6
+    assert verdict.diagnosis.code == "healthy"
+    assert verdict.evidence.against_original.sdt.value < 0.01
+    assert verdict.evidence.against_host.sdt.value == 0
+    assert verdict.evidence.host is not None
+    assert verdict.evidence.host.kl_nats == pytest.approx(0, abs=1e-6)
+    assert verdict.evidence.host.decided_positions > 0
+    assert verdict.evidence.kl_probe_nats == pytest.approx(0, abs=1e-6)
+    assert {k.type for k in verdict.evidence.kernels} == {"F32"}
+    assert verdict.bundle["key_id"] is None
+    assert verdict.evidence.against_original.near_tie_margin == 0.01
+    assert verdict.performance["prefill_tokens_per_s"] > 0
+    assert verdict.performance["decode_tokens_per_s"] > 0
+    assert verdict.settings["threads"] == 1
+    assert verdict.settings["batch_tokens"] == 64, "the host's settings are taken over"
+    assert {stage: done == total for stage, (done, total) in stages.items()} == {
+        "check": True,
+        "replay": True,
+    }
+    tree = json.loads(json.dumps(verdict.to_json(), allow_nan=False))
+    assert tree["passed"] is True
+    assert tree["notes"] == []
+    assert tree["noise_floor"] == {"near_tie_margin": 0.01, "sdt": 0.002}
+    lines = printed(verdict)
+    assert any(line.startswith("PASS") for line in lines)
+    assert len(lines) < 36
+
+
+def test_packed_bundle_and_fewer_sequences(tiny_bundle: Path, tmp_path: Path) -> None:
+    pack(tiny_bundle, tmp_path / "tiny.edge")
+    verdict = verify(tmp_path / "tiny.edge", threads=1, max_sequences=2)
+    assert verdict.passed
+    assert any("thresholds were moved" in note for note in verdict.notes)
+    assert (verdict.sequences, verdict.sequences_in_bundle) == (2, 6)
+    assert verdict.evidence.against_original.sequences == 2
+    assert "first 2 of 6" in verdict.notes[0]
+    assert verify(tiny_bundle, threads=1, max_sequences=100).sequences == 6
+
+
+MOVED = "moved to what the host's own run shows for those"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, f"the thresholds were {MOVED}"),
+        (
+            {"max_sdt": 0.2},
+            f"the SDT threshold was applied to those as it is, the FDT threshold was {MOVED}",
+        ),
+        (
+            {"min_fdt": 2.0},
+            f"the FDT threshold was applied to those as it is, the SDT threshold was {MOVED}",
+        ),
+        ({"max_sdt": 0.2, "min_fdt": 2.0}, "the thresholds were applied to those as they are"),
+        ({"mode": "generate"}, f"the thresholds were {MOVED}"),
+        (
+            {"mode": "generate", "min_fdt": 2.0},
+            "the thresholds were applied to those as they are",
+        ),
+    ],
+    ids=str,
+)
+def test_the_note_says_which_threshold_moved(
+    tiny_bundle: Path, options: dict[str, Any], words: str
+) -> None:
+    verdict = verify(tiny_bundle, threads=1, max_sequences=2, kernels="skip", **options)
+    assert verdict.notes[-1] == f"the first 2 of 6 sequences were replayed; {words}"
+
+
+def test_a_threshold_that_the_host_misses_does_not_move(tiny_bundle: Path, seal: Seal) -> None:
+    seal(tiny_bundle, thresholds=dataclasses.replace(THRESHOLDS, min_fdt=31.5))
+    verdict = verify(tiny_bundle, threads=1, max_sequences=2, kernels="skip")
+    assert verdict.thresholds.min_fdt == 31.5
+    assert "the FDT threshold was applied to those as it is" in verdict.notes[-1]
+
+
+def test_generate(tiny_bundle: Path) -> None:
+    verdict = verify(tiny_bundle, mode="generate", threads=1, max_sdt=0.0)
+    assert verdict.passed
+    assert len(verdict.reasons) == 3  # FDT, the small F16 model, the kernels
+    assert verdict.evidence.host is None
+    assert verdict.evidence.against_original.identical_share == 1
+    tree = verdict.to_json()
+    assert tree["against_original"]["sdt"] is None
+    assert tree["against_original"]["fdt"]["value"] == pytest.approx(124 / 6)
+    assert "not" not in tree["reasons"][0]
+    assert "no SDT or KL threshold is applied" in tree["notes"][0]
+    assert not any("SDT vs" in line for line in printed(verdict))
+
+
+def test_overridden_thresholds_fail(tiny_bundle: Path) -> None:
+    verdict = verify(tiny_bundle, threads=1, min_fdt=31.5)
+    assert not verdict.passed
+    assert len(verdict.reasons) == 1
+    assert "FDT against the original" in verdict.reasons[0]
+    assert "31.5" in verdict.reasons[0]
+    assert verdict.thresholds.min_fdt == 31.5
+    assert printed(verdict)[-1].startswith("FAIL")
+    with pytest.raises(EdgeDtmError, match=r"max_sdt is 1\.5"):
+        verify(tiny_bundle, threads=1, max_sdt=1.5)
+
+
+@pytest.mark.parametrize("mode", ["teacher_forced", "generate"])
+def test_other_weights_fail(
+    tiny_bundle: Path, seal: Seal, make_tiny_gguf: Callable[[Path, int], None], mode: str
+) -> None:
+    make_tiny_gguf(tiny_bundle / "model.gguf", 1)
+    with pytest.raises(EdgeDtmError, match=r"model\.gguf is changed"):
+        verify(tiny_bundle, threads=1)
+    seal(tiny_bundle)
+    verdict = verify(tiny_bundle, mode=mode, threads=1)  # type: ignore[arg-type]
+    assert not verdict.passed
+    assert len(verdict.reasons) == (4 if mode == "teacher_forced" else 1)
+    assert verdict.diagnosis.code == ("broken_kernels" if mode == "teacher_forced" else "bad_plan")
+    assert verdict.evidence.against_original.fdt.value < 5
+    assert verdict.evidence.against_host.fdt.value < 5
+    if mode == "teacher_forced":
+        assert verdict.evidence.against_original.sdt.value > 0.5
+        assert verdict.evidence.host is not None
+        assert verdict.evidence.host.kl_nats > 0.3
+
+
+def test_only_the_host_differs(tiny_bundle: Path, seal: Seal) -> None:
+    """Broken kernels show against the host even where the original's tokens come out right."""
+    host = Record.load(tiny_bundle / "host.npz")
+    ids = host.ids.copy()
+    ids[0, :8] = (ids[0, :8] + 1) % 259
+    dataclasses.replace(host, ids=ids, top_logits=host.top_logits * 2).save(
+        tiny_bundle / "host.npz"
+    )
+    seal(tiny_bundle)
+    verdict = verify(tiny_bundle, threads=1)
+    assert not verdict.passed
+    assert [reason.split()[0] for reason in verdict.reasons] == ["KL", "The"]
+    assert all("host" in reason for reason in verdict.reasons)
+    assert verdict.diagnosis.code == "broken_kernels"
+    assert verdict.evidence.against_host.divergent_tokens == 8
+
+
+def test_wrong_tokenization_is_an_error(tiny_bundle: Path, seal: Seal) -> None:
+    reference = Reference.load(tiny_bundle / "reference.npz")
+    texts = reference.texts.copy()
+    texts[[1, 3]] = "other"
+    dataclasses.replace(reference, texts=texts).save(tiny_bundle / "reference.npz")
+    seal(tiny_bundle)
+    with pytest.raises(EdgeDtmError, match=r"from 2 of 6 prompts .*first: prompt 2, token 2"):
+        verify(tiny_bundle, threads=1)
+
+
+def test_what_does_not_belong_together_is_an_error(tiny_bundle: Path, seal: Seal) -> None:
+    host = Record.load(tiny_bundle / "host.npz")
+    host.rows(np.arange(5)).save(tiny_bundle / "host.npz")
+    seal(tiny_bundle)
+    with pytest.raises(EdgeDtmError, match="does not belong to its reference"):
+        verify(tiny_bundle, threads=1)
+    dataclasses.replace(host, top_ids=host.top_ids + 1000).save(tiny_bundle / "host.npz")
+    seal(tiny_bundle)
+    with pytest.raises(EdgeDtmError, match="outside the vocabulary"):
+        verify(tiny_bundle, threads=1)
+
+
+def test_a_broken_model_is_an_error(tiny_bundle: Path, seal: Seal) -> None:
+    model = tiny_bundle / "model.gguf"
+    model.write_bytes(model.read_bytes()[:-1000])
+    seal(tiny_bundle)
+    with pytest.raises(EdgeDtmError, match="truncated"):
+        verify(tiny_bundle, threads=1)
+
+
+def test_wrong_arguments(tiny_bundle: Path, seal: Seal) -> None:
+    with pytest.raises(EdgeDtmError, match="unknown mode"):
+        verify(tiny_bundle, mode="guess")  # type: ignore[arg-type]
+    with pytest.raises(EdgeDtmError, match="max_sequences"):
+        verify(tiny_bundle, max_sequences=0)
+    seal(tiny_bundle, measured={"noise_floor": {"near_tie_margin": "small"}})
+    with pytest.raises(EdgeDtmError, match="noise floor"):
+        verify(tiny_bundle, threads=1)
+    loose = Thresholds(
+        max_sdt=1,
+        min_fdt=0,
+        max_kl_vs_host=100,
+        decided_margin=1,
+        max_decided_sdt_vs_host=1,
+        max_kl_probe=100,
+    )
+    seal(tiny_bundle, measured={}, thresholds=loose)
+    assert verify(tiny_bundle, threads=1).noise_floor == {}
+
+
+def test_kl_is_that_of_the_renormalized_top(tiny_bundle: Path) -> None:
+    host = Record.load(tiny_bundle / "host.npz")
+    assert top_kl(host.top_logits, host.top_logits + 5).max() == pytest.approx(0, abs=1e-6)
+    found = top_kl(host.top_logits, np.zeros_like(host.top_logits))
+    for row, length in enumerate(host.lengths):
+        for at in range(length):
+            p = np.exp(host.top_logits[row, at].astype(float))
+            p = p / p.sum()
+            assert found[row, at] == pytest.approx(float((p * np.log(p * len(p))).sum()))
+
+
+def test_a_bad_plan_is_told_from_broken_kernels(tiny_bundle: Path, seal: Seal) -> None:
+    """Device and host agree, and both are far from the original."""
+    reference = Reference.load(tiny_bundle / "reference.npz")
+    ids = (reference.generated_ids + 1) % 259
+    dataclasses.replace(reference, generated_ids=ids).save(tiny_bundle / "reference.npz")
+    from edge_dtm.formats.record import RunSettings
+    from edge_dtm.llamacpp.runner import LlamaRunner
+
+    changed = Reference.load(tiny_bundle / "reference.npz")
+    with LlamaRunner(tiny_bundle / "model.gguf", RunSettings(1, 64), 256) as llama:
+        llama.teacher_forced(changed).save(tiny_bundle / "host.npz", {})
+    seal(tiny_bundle)
+    verdict = verify(tiny_bundle, threads=1)
+    assert not verdict.passed
+    assert verdict.diagnosis.code == "bad_plan"
+    assert verdict.diagnosis.words in " ".join(printed(verdict))
+
+
+def test_a_probe_that_differs_is_broken_kernels(tiny_bundle: Path, seal: Seal) -> None:
+    probe = Record.load(tiny_bundle / "probe.npz")
+    dataclasses.replace(probe, top_logits=probe.top_logits * 1.2).save(tiny_bundle / "probe.npz")
+    seal(tiny_bundle)
+    verdict = verify(tiny_bundle, threads=1)
+    assert not verdict.passed
+    assert verdict.diagnosis.code == "broken_kernels"
+    assert "not quantization" in verdict.diagnosis.words
+    assert verify(tiny_bundle, threads=1, kernels="skip").passed
+    probe.rows(np.arange(2)).save(tiny_bundle / "probe.npz")
+    seal(tiny_bundle)
+    with pytest.raises(EdgeDtmError, match="probe record"):
+        verify(tiny_bundle, threads=1)
+
+
+def test_quick_ends_early_only_when_it_is_certain(
+    tiny_bundle: Path, seal: Seal, make_tiny_gguf: Callable[[Path, int], None]
+) -> None:
+    whole, quick = verify(tiny_bundle, threads=1), verify(tiny_bundle, threads=1, quick=True)
+    assert whole.passed and quick.passed
+    if quick.stopped_early is None:
+        assert quick.evidence.first_divergent_tokens == whole.evidence.first_divergent_tokens
+    make_tiny_gguf(tiny_bundle / "model.gguf", 1)
+    seal(tiny_bundle)
+    quick = verify(tiny_bundle, threads=1, quick=True)
+    assert not quick.passed
+    assert quick.stopped_early is not None
+    assert quick.stopped_early.saved_tokens > 0
+    assert any("Stopped after" in line for line in printed(quick))
+    with pytest.raises(EdgeDtmError, match="quick goes with neither"):
+        verify(tiny_bundle, threads=1, quick=True, mode="generate")
+
+
+def test_kernels_compared(tiny_bundle: Path) -> None:
+    verdict = verify(tiny_bundle, threads=1, kernels="compare")
+    assert verdict.passed
+    assert verdict.kernels_compared is not None
+    assert verdict.kernels_compared.positions == 124
+    assert verdict.kernels_compared.differing_tokens == 0  # F32 is never repacked
+
+
+def test_too_little_memory(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edge_dtm.core import machine
+    from edge_dtm.llamacpp import memory
+
+    monkeypatch.setattr(memory, "room", lambda: machine.Room(10**6, "a test"))
+    with pytest.raises(EdgeDtmError, match="too little memory"):
+        verify(tiny_bundle, threads=1)
+
+
+def test_device_modules_never_import_torch(tiny_bundle: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tiny_bundle)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "PASS" in done.stdout

@@ -1,0 +1,238 @@
+"""Bundles: what is changed, missing or slipped in is found."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.formats import bundle as bundles
+from edge_dtm.formats.archive import open_bundle
+from edge_dtm.formats.bundle import write_manifest
+from edge_dtm.formats.thresholds import Thresholds
+
+FILES = ["host.npz", "model.gguf", "plan.json", "probe.npz", "reference.npz", "report.md"]
+LIMITS = Thresholds(
+    max_sdt=0.05,
+    min_fdt=10,
+    max_kl_vs_host=0.01,
+    decided_margin=1.0,
+    max_decided_sdt_vs_host=0.002,
+    max_kl_probe=0.001,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A bundle by its form: the contents of the files do not matter here."""
+    folder = tmp_path / "made"
+    folder.mkdir()
+    for i, name in enumerate(FILES):
+        (folder / name).write_bytes(os.urandom(10) + bytes([i]) * 3000 * i)
+    write_manifest(folder, FILES, LIMITS, {"model": "m"}, {"sdt": 0.01})
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_whole_bundle_passes(folder: Path) -> None:
+    hashed: list[int] = []
+    with open_bundle(folder) as bundle:
+        bundle.check(hashed.append)
+        assert bundle.manifest.thresholds == LIMITS
+        assert bundle.manifest.provenance == {"model": "m"}
+        assert bundle.manifest.measured == {"sdt": 0.01}
+        assert bundle.path("model.gguf").read_bytes() == (folder / "model.gguf").read_bytes()
+        assert sum(hashed) == bundle.size_bytes
+        with pytest.raises(EdgeDtmError, match="lists no"):
+            bundle.path("../secret")
+    tree = json.loads((folder / "manifest.json").read_text())
+    assert tree["schema_version"] == 2
+    assert tree["kind"] == "edge-dtm bundle"
+    assert set(tree) == {
+        "schema_version", "kind", "files", "thresholds", "provenance", "measured",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_changed_byte_in_any_file_is_found(folder: Path, name: str, place: int) -> None:
+    data = bytearray((folder / name).read_bytes())
+    data[place] ^= 1
+    (folder / name).write_bytes(data)
+    with pytest.raises(EdgeDtmError, match=f"{name} is changed"):
+        open_bundle(folder).check()
+
+
+def test_all_offenders_are_listed(folder: Path) -> None:
+    (folder / "model.gguf").unlink()
+    (folder / "plan.json").write_text("longer or shorter")
+    (folder / "extra.bin").write_text("?")
+    (folder / ".hidden").write_text("not looked at")
+    (folder / "work").mkdir()
+    (folder / "report.md").rename(folder / "work" / "report.md")
+    (folder / "report.md").symlink_to(folder / "work" / "report.md")
+    with pytest.raises(EdgeDtmError) as caught:
+        open_bundle(folder).check()
+    text = str(caught.value)
+    for part in (
+        "model.gguf is missing",
+        "plan.json is changed (17 bytes instead of",
+        "extra.bin is not listed",
+        "report.md is not a plain file",
+    ):
+        assert part in text
+    assert "hidden" not in text
+    assert "work" not in text.replace(str(folder), "")
+    assert "\n" not in text
+
+
+def test_what_edge_dtm_makes_of_a_bundle_may_lie_in_it(folder: Path) -> None:
+    for name in ("report.html", "frontier.png"):
+        (folder / name).write_text("not listed")
+    open_bundle(folder).check()
+    (folder / "report.htm").write_text("not ours")
+    with pytest.raises(EdgeDtmError, match=r"made: report\.htm is not listed; copy"):
+        open_bundle(folder).check()
+
+
+def test_a_manifest_without_the_model_is_found(folder: Path) -> None:
+    write_manifest(folder, [*FILES[2:3], *FILES[4:]], LIMITS, {}, {})
+    with pytest.raises(
+        EdgeDtmError,
+        match=r"model.gguf is not listed; host.npz is not listed; probe.npz is not listed",
+    ):
+        open_bundle(folder).check()
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(EdgeDtmError, match="does not exist"):
+        open_bundle(tmp_path / "absent")
+    with pytest.raises(EdgeDtmError, match="has no manifest"):
+        open_bundle(tmp_path)
+    (tmp_path / "text").write_text("some text\n" * 100)
+    with pytest.raises(EdgeDtmError, match="no packed bundle"):
+        open_bundle(tmp_path / "text")
+    (tmp_path / "empty").touch()
+    with pytest.raises(EdgeDtmError, match="truncated"):
+        open_bundle(tmp_path / "empty")
+
+
+def change(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split("/")
+    for key in parents:
+        tree = tree[key]
+    if value is None:
+        del tree[last]
+    else:
+        tree[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("kind", "holiday pictures", "not the manifest"),
+        ("schema_version", 1, "schema version 1"),
+        ("schema_version", 3, "schema version 3"),
+        ("schema_version", "2", "schema version '2'"),
+        ("schema_version", 2.0, r"schema version 2\.0"),
+        ("schema_version", True, "schema version True"),
+        ("files", [], "no files"),
+        ("files/model.gguf/sha256", "A" * 64, "needs a sha256"),
+        ("files/model.gguf/size_bytes", -1, "needs a sha256"),
+        ("files/model.gguf/size_bytes", True, "needs a sha256"),
+        ("files/model.gguf", None, "model.gguf is not listed"),
+        ("files/..", {"sha256": "0" * 64, "size_bytes": 1}, "not a plain file name"),
+        ("files/manifest.json", {"sha256": "0" * 64, "size_bytes": 1}, "not a plain file name"),
+        ("files/manifest.sig", {"sha256": "0" * 64, "size_bytes": 1}, "not a plain file name"),
+        ("files/Model.gguf", {"sha256": "0" * 64, "size_bytes": 1}, "comes twice"),
+        ("thresholds/max_sdt", None, "exactly the names"),
+        ("thresholds/max_sdt", "0.1", "no number"),
+        ("thresholds/max_sdt", 1.5, "at most 1"),
+        ("thresholds/min_fdt", math.nan, "NaN is no JSON number"),
+        ("thresholds/colour", 1, "exactly the names"),
+        ("provenance", None, "no provenance"),
+        ("measured", [], "no measured"),
+    ],
+)
+def test_a_wrong_manifest_is_refused(folder: Path, path: str, value: Any, message: str) -> None:
+    tree = json.loads((folder / "manifest.json").read_text())
+    change(tree, path, value)
+    (folder / "manifest.json").write_text(json.dumps(tree))
+    with pytest.raises(EdgeDtmError, match=message):
+        open_bundle(folder).check()
+
+
+@pytest.mark.parametrize("data", [b"", b"[" * 100_000, b"\xff\xfe", b"[]", b"{}"])
+def test_a_manifest_that_is_none_is_refused(folder: Path, data: bytes) -> None:
+    (folder / "manifest.json").write_bytes(data)
+    with pytest.raises(EdgeDtmError, match=r"is no JSON|not the manifest"):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_sdt", math.inf),
+        ("max_sdt", -0.1),
+        ("max_decided_sdt_vs_host", 2),
+        ("min_fdt", math.nan),
+    ],
+)
+def test_thresholds_are_checked(field: str, value: float) -> None:
+    with pytest.raises(EdgeDtmError, match=field):
+        Thresholds.from_json({**LIMITS.to_json(), field: value})
+    assert Thresholds.from_json(LIMITS.to_json()) == LIMITS
+
+
+def test_write_manifest_is_all_or_nothing(folder: Path) -> None:
+    before = contents(folder)
+    for names in ([*FILES, "absent"], [*FILES, "../made/plan.json"], [*FILES, "plan.json"], [""]):
+        with pytest.raises(EdgeDtmError):
+            write_manifest(folder, names, LIMITS, {}, {})
+    with pytest.raises(EdgeDtmError):
+        write_manifest(folder, FILES, LIMITS, {"x": math.nan}, {})
+    with pytest.raises(EdgeDtmError):
+        write_manifest(folder, FILES, LIMITS, {"x": object()}, {})
+    assert contents(folder) == before
+
+
+def test_a_new_manifest_takes_the_old_signature_away(folder: Path) -> None:
+    (folder / "manifest.sig").write_bytes(b"of the manifest before")
+    write_manifest(folder, FILES, LIMITS, {}, {})
+    assert not (folder / "manifest.sig").exists()
+
+
+def test_a_full_disk_leaves_the_old_manifest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "manifest.sig").write_bytes(b"signature")
+    before = contents(folder)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(EdgeDtmError, match="No space left on device"):
+        write_manifest(folder, FILES, LIMITS, {"another": 1}, {})
+    assert contents(folder) == before
+
+
+def test_limits_of_the_manifest(folder: Path) -> None:
+    tree = json.loads((folder / "manifest.json").read_text())
+    entry = {"sha256": "0" * 64, "size_bytes": 1}
+    room = bundles.FILES_LIMIT - len(FILES)
+    for number, message in ((room, "f0 is missing"), (room + 1, "the limit is 256")):
+        many = {**tree["files"], **{f"f{i}": entry for i in range(number)}}
+        (folder / "manifest.json").write_text(json.dumps({**tree, "files": many}))
+        with pytest.raises(EdgeDtmError, match=message):
+            open_bundle(folder).check()
+    (folder / "manifest.json").write_bytes(b" " * (bundles.MANIFEST_LIMIT_BYTES + 1))
+    with pytest.raises(EdgeDtmError, match="above 16777216 bytes"):
+        open_bundle(folder)

@@ -1,0 +1,570 @@
+"""compress, verify, pack and unpack on a tiny trained model, and killed runs gone on with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import gguf
+from click.testing import CliRunner, Result
+from conftest import load_script
+
+from edge_dtm.cli import main
+from edge_dtm.formats.imatrix import read_imatrix
+from edge_dtm.formats.plan import Plan
+from edge_dtm.formats.record import RunSettings
+from edge_dtm.formats.reference import PACKAGED, Reference, load_imatrix
+from edge_dtm.host import compress as module
+from edge_dtm.host.blocks import sensitivity
+from edge_dtm.host.blocks.sensitivity import read_costs
+from edge_dtm.host.blocks.shipped import Shipped
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from edge_dtm.host.quantize.equalize import EqualizedCheckpoint, load_scales
+from edge_dtm.host.quantize.treat import treat
+from edge_dtm.host.trajectory import generate
+from edge_dtm.host.trajectory.prompts import packaged_prompts
+from edge_dtm.llamacpp.runner import LlamaRunner
+from edge_dtm.llamacpp.tensors import describe
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENS, MAX_BYTES = 24, 1_600_000
+BUNDLE = {
+    "manifest.json", "model.gguf", "reference.npz", "host.npz", "probe.npz", "plan.json", "report.md"
+}  # fmt: skip
+LINES = [
+    "The baker went to the market and",
+    "Anna has three red apples.",
+    "def count_items(items):",
+    "Once upon a time",
+    "1. Wash the",
+    "The weather in Oslo",
+    "Dear Clara,",
+    "{",
+    "What is two plus two?",
+    "On Monday the farmer",
+    "Return the",
+    "A short story about a parrot:",
+]
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(LINES) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_runs() -> Iterator[None]:
+    """Few prompts, several batches of them, and one thread, as _PROGRAM has it too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SAMPLED_PROMPTS", 4)
+        patch.setattr(module, "EXTRA_PROMPTS", 4)
+        patch.setattr(module, "PACKAGED_PROMPTS", 6)
+        patch.setattr(generate, "BATCH_SEQUENCES", 4)
+        patch.setattr(os, "sched_getaffinity", lambda _: {0})
+        yield
+
+
+def _arguments(model: Path, prompts: Path, out: Path, *options: str) -> list[str]:
+    given = ["compress", str(model), "-o", str(out), "--prompts", str(prompts)]
+    given += ["--tokens", str(TOKENS), "--device", "cpu"]
+    if "--max-bytes" not in options:
+        given += ["--max-bytes", str(MAX_BYTES)]
+    return [*given, *options]
+
+
+def _run(*arguments: str | Path, status: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == status, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def bundle(
+    trained_folder: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("compress") / "bundle"
+    _run(*_arguments(trained_folder, prompts_file, out))
+    return out
+
+
+@pytest.fixture
+def measured(bundle: Path, tmp_path: Path) -> Path:
+    """A folder whose work folder holds the measurements, which no budget or target changes."""
+    return Path(shutil.copytree(bundle, tmp_path / "measured"))
+
+
+def _manifest(folder: Path) -> Any:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def _plan(folder: Path) -> Plan:
+    return Plan.from_json(json.loads((folder / "plan.json").read_text()))
+
+
+def _same(first: Path, second: Path) -> None:
+    for name in ("plan.json", "model.gguf"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_bundle_is_what_its_plan_says(bundle: Path) -> None:
+    assert {p.name for p in bundle.iterdir()} - {"work", "frontier.png"} == BUNDLE
+    plan, size = _plan(bundle), (bundle / "model.gguf").stat().st_size
+    assert plan.size_bytes == size <= MAX_BYTES
+    assert size > 0.9 * MAX_BYTES  # and uses what it may
+    types = {t.type for t in plan.treatments}
+    assert any(t.endswith("_K") for t in types), types
+    assert not plan.zero_share
+    found = {t.component: t.type for t in describe(bundle / "model.gguf") if t.is_matrix}
+    assert found == {name: t.type for name, t in plan.by_name().items()}
+    assert json.loads((bundle / "plan.json").read_text())["sha256"] == plan.hash
+
+
+def test_held_out_sequences_are_in_the_bundle(bundle: Path, trained_folder: Path) -> None:
+    reference = Reference.load(bundle / "reference.npz")
+    assert 9 <= len(reference) <= 11  # two thirds of 12 of the file and up to 4 sampled
+    assert (reference.split == 1).all()
+    assert reference.generated_ids.shape[1] == TOKENS
+    data = _manifest(bundle)
+    assert data["provenance"]["model"] == trained_folder.name
+    assert data["provenance"]["held_out_sequences"] == len(reference)
+    assert data["measured"]["noise_floor"]["type"] == "F16"
+    assert 0 <= data["measured"]["sdt"]["value"] <= 0.5
+    assert "# " in (bundle / "report.md").read_text()
+
+
+def test_the_noise_floors_near_ties_are_those_at_its_margin(tmp_path: Path) -> None:
+    """Counted by hand: eight tokens of two answers, three of them divergent."""
+    reference, record = load_script("tiny_bundle").made_up()
+    reference = dataclasses.replace(reference, generated_lengths=np.array([4, 4], dtype=np.int32))
+    margins = np.array([[0.1, 9, 9, 0.2], [9, 9, 5, 9]], dtype=np.float32)
+    top = reference.top_logits.copy()
+    top[:, :, 0] = top[:, :, 1] + margins
+    reference = dataclasses.replace(reference, top_logits=top)
+    ids = reference.generated_ids.copy()
+    for at in ((0, 0), (0, 3), (1, 2)):
+        ids[at] += 1
+    dataclasses.replace(record, ids=ids, lengths=reference.generated_lengths).save(
+        tmp_path / "floor-key.npz"
+    )
+    run = module.Pipeline.__new__(module.Pipeline)
+    run.work, run.key = tmp_path, "key"
+    run.run_settings = RunSettings.from_json(record.settings)
+    floor = run.noise_floor(reference)
+    # The 95th percentile of 0.1, 0.2 and 5 lies between the last two.
+    assert 0.2 < floor["near_tie_margin"] < 5
+    assert floor["divergent_tokens"] == 3 and floor["tokens"] == 8
+    assert floor["near_tie_share"] == 2 / 8
+    assert run.floor.divergence.near_tie_share == 2 / 8
+    # Said with other settings, it is not what this run would hear.
+    run.run_settings = dataclasses.replace(run.run_settings, batch_tokens=32)
+    assert run._known(tmp_path / "floor-key.npz") is None
+
+
+def test_verify_passes(bundle: Path, tmp_path: Path) -> None:
+    _run("verify", "--threads", "1", bundle, "--json", tmp_path / "v.json")
+    verdict = json.loads((tmp_path / "v.json").read_text())
+    assert verdict["passed"]
+    measured = _manifest(bundle)["measured"]
+    # The same machine and settings: the very numbers of the host.
+    assert verdict["against_original"]["sdt"]["value"] == pytest.approx(measured["sdt"]["value"])
+    assert verdict["kl_vs_host_nats"] < 1e-6
+
+
+def test_generating_for_real_diverges_where_the_replay_does(bundle: Path, tmp_path: Path) -> None:
+    for mode in ("teacher-forced", "generate"):
+        # A token in a near-tie can put the real text past the threshold by itself.
+        _run(
+            "verify",
+            "--threads",
+            "1",
+            bundle,
+            "--mode",
+            mode,
+            "--min-fdt",
+            "0",
+            "--json",
+            tmp_path / mode,
+        )
+    forced, generated = (
+        json.loads((tmp_path / mode).read_text())["against_original"]["fdt"]["value"]
+        for mode in ("teacher-forced", "generate")
+    )
+    assert abs(forced - generated) < 2
+
+
+def test_packed_bundle(bundle: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "b.tar.zst"
+    _run("pack", bundle, "-o", packed)
+    _run("verify", "--threads", "1", packed)
+    _run("unpack", packed, "-o", tmp_path / "again")
+    assert {p.name for p in (tmp_path / "again").iterdir()} == BUNDLE
+    for name in BUNDLE:
+        assert (tmp_path / "again" / name).read_bytes() == (bundle / name).read_bytes()
+
+
+def test_other_commands_read_it(bundle: Path, tmp_path: Path) -> None:
+    _run("frontier", bundle, "--png", tmp_path / "f.png")
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    assert "blk.0" in _run("inspect", bundle).output or "attn_q" in _run("inspect", bundle).output
+    _run("measure", bundle / "model.gguf", "--reference", bundle, "--json", tmp_path / "m.json")
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert found["sdt"]["value"] == pytest.approx(_manifest(bundle)["measured"]["sdt"]["value"])
+
+
+@pytest.mark.slow
+def test_two_runs_make_the_same_bytes(
+    bundle: Path, trained_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    _run(*_arguments(trained_folder, prompts_file, tmp_path / "b"))
+    _same(bundle, tmp_path / "b")
+    # Again in the same folder: everything is there already.
+    text = _run(*_arguments(trained_folder, prompts_file, tmp_path / "b")).stderr
+    assert "Greedy reference: taken from the work folder" in text
+    assert "Sensitivity: taken from the work folder" in text
+    _same(bundle, tmp_path / "b")
+
+
+def test_sparsity_is_the_average_asked_for(
+    measured: Path, trained_folder: Path, prompts_file: Path
+) -> None:
+    options = ("--sparsity", "0.25", "--max-bytes", "6M")
+    text = _run(*_arguments(trained_folder, prompts_file, measured, *options)).stderr
+    # Costs of zeros were not measured before, hence all are measured again.
+    assert "Greedy reference: taken from the work folder" in text
+    assert "Sensitivity: taken from the work folder" not in text
+    assert len(list((measured / "work").glob("costs-*.jsonl"))) == 2
+    plan = _plan(measured)
+    assert plan.zero_share == pytest.approx(0.25, abs=1e-3)
+    masked = {name for name, t in plan.by_name().items() if t.zero_share}
+    tensors = {t.component: t for t in describe(measured / "model.gguf")}
+    zeros = sum((tensors[n].zero_share or 0) * np.prod(tensors[n].shape) for n in masked)
+    total = sum(c.weights for c in plan.components if c.in_block)
+    assert zeros / total == pytest.approx(0.25, abs=0.005)
+    assert all(n.startswith("blk.") for n in masked)
+    assert _manifest(measured)["measured"]["zero_share"] == pytest.approx(plan.zero_share)
+    _run("verify", "--threads", "1", measured)
+
+
+def test_target_makes_a_smaller_file_that_meets_it(
+    measured: Path, trained_folder: Path, prompts_file: Path
+) -> None:
+    large = ("--max-bytes", "20M")
+    _run(*_arguments(trained_folder, prompts_file, measured, *large))
+    unlimited = (measured / "model.gguf").stat().st_size
+    _run(*_arguments(trained_folder, prompts_file, measured, *large, "--max-sdt", "0.05"))
+    data = _manifest(measured)
+    assert data["measured"]["sdt"]["value"] <= 0.05
+    assert data["thresholds"]["max_sdt"] == 0.05
+    assert (measured / "model.gguf").stat().st_size < 0.7 * unlimited
+    _run("verify", "--threads", "1", measured)
+
+
+# --- error feedback, equalization, importance -----------------------------------------------
+
+
+def _shipped(folder: Path, checkpoint: Checkpoint) -> Shipped:
+    (only,) = (folder / "work").glob("shipped-*")
+    return Shipped(only, checkpoint)
+
+
+def _equalized(folder: Path, model: Path) -> Checkpoint:
+    checkpoint = open_checkpoint(model)
+    (scales,) = (folder / "work").glob("scales-*.npz")
+    return EqualizedCheckpoint(checkpoint, load_scales(scales, checkpoint.config))
+
+
+def _tensors(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Raw blocks as gguf-py reads them, uint8 (rows, row_bytes)."""
+    return {
+        t.name.removesuffix(".weight"): t.data.view(np.uint8).reshape(t.shape[-1], -1)
+        for t in gguf.GGUFReader(path).tensors
+        if len(t.shape) > 1
+    }
+
+
+def _costs(folder: Path) -> dict[str, dict[str, float]]:
+    plan = json.loads((folder / "plan.json").read_text())
+    return {c["name"]: c["costs"] for c in plan["costs"]}
+
+
+def test_the_file_holds_the_measured_blocks(bundle: Path, trained_folder: Path) -> None:
+    plan, tensors = _plan(bundle), _tensors(bundle / "model.gguf")
+    shipped = _shipped(bundle, _equalized(bundle, trained_folder))
+    assert set(tensors) == set(plan.by_name())
+    files = 0
+    for component, treatment in zip(plan.components, plan.treatments, strict=True):
+        expected = shipped.blocks(component, treatment)
+        assert np.array_equal(tensors[component.name], expected), component.name
+        path = shipped.folder / f"{component.name}.{treatment.type}.npy"
+        if path.exists():
+            files += 1
+            assert np.array_equal(tensors[component.name], np.load(path)), component.name
+    assert files > 0.7 * len(plan.components)
+    # Every block of a file that is not the plan's may still be the choice of another budget.
+    (results,) = (bundle / "work").glob("costs-*.jsonl")
+    known = read_costs(results)
+    assert set(known) == set(plan.by_name())
+    for path in shipped.folder.glob("*.npy"):
+        name, _, kind = path.stem.rpartition(".")
+        choices = list(_costs(bundle)[name])
+        assert known[name]["feedback"][choices.index(kind)]
+
+
+def test_stages_leave_their_files(bundle: Path) -> None:
+    left = {p.name.split("-")[0] for p in (bundle / "work").iterdir()}
+    assert left == {"reference", "scales", "imatrix", "costs", "shipped", "floor", "host",
+                    "packaged", "model.json"}  # fmt: skip
+    provenance = _manifest(bundle)["provenance"]
+    assert provenance["error_feedback"] is True and provenance["equalization"] is True
+    assert provenance["imatrix"] == "our own"
+
+
+def test_norms_are_the_equalized_ones(bundle: Path, trained_folder: Path) -> None:
+    equalized, back = _equalized(bundle, trained_folder), open_checkpoint(bundle / "model.gguf")
+    changed = 0
+    for name, _ in equalized.vectors():
+        assert np.array_equal(back.tensor(name), equalized.tensor(name)), name
+        changed += not np.array_equal(
+            back.tensor(name), open_checkpoint(trained_folder).tensor(name)
+        )
+    assert changed
+
+
+def test_packaged_prompts_are_measured_too(
+    bundle: Path, trained_folder: Path, tiny_settings: RunSettings
+) -> None:
+    """Against a replay of our own of the packaged part of the reference."""
+    (path,) = (bundle / "work").glob("reference-*.npz")
+    reference = Reference.load(path)
+    part = reference.part(PACKAGED)
+    assert len(part) == 6
+    packaged = {p.ids for p in packaged_prompts(open_checkpoint(trained_folder).tokenizer)}
+    for row in range(len(part)):
+        assert tuple(part.prompt(row)) in packaged
+    others = reference.rows(reference.split != PACKAGED)
+    mine = {tuple(others.prompt(row)) for row in range(len(others))}
+    assert not mine & {tuple(part.prompt(row)) for row in range(len(part))}
+    with LlamaRunner(bundle / "model.gguf", tiny_settings, 512) as runner:
+        record = runner.teacher_forced(part)
+    lengths = part.generated_lengths
+    wrong = np.arange(TOKENS) < lengths[:, None]
+    wrong &= record.ids != part.generated_ids
+    found = _manifest(bundle)["measured"]["packaged_prompts"]
+    # Batches of another size may turn a near-tie.
+    assert found["sdt"]["value"] == pytest.approx(wrong.sum() / lengths.sum(), abs=0.02)
+    assert "packaged" in (bundle / "report.md").read_text()
+
+
+def test_plain_rounding(
+    measured: Path, bundle: Path, trained_folder: Path, prompts_file: Path
+) -> None:
+    shutil.rmtree(next((measured / "work").glob("shipped-*")))
+    options = ("--no-feedback", "--no-equalize")
+    text = _run(*_arguments(trained_folder, prompts_file, measured, *options)).stderr
+    assert "Greedy reference: taken from the work folder" in text
+    assert "Sensitivity: taken from the work folder" not in text
+    provenance = _manifest(measured)["provenance"]
+    assert provenance["error_feedback"] is False and provenance["equalization"] is False
+    checkpoint, plan = open_checkpoint(trained_folder), _plan(measured)
+    shipped, tensors = _shipped(measured, checkpoint), _tensors(measured / "model.gguf")
+    assert not list(shipped.folder.glob("*.npy"))
+    for component, treatment in zip(plan.components, plan.treatments, strict=True):
+        with np.load(shipped.folder / f"{component.name}.npz") as kept:
+            importance = kept["importance"] if kept["importance"].size else None
+            assert not kept["compensated"].size and not kept["moments"].size
+        assert (importance is None) == (component.name == "token_embd")
+        weights = checkpoint.tensor(component.name + ".weight")
+        assert np.array_equal(tensors[component.name], treat(weights, treatment, importance))
+    back = open_checkpoint(measured / "model.gguf")
+    for name, _ in checkpoint.vectors():
+        assert np.array_equal(back.tensor(name), checkpoint.tensor(name))
+    _run("verify", "--threads", "1", measured)
+    # What the two are for.
+    plain, ours = (sum(c["Q4_0"] for c in _costs(f).values()) for f in (measured, bundle))
+    assert ours < plain
+
+
+def test_recipe_and_imatrix(
+    measured: Path, trained_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    """The recipe's files hold plan and vectors, and another run takes the vectors."""
+    output = _run("recipe", measured, "-o", tmp_path / "recipe").output
+    matrix, types = tmp_path / "recipe" / "imatrix.gguf", tmp_path / "recipe" / "tensor-types.txt"
+    assert str(matrix) in output and "llama-quantize" in output
+    plan, vectors = _plan(measured), read_imatrix(matrix)
+    own, tokens = load_imatrix(next((measured / "work").glob("imatrix-*.npz")))
+    assert tokens > 100
+    assert set(vectors) == set(own) == set(plan.by_name()) - {"token_embd"}
+    for name, vector in own.items():
+        assert np.array_equal(vectors[name], vector), name
+    lines = types.read_text().splitlines()
+    assert all(any(c.name.split(".")[-1] in line for line in lines) for c in plan.components)
+    shutil.rmtree(next((measured / "work").glob("shipped-*")))
+    options = ("--imatrix", str(matrix), "--no-feedback", "--no-equalize", "--types", "Q4_0,Q8_0")
+    _run(*_arguments(trained_folder, prompts_file, measured, *options))
+    assert _manifest(measured)["provenance"]["imatrix"] == "imatrix.gguf"
+    checkpoint, plan = open_checkpoint(trained_folder), _plan(measured)
+    tensors = _tensors(measured / "model.gguf")
+    for component, treatment in zip(plan.components, plan.treatments, strict=True):
+        weights = checkpoint.tensor(component.name + ".weight")
+        expected = treat(weights, treatment, vectors.get(component.name))
+        assert np.array_equal(tensors[component.name], expected), component.name
+
+
+def test_lost_blocks_are_one_line(measured: Path, trained_folder: Path, prompts_file: Path) -> None:
+    for path in (measured / "work").glob("shipped-*/*.npy"):
+        path.write_bytes(path.read_bytes()[:-7])
+    before = (measured / "manifest.json").read_bytes()
+    options = ("--max-bytes", str(MAX_BYTES - 50_000))
+    result = _run(*_arguments(trained_folder, prompts_file, measured, *options), status=1)
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "has lost blk." in last and "--no-resume" in last
+    assert (measured / "manifest.json").read_bytes() == before
+    assert not (measured / "work" / "model.gguf.tmp").exists()
+
+
+@pytest.mark.parametrize("spoil", ["removed", "cut"])
+def test_lost_scales_are_found_again_or_one_line(
+    measured: Path, bundle: Path, trained_folder: Path, prompts_file: Path, spoil: str
+) -> None:
+    (path,) = (measured / "work").glob("scales-*.npz")
+    if spoil == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-100])
+    arguments = _arguments(trained_folder, prompts_file, measured)
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    if result.exit_code:
+        assert result.stderr.splitlines()[-1].startswith("error: ")
+    else:
+        _same(bundle, measured)
+
+
+def test_a_target_out_of_reach_is_one_line(
+    measured: Path, trained_folder: Path, prompts_file: Path
+) -> None:
+    before = (measured / "manifest.json").read_bytes()
+    options = ("--max-bytes", "1250K", "--max-sdt", "0.000001")
+    result = _run(*_arguments(trained_folder, prompts_file, measured, *options), status=1)
+    lines = result.stderr.splitlines()
+    assert sum("error:" in line for line in lines) == 1
+    last = lines[-1]
+    assert last.startswith("error: no plan within 1,250,000 bytes has an SDT of at most 0.00%")
+    assert "noise floor" in last and "F16" in last and "--max-sdt" in last
+    assert (measured / "manifest.json").read_bytes() == before
+
+
+# --- killed runs ----------------------------------------------------------------------------
+
+# Each moment kills the process itself, as `kill -9` would, right after or within a piece of work.
+_MOMENTS = {
+    "reference": "patch(generate, '_decode', 2)",
+    "gradients": "patch(calibration.Calibration, '_take', 1)",
+    "calibration": "patch(calibration.Calibration, '_take', 2)",
+    "scales found": "patch(compress, 'save_scales', 1)",
+    "costs": "patch(sensitivity, 'component_costs', 6)",
+    "blocks shipped": "patch(shipped.Shipped, 'save_component', 3)",
+    "plan exported": "patch(compress, 'tokenization_mismatches', 1)",
+    "bundle half moved": "patch(compress.bundle, 'write_manifest', 1)",
+}
+_PROGRAM = """
+import os, signal, sys
+from edge_dtm.cli import main
+from edge_dtm.host import calibration, compress, generate, sensitivity, shipped
+
+def patch(owner, name, call):
+    real, count = getattr(owner, name), 0
+    def replaced(*args, **options):
+        nonlocal count
+        count += 1
+        if count == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **options)
+    setattr(owner, name, replaced)
+
+os.sched_getaffinity = lambda _: [0]
+compress.SAMPLED_PROMPTS, compress.EXTRA_PROMPTS, compress.PACKAGED_PROMPTS = 4, 4, 6
+generate.BATCH_SEQUENCES = 4
+{patch}
+main(sys.argv[1:])
+"""
+
+
+def _killed(moment: str, arguments: list[str]) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM.format(patch=_MOMENTS[moment]), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL, (moment, done.stderr)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_every_stage_ends_in_the_same_bytes(
+    bundle: Path,
+    trained_folder: Path,
+    prompts_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "killed"
+    arguments = _arguments(trained_folder, prompts_file, out)
+    left = {
+        "reference": "reference-*.parts/000000.npz",
+        "gradients": "activations-*/state.json",
+        "calibration": "calibration-*/sums.npz",
+        "costs": "costs-*.jsonl",
+        "blocks shipped": "shipped-*/token_embd.npz",
+        "plan exported": "model.gguf",
+    }
+    for moment in _MOMENTS:
+        _killed(moment, arguments)
+        if moment in left:
+            assert len(list((out / "work").glob(left[moment]))) == 1, moment
+        if moment == "costs":
+            (costs,) = (out / "work").glob("costs-*.jsonl")
+            assert len(costs.read_text().splitlines()) == 7  # embedding, head, five of the blocks
+        if moment in ("gradients", "calibration", "scales found"):
+            assert not list((out / "work").glob("scales-*.npz"))
+        assert not (out / "manifest.json").exists()
+    assert (out / "model.gguf").exists() and (out / "report.md").exists()
+    measured: list[str] = []
+    real = sensitivity.component_costs
+    monkeypatch.setattr(
+        sensitivity,
+        "component_costs",
+        lambda activations, component, *rest: (
+            measured.append(component.name) or real(activations, component, *rest)
+        ),
+    )
+    text = _run(*arguments).stderr
+    assert measured == []
+    assert "Greedy reference: taken from the work folder" in text
+    assert "Sensitivity: taken from the work folder" in text
+    _same(bundle, out)
+    one, two = (next((f / "work").glob("shipped-*")) for f in (bundle, out))
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    for path in one.glob("*.npy"):
+        assert path.read_bytes() == (two / path.name).read_bytes(), path.name
+    for kind in ("activations", "calibration"):
+        assert not list((out / "work").glob(f"{kind}-*"))
+    _run("verify", "--threads", "1", out)

@@ -1,0 +1,596 @@
+"""Scales leave the function alone: in real arithmetic, in float32, and in llama.cpp."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from conftest import Made, load_script
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.formats.plan import uniform
+from edge_dtm.formats.record import RunSettings
+from edge_dtm.formats.reference import CALIBRATION, Reference, save_npz
+from edge_dtm.host.blocks.calibration import Calibration
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint, ModelConfig, open_checkpoint
+from edge_dtm.host.checkpoint.model import load_model
+from edge_dtm.host.compress import SAME_LOGITS
+from edge_dtm.host.export import export_gguf, fixed_bytes
+from edge_dtm.host.quantize import equalize as module
+from edge_dtm.host.quantize.activations import round_activations
+from edge_dtm.host.quantize.equalize import (
+    LARGEST,
+    SMALLEST,
+    STRENGTHS,
+    EqualizedCheckpoint,
+    Scales,
+    channel_scales,
+    find_scales,
+    input_scale,
+    load_scales,
+    logit_difference,
+    output_scale,
+    save_scales,
+    sites,
+    top_logits,
+)
+from edge_dtm.host.removal import measure_units, reduce
+from edge_dtm.host.trajectory.generate import generate_reference
+from edge_dtm.host.trajectory.prompts import Prompt
+from edge_dtm.llamacpp import ggml
+from edge_dtm.llamacpp.runner import LlamaRunner
+
+CPU = torch.device("cpu")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "no groups": {"num_key_value_heads": 4},
+    "one group": {"num_key_value_heads": 1, "tie_word_embeddings": True, "attention_bias": True},
+}
+
+
+def _fill(model: Any, seed: int) -> None:
+    """Weights, gains and biases that all count."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, data in model.named_parameters():
+        noise = torch.randn(data.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            data.data = 1 + 0.3 * noise
+        elif name.endswith(".bias"):
+            data.data = 0.3 * noise
+        else:
+            data.data = noise / data.shape[1] ** 0.5
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    """Llamas so small that many sets of scales can be tried."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    base, out = tmp_path_factory.mktemp("equalize"), {}
+    for name, options in VARIANTS.items():
+        shape: dict[str, Any] = {
+            "vocab_size": 48,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": False,
+        }
+        model = LlamaForCausalLM(LlamaConfig(**{**shape, **options}))
+        _fill(model, 0)
+        model.save_pretrained(base / name)
+        out[name] = open_checkpoint(base / name)
+        assert out[name].config.attention_bias is options.get("attention_bias", False)
+    return out
+
+
+@st.composite
+def _any_scales(draw: st.DrawFn, config: ModelConfig) -> dict[str, np.ndarray[Any, Any]]:
+    def vector(n: int) -> np.ndarray[Any, Any]:
+        size = st.floats(SMALLEST, LARGEST, width=32)
+        return cast("np.ndarray[Any, Any]", draw(hnp.arrays(np.float32, n, elements=size)))
+
+    out = {}
+    for name in sites(config):
+        if name.endswith("attn_output"):
+            group = config.heads // config.kv_heads
+            shape = (config.kv_heads, 1, config.head_dim)
+            own = vector(config.kv_heads * config.head_dim).reshape(shape)
+            out[name] = own.repeat(group, 1).reshape(-1)
+        else:
+            out[name] = vector(config.ffn if name.endswith("ffn_down") else config.hidden)
+    return out
+
+
+def _random_scales(config: ModelConfig, seed: int) -> dict[str, np.ndarray[Any, Any]]:
+    random, out = np.random.default_rng(seed), {}
+    for name in sites(config):
+        shape = (config.kv_heads, config.heads // config.kv_heads, config.head_dim)
+        if name.endswith("attn_output"):
+            own = random.uniform(-3, 3, (shape[0], 1, shape[2])).repeat(shape[1], 1).reshape(-1)
+        else:
+            own = random.uniform(-3, 3, config.ffn if "down" in name else config.hidden)
+        out[name] = np.exp(own).astype(np.float32)
+    return out
+
+
+@torch.no_grad()
+def _logits(model: Any) -> torch.Tensor:
+    ids = torch.randint(0, 48, (3, 20), generator=torch.Generator().manual_seed(1))
+    return torch.as_tensor(model(input_ids=ids, use_cache=False).logits)
+
+
+@pytest.fixture
+def real_numbers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Checkpoint], Any]:
+    """A checkpoint's model in float64 throughout, weights too."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def norm(self: Any, x: torch.Tensor) -> torch.Tensor:  # transformers' own goes by float32
+        size = x.square().mean(-1, keepdim=True) + self.variance_epsilon
+        return torch.as_tensor(self.weight * x / size.sqrt())
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", norm)
+    return lambda checkpoint: load_model(checkpoint, CPU).double()
+
+
+class _Exact(Checkpoint):
+    """Another checkpoint's tensors as float64, so that scaling them hardly rounds."""
+
+    def __init__(self, original: Checkpoint) -> None:
+        super().__init__(original.path, original.config)
+        self.original = original
+
+    def _names(self) -> set[str]:
+        return self.original._names()
+
+    def _read(self, name: str) -> Any:
+        return self.original._read(name).astype(np.float64)
+
+
+@pytest.fixture
+def scales(made: Made, monkeypatch: pytest.MonkeyPatch) -> Scales:
+    """Of the trained model, at full strength everywhere."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "STRENGTHS", (0.5,))
+        return find_scales(made.calibration, made.checkpoint)
+
+
+# --- the function ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+@given(st.data())
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_scales_leave_the_function_alone(
+    checkpoints: dict[str, Checkpoint],
+    real_numbers: Callable[[Checkpoint], Any],
+    name: str,
+    data: st.DataObject,
+) -> None:
+    exact = _Exact(checkpoints[name])
+    scales = data.draw(_any_scales(exact.config))
+    expected = _logits(real_numbers(exact))
+    found = _logits(real_numbers(EqualizedCheckpoint(exact, scales)))
+    assert found.dtype == torch.float64
+    assert float((found - expected).abs().max()) < 1e-9 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+@given(st.data())
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+def test_in_float32_too(checkpoints: dict[str, Checkpoint], name: str, data: st.DataObject) -> None:
+    original = checkpoints[name]
+    equalized = EqualizedCheckpoint(original, data.draw(_any_scales(original.config)))
+    expected = _logits(load_model(original, CPU))
+    found = _logits(load_model(equalized, CPU))
+    # Rounding of weights and sums, 6e-8 each, through two layers.
+    assert float((found - expected).abs().max()) < 2e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_every_scale_is_needed_on_both_sides(checkpoints: dict[str, Checkpoint], name: str) -> None:
+    """One site scaled at its source only changes the logits, so no site is a dummy."""
+    original = checkpoints[name]
+    expected = _logits(load_model(original, CPU))
+    for site in sites(original.config):
+        scales = {site: _random_scales(original.config, 2)[site]}
+        equalized = EqualizedCheckpoint(original, scales)
+        changed = [
+            c.name
+            for c in original.components()
+            if not np.array_equal(
+                equalized.hf_tensor(c.name + ".weight"), original.hf_tensor(c.name + ".weight")
+            )
+        ]
+        assert changed, site
+        model = load_model(equalized, CPU)
+        assert float((_logits(model) - expected).abs().max()) < 1e-4
+        half = load_model(original, CPU)
+        own, theirs = half.state_dict(), model.state_dict()
+        which = next(k for k in own if not torch.equal(own[k], theirs[k]))
+        own[which].copy_(theirs[which])
+        assert float((_logits(half) - expected).abs().max()) > 1e-3, (site, which)
+
+
+@pytest.fixture(scope="module")
+def reduced(made: Made, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Calibration]:
+    """The tiny model with other heads and neurons in each layer, one without attention."""
+    folder = tmp_path_factory.mktemp("reduced")
+    kept: Any = {(0, "attn"): 1, (0, "ffn"): 480, (1, "attn"): 0, (1, "ffn"): 32}
+    units = measure_units(
+        made.checkpoint, made.activations, made.calibration, CPU, 32, folder / "units.jsonl"
+    )
+    checkpoint = reduce(
+        made.checkpoint, units, kept, made.calibration, {}, folder / "m.safetensors"
+    )
+    calibration = Calibration(folder / "calibration", made.reference, checkpoint.components())
+    calibration.capture(load_model(checkpoint, CPU), 1)
+    return checkpoint, calibration
+
+
+def test_scales_of_a_reduced_model_leave_it_alone(
+    made: Made,
+    reduced: tuple[Checkpoint, Calibration],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    checkpoint, calibration = reduced
+    monkeypatch.setattr(module, "STRENGTHS", (0.5,))
+    scales = find_scales(calibration, checkpoint)
+    lengths = {n: len(s) for n, s in scales.items()}
+    assert list(lengths) == sites(checkpoint.config)
+    assert lengths["blk.0.attn_output"] == 128 and lengths["blk.2.attn_output"] == 256
+    assert lengths["blk.0.ffn_down"] == 480 and lengths["blk.1.ffn_down"] == 32
+    assert {n for n in lengths if n.startswith("blk.1.")} == {"blk.1.ffn_gate", "blk.1.ffn_down"}
+    assert all(np.abs(np.log(s)).max() > 0.1 for s in scales.values())
+    for c in checkpoint.components():
+        own, out = input_scale(scales, c.name), output_scale(scales, c.name, checkpoint.config)
+        assert own is None or len(own) == c.row_length, c.name
+        assert out is None or len(out) == c.rows, c.name
+    equalized = EqualizedCheckpoint(checkpoint, scales)
+    before, after = load_model(checkpoint, CPU), load_model(equalized, CPU)
+    original = top_logits(before, made.reference)
+    assert logit_difference(after, made.reference, original) < SAME_LOGITS
+    # It is held against the reduced model, not against the whole one.
+    assert logit_difference(before, made.reference, original) < 1e-6
+    assert logit_difference(after, made.reference) > 10 * SAME_LOGITS
+    save_scales(tmp_path / "s.npz", scales)
+    assert load_scales(tmp_path / "s.npz", checkpoint.config).keys() == scales.keys()
+    with pytest.raises(EdgeDtmError):
+        load_scales(tmp_path / "s.npz", made.checkpoint.config)
+
+
+def test_top_logits_are_the_models(made: Made) -> None:
+    found = top_logits(made.model, made.reference)
+    for row, count in enumerate(made.reference.generated_lengths):
+        with torch.no_grad():
+            at = made.model(input_ids=made.ids(row), use_cache=False).logits[0, made.positions(row)]
+        for t in range(count):
+            expected = at[t].numpy()[made.reference.top_ids[row, t]]
+            assert np.allclose(found[row, t], expected, atol=1e-4)
+        assert not found[row, count:].any()
+
+
+def test_sites_are_those_of_the_model(checkpoints: dict[str, Checkpoint]) -> None:
+    assert "output" in sites(checkpoints["untied"].config)
+    assert "output" not in sites(checkpoints["tied"].config)
+    assert len(sites(checkpoints["tied"].config)) == 2 * 4
+    original = checkpoints["tied"]
+    equalized = EqualizedCheckpoint(original, _random_scales(original.config, 0))
+    for name in ("token_embd.weight", "output_norm.weight"):
+        assert np.array_equal(equalized.hf_tensor(name), original.hf_tensor(name))
+    assert equalized.check() == original.check()
+    assert equalized.components() == original.components()
+    assert equalized.vectors() == original.vectors()
+
+
+def test_activations_are_told_the_scales(made: Made, scales: Scales) -> None:
+    """Inputs times and gradients by the scales are those of the equalized model."""
+    from edge_dtm.host.blocks.sensitivity import Activations
+
+    config = made.checkpoint.config
+    model = load_model(EqualizedCheckpoint(made.checkpoint, scales), CPU)
+    folder = made.activations.folder
+    theirs = Activations(folder.with_name("equalized"), made.reference, made.components)
+    theirs.capture(model, 3)
+    ours = Activations(folder, made.reference, made.components)
+    ours.scales, ours.config = scales, config
+    for c in made.components:
+        x, expected = ours.inputs(c.name), theirs.inputs(c.name)
+        # An embedding that is no head too has no inputs.
+        assert (
+            c.name == "token_embd" or np.abs(x - expected).max() < 1e-3 * np.abs(expected).max()
+        ), c.name
+        if c.name != "output":
+            g, expected = ours.gradients(c.name), theirs.gradients(c.name)
+            # Each is kept in half precision, relative to the largest of its file.
+            assert np.abs(g - expected).max() < 3e-3 * np.abs(expected).max(), c.name
+    theirs.remove()
+
+
+# --- llama.cpp ------------------------------------------------------------------------------
+
+
+def _replayed(checkpoint: Checkpoint, reference: Reference, path: Path, kind: str) -> Any:
+    export_gguf(
+        checkpoint, uniform(checkpoint.components(), kind, fixed_bytes(checkpoint)), path, {}
+    )
+    kv_type = "F32" if kind == "F32" else "F16"
+    with LlamaRunner(path, RunSettings(threads=1, kv_type=kv_type), 128) as runner:
+        return runner.teacher_forced(reference)
+
+
+def _same_words(first: Any, second: Any, reference: Reference, near_tie: float) -> None:
+    counted = np.arange(reference.generated_ids.shape[1]) < reference.generated_lengths[:, None]
+    clear = counted & (reference.margins > near_tie)
+    assert clear.sum() > 0.8 * counted.sum()
+    assert np.array_equal(first.ids[clear], second.ids[clear])
+    assert np.array_equal(first.ids[clear], reference.generated_ids[clear])
+
+
+@pytest.mark.parametrize(("kind", "near_tie"), [("F32", 1e-3), ("F16", 0.05)])
+def test_llama_cpp_says_the_same(
+    made: Made, scales: Scales, tmp_path: Path, kind: str, near_tie: float
+) -> None:
+    # Through a pickle, as it goes to another process.
+    equalized = pickle.loads(pickle.dumps(EqualizedCheckpoint(made.checkpoint, scales)))
+    original = _replayed(made.checkpoint, made.reference, tmp_path / "o.gguf", kind)
+    found = _replayed(equalized, made.reference, tmp_path / "e.gguf", kind)
+    _same_words(original, found, made.reference, near_tie)
+
+
+def test_llama_cpp_says_the_same_with_biases(tmp_path: Path) -> None:
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    folder = load_script("make_tiny_llama").make_tiny_llama(
+        tmp_path / "hf", steps=0, layers=1, attention_bias=True
+    )
+    config = AutoConfig.from_pretrained(folder)
+    config.mlp_bias = True
+    model = LlamaForCausalLM(config)
+    _fill(model, 3)
+    model.save_pretrained(folder)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config.attention_bias and checkpoint.config.mlp_bias
+    reference = generate_reference(
+        load_model(checkpoint, CPU),
+        [Prompt((1, 300 + i, 400 + i), f"{i}") for i in range(3)],
+        tokens=24,
+        eos_ids=[2],
+        split=np.full(3, CALIBRATION, np.uint8),
+        provenance={},
+        parts=tmp_path / "parts",
+    )
+    equalized = EqualizedCheckpoint(checkpoint, _random_scales(checkpoint.config, 4))
+    assert not np.array_equal(
+        equalized.hf_tensor("blk.0.ffn_up.bias"), checkpoint.hf_tensor("blk.0.ffn_up.bias")
+    )
+    assert logit_difference(load_model(equalized, CPU), reference) < SAME_LOGITS / 10
+    original = _replayed(checkpoint, reference, tmp_path / "o.gguf", "F32")
+    found = _replayed(equalized, reference, tmp_path / "e.gguf", "F32")
+    _same_words(original, found, reference, 1e-3)
+    # And from the GGUF as a source, whose q and k rows lie otherwise.
+    again = EqualizedCheckpoint(
+        open_checkpoint(tmp_path / "o.gguf"), _random_scales(checkpoint.config, 4)
+    )
+    for c in checkpoint.components():
+        name = c.name + ".weight"
+        assert np.array_equal(again.hf_tensor(name), equalized.hf_tensor(name)), name
+        assert np.array_equal(again.tensor(name), equalized.tensor(name)), name
+
+
+# --- the check before it is used ------------------------------------------------------------
+
+
+@pytest.fixture
+def equalized_model(made: Made, scales: Scales) -> Any:
+    return load_model(EqualizedCheckpoint(made.checkpoint, scales), CPU)
+
+
+def test_the_check_passes_what_is_right(made: Made, equalized_model: Any) -> None:
+    # The reference was made with a batch's padding, hence not to the last bit.
+    assert logit_difference(made.model, made.reference) < SAME_LOGITS / 10
+    assert logit_difference(equalized_model, made.reference) < SAME_LOGITS / 10
+
+
+@pytest.mark.parametrize(
+    ("site", "source"),
+    [
+        ("blk.0.attn_q", "model.layers.0.input_layernorm"),
+        ("blk.1.attn_output", "model.layers.1.self_attn.v_proj"),
+        ("blk.2.ffn_gate", "model.layers.2.post_attention_layernorm"),
+        ("blk.1.ffn_down", "model.layers.1.mlp.up_proj"),
+        ("output", "model.norm"),
+    ],
+)
+def test_the_check_notices_one_wrong_row(
+    made: Made, equalized_model: Any, site: str, source: str
+) -> None:
+    squares = made.calibration.input_squares(site)
+    if site.endswith("attn_output"):
+        squares = squares.reshape(2, 2, 64).sum(1).reshape(-1)
+    row = int(squares.argmax())
+    weight = dict(equalized_model.named_modules())[source].weight
+    weight.data[row] *= 2
+    found = logit_difference(equalized_model, made.reference)
+    assert found > 2 * SAME_LOGITS
+
+
+def test_the_check_notices_nan(made: Made, equalized_model: Any) -> None:
+    equalized_model.model.norm.weight.data[3] = float("nan")
+    assert not logit_difference(equalized_model, made.reference) <= SAME_LOGITS
+
+
+# --- scales ---------------------------------------------------------------------------------
+
+_SQUARES = hnp.arrays(np.float64, 24, elements=st.floats(1e-6, 1e6))
+
+
+@given(_SQUARES, _SQUARES, st.floats(0.01, 100), st.floats(0, 1))
+def test_scales_are_the_formula(x: Any, b: Any, factor: float, strength: float) -> None:
+    found = channel_scales(x, b, strength)
+    assert found.dtype == np.float32
+    free = (np.sqrt(b) / np.sqrt(x)) ** strength
+    free /= np.exp(np.log(free).mean())
+    assert np.allclose(found, free.clip(SMALLEST, LARGEST), rtol=1e-5)
+    if free.min() > SMALLEST and free.max() < LARGEST:
+        assert np.exp(np.log(found.astype(np.float64)).mean()) == pytest.approx(1, rel=1e-5)
+    # Only ratios between channels count.
+    assert np.allclose(channel_scales(x * factor, b, strength), found, rtol=1e-5)
+    assert np.allclose(channel_scales(x, b * factor, strength), found, rtol=1e-5)
+    assert (channel_scales(x, b, 0.0) == 1).all()
+
+
+@given(_SQUARES, _SQUARES, hnp.arrays(np.float64, 24, elements=st.floats(0.1, 10)))
+def test_half_strength_is_cauchy_and_schwarzs(x: Any, b: Any, other: Any) -> None:
+    x, b = x.clip(0.05, 20), b.clip(0.05, 20)  # within the limits of the scales
+
+    def harm(s: Any) -> float:
+        return float((x * s**2).sum() * (b / s**2).sum())
+
+    assert harm(channel_scales(x, b).astype(np.float64)) <= harm(other) * (1 + 1e-5)
+    assert harm(channel_scales(x, b)) == pytest.approx(np.sqrt(x * b).sum() ** 2, rel=1e-5)
+
+
+@given(_SQUARES, _SQUARES, hnp.arrays(np.bool_, 24), hnp.arrays(np.bool_, 24))
+def test_dead_channels_are_left_alone(x: Any, b: Any, silent: Any, unheard: Any) -> None:
+    x, b = np.where(silent, 0, x), np.where(unheard, 0, b)
+    found, alive = channel_scales(x, b), ~(silent | unheard)
+    assert np.isfinite(found).all() and (found >= SMALLEST).all() and (found <= LARGEST).all()
+    assert (found[~alive] == 1).all()
+    if alive.any():
+        assert np.array_equal(found[alive], channel_scales(x[alive], b[alive]))
+
+
+def test_heads_of_a_group_share_their_scales(made: Made, scales: Scales) -> None:
+    config, calibration = made.checkpoint.config, made.calibration
+    assert list(scales) == sites(config) and (config.heads, config.kv_heads) == (4, 2)
+    site, d = "blk.1.attn_output", config.head_dim
+    x, b = calibration.input_squares(site), calibration.gradient_squares(site)
+    both = [a[:d] + a[d : 2 * d] for a in (x, b)], [a[2 * d : 3 * d] + a[3 * d :] for a in (x, b)]
+    expected = channel_scales(*(np.stack(pair) for pair in zip(*both, strict=True)))
+    for head in range(4):
+        own = scales[site][head * d : (head + 1) * d]
+        assert np.array_equal(own, expected[head // 2])
+    of_v = output_scale(scales, "blk.1.attn_v", config)
+    assert of_v is not None and np.array_equal(of_v, expected.reshape(-1))
+    down = (
+        calibration.input_squares("blk.0.ffn_down"),
+        calibration.gradient_squares("blk.0.ffn_down"),
+    )
+    assert np.array_equal(scales["blk.0.ffn_down"], channel_scales(*down))
+    for name, site in (("attn_k", "attn_q"), ("attn_v", "attn_q"), ("ffn_up", "ffn_gate")):
+        assert input_scale(scales, f"blk.1.{name}") is scales[f"blk.1.{site}"]
+    for name in ("attn_q", "attn_k", "attn_output", "ffn_gate", "ffn_down"):
+        assert output_scale(scales, f"blk.0.{name}", config) is None
+    assert input_scale(scales, "token_embd") is None
+    assert input_scale(scales, "output") is scales["output"]
+
+
+@pytest.mark.parametrize("site", ["blk.0.attn_q", "blk.2.attn_output", "blk.1.ffn_down"])
+def test_the_strength_is_the_one_that_harms_least(
+    made: Made, monkeypatch: pytest.MonkeyPatch, site: str
+) -> None:
+    """Against the harm written out, on all rows and tokens as on every fourth."""
+    monkeypatch.setattr(module, "ROW_STEP", 1)
+    monkeypatch.setattr(module, "TOKEN_STEP", 1)
+    monkeypatch.setattr(module, "sites", lambda config: [site])
+    tried = []
+    for strength in STRENGTHS:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "STRENGTHS", (strength,))
+            tried.append(find_scales(made.calibration, made.checkpoint)[site])
+    assert (tried[0] == 1).all() and len({s.tobytes() for s in tried}) == len(STRENGTHS)
+    consumers = [site, *({"blk.0.attn_q": ["blk.0.attn_k", "blk.0.attn_v"]}.get(site, []))]
+    x = made.calibration.inputs(site).astype(np.float64)
+    b2 = made.calibration.gradient_squares(site)
+    harms = []
+    for s in tried:
+        scaled = torch.from_numpy((x * s).astype(np.float32))
+        moved = (round_activations(scaled, "q8_0") - scaled).double().numpy() / s
+        inputs = (moved**2).mean(0) @ b2
+        total = 0.0
+        for kind in ("Q4_0", "Q5_0", "Q8_0"):
+            harm = inputs
+            for name in consumers:
+                w = made.weights(name).astype(np.float64)
+                importance = ((x * s) ** 2).mean(0).astype(np.float32)
+                columns = (w / s).astype(np.float32)
+                data = ggml.quantize(kind, columns, importance)
+                error = (ggml.dequantize(kind, data, w.shape[1]) - columns) * s  # as of W itself
+                each_row = (error**2) @ (x**2).mean(0)
+                harm += float(made.calibration.output_squares(name) @ each_row)
+            total += float(np.log(harm))
+        harms.append(total)
+    done: list[int] = []
+    found = find_scales(made.calibration, made.checkpoint, done.append)[site]
+    assert np.array_equal(found, tried[int(np.argmin(harms))])
+    assert done == [1]
+
+
+def test_scales_on_disk(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
+    config, path = checkpoints["untied"].config, tmp_path / "scales.npz"
+    scales = _random_scales(config, 5)
+    save_scales(path, scales)
+    back = load_scales(path, config)
+    assert list(back) == list(scales)
+    assert all(np.array_equal(back[n], s) and back[n].dtype == s.dtype for n, s in scales.items())
+    assert [p.name for p in tmp_path.iterdir()] == ["scales.npz"]
+
+
+def _spoilt(path: Path, config: ModelConfig) -> Iterator[str]:
+    whole = path.read_bytes()
+    for at in np.linspace(0, len(whole) - 1, 60).astype(int):
+        data = bytearray(whole)
+        data[at] ^= 0x5A
+        yield f"byte {at}"
+        path.write_bytes(data)
+        yield "read"
+    for cut in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        yield f"cut at {cut}"
+    save_npz(path, {"blk.0.attn_q": np.ones(32, np.float32)}, {"kind": "scales"})
+    yield "others missing"
+    save_npz(path, {n: np.ones(32, np.float32) for n in sites(config)}, {"kind": "imatrix"})
+    yield "another kind"
+    path.unlink()
+    yield "none"
+
+
+def test_spoilt_scales_are_one_line(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
+    config, path = checkpoints["untied"].config, tmp_path / "scales.npz"
+    scales = _random_scales(config, 5)
+    save_scales(path, scales)
+    refused = 0
+    for what in _spoilt(path, config):
+        try:
+            back = load_scales(path, config)
+        except EdgeDtmError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+            refused += 1
+        else:
+            # Some bytes of a zip file, such as times, mean nothing.
+            assert "byte" in what or "read" in what, what
+            assert all(np.array_equal(back[n], s) for n, s in scales.items()), what
+    assert refused > 30
+
+
+def test_only_the_file_of_such_a_model(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
+    config, path = checkpoints["untied"].config, tmp_path / "scales.npz"
+    save_scales(path, _random_scales(config, 5))
+    with pytest.raises(EdgeDtmError):
+        load_scales(path, replace(config, layers=3))

@@ -1,0 +1,286 @@
+"""The GGUF that is written: its size, its metadata, its weights, and what a full disk leaves."""
+
+from __future__ import annotations
+
+import errno
+import math
+import resource
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from conftest import load_script
+
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.formats.plan import (
+    CANDIDATE_TYPES,
+    SPARSE_LEVELS,
+    SPARSE_TYPES,
+    Component,
+    Plan,
+    Treatment,
+    uniform,
+)
+from edge_dtm.formats.record import RunSettings
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from edge_dtm.host.export import (
+    KEY_FDT,
+    KEY_PLAN,
+    KEY_SDT,
+    compare_with_plan,
+    export_gguf,
+    f16_plan,
+    fixed_bytes,
+    provenance,
+    write_measured,
+)
+from edge_dtm.host.quantize.treat import treat, treated_values
+from edge_dtm.llamacpp.runner import LlamaRunner
+from edge_dtm.llamacpp.tensors import describe
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sentencepiece": {"layers": 2},
+    "bpe_tied": {"tokenizer": "bpe", "tied": True, "layers": 1},
+    "bias_rope": {"attention_bias": True, "rope_scaling": "llama3", "layers": 1},
+}
+Importance = dict[str, np.ndarray[Any, Any] | None]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    base, make = tmp_path_factory.mktemp("export"), load_script("make_tiny_llama").make_tiny_llama
+    return {
+        name: open_checkpoint(make(base / name, steps=1, **options))
+        for name, options in VARIANTS.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoints: dict[str, Checkpoint]) -> Checkpoint:
+    return checkpoints["sentencepiece"]
+
+
+def _importance(checkpoint: Checkpoint) -> Importance:
+    random = np.random.default_rng(0)
+    return {
+        c.name: random.uniform(0.1, 2, c.row_length).astype(np.float32)
+        for c in checkpoint.components()
+        if c.name != "token_embd"
+    }
+
+
+def _random_plan(checkpoint: Checkpoint, seed: int) -> Plan:
+    """Any allowed treatment for every component, each type at least once where there is room."""
+    random = np.random.default_rng(seed)
+    components = checkpoint.components()
+    types = [*random.permutation(CANDIDATE_TYPES), *random.choice(CANDIDATE_TYPES, 100)]
+    treatments = []
+    for c, kind in zip(components, types, strict=False):
+        share = random.choice(SPARSE_LEVELS) if c.in_block and kind in SPARSE_TYPES else 0.0
+        treatments.append(Treatment(str(kind), float(share)))
+    return Plan(components, tuple(treatments), fixed_bytes(checkpoint))
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+@pytest.mark.parametrize("seed", [0, 1])
+def test_any_plan_is_exported_as_it_says(
+    checkpoints: dict[str, Checkpoint], name: str, seed: int, tmp_path: Path
+) -> None:
+    checkpoint = checkpoints[name]
+    plan, importance, path = _random_plan(checkpoint, seed), _importance(checkpoint), tmp_path / "m"
+    written: list[int] = []
+    export_gguf(checkpoint, plan, path, importance, written.append)
+    assert path.stat().st_size == plan.size_bytes
+    assert sum(written) == sum(c.weights for c in plan.components)
+    assert list(tmp_path.iterdir()) == [path]
+    back = open_checkpoint(path)
+    for component, treatment in zip(plan.components, plan.treatments, strict=True):
+        full = component.name + ".weight"
+        expected = treated_values(
+            checkpoint.tensor(full), treatment, importance.get(component.name)
+        )
+        assert np.array_equal(back.tensor(full), expected), full
+    for vector, _ in checkpoint.vectors():
+        assert np.array_equal(back.tensor(vector), checkpoint.tensor(vector)), vector
+    with LlamaRunner(path, RunSettings(threads=1), 32) as runner:
+        assert runner.n_vocab == checkpoint.config.vocab
+
+
+@pytest.mark.parametrize("kind", [*CANDIDATE_TYPES, "F32"])
+def test_every_type(checkpoint: Checkpoint, kind: str, tmp_path: Path) -> None:
+    plan, path = uniform(checkpoint.components(), kind, fixed_bytes(checkpoint)), tmp_path / "m"
+    export_gguf(checkpoint, plan, path, {})
+    assert path.stat().st_size == plan.size_bytes
+    matrices = [t for t in describe(path) if t.is_matrix]
+    assert {t.type for t in matrices} == {kind}
+    assert [t.component for t in matrices] == [c.name for c in checkpoint.components()]
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_metadata(checkpoints: dict[str, Checkpoint], name: str, tmp_path: Path) -> None:
+    checkpoint, path = checkpoints[name], tmp_path / "m.gguf"
+    plan = f16_plan(checkpoint, fixed_bytes(checkpoint))
+    export_gguf(checkpoint, plan, path, {})
+    reader, config = gguf.GGUFReader(path), checkpoint.config
+
+    def get(key: str) -> Any:
+        field = reader.get_field(key)
+        assert field is not None, key
+        return field.contents()
+
+    assert get(KEY_PLAN) == plan.hash
+    assert math.isnan(get(KEY_SDT)) and math.isnan(get(KEY_FDT))
+    assert get("general.architecture") == "llama"
+    assert get("llama.block_count") == config.layers
+    assert get("llama.embedding_length") == 256
+    assert get("llama.feed_forward_length") == 512
+    assert get("llama.attention.head_count") == 4
+    assert get("llama.attention.head_count_kv") == 2
+    assert get("llama.attention.key_length") == get("llama.rope.dimension_count") == 64
+    assert get("llama.rope.freq_base") == 10000.0
+    assert get("llama.context_length") == 512
+    assert get("llama.attention.layer_norm_rms_epsilon") == pytest.approx(1e-5)
+    assert get("llama.vocab_size") == len(get("tokenizer.ggml.tokens")) == 768
+    assert get("tokenizer.ggml.model") == ("gpt2" if "bpe" in name else "llama")
+    template = get("tokenizer.chat_template")
+    assert ("<|im_start|>" if "bpe" in name else "[INST]") in template
+    assert get("edge_dtm.version") and get("edge_dtm.gguf_py_version")
+    tensors = {t.name for t in reader.tensors}
+    assert ("output.weight" in tensors) is not config.tied
+    assert ("rope_freqs.weight" in tensors) is (name == "bias_rope")
+    assert ("blk.0.attn_q.bias" in tensors) is (name == "bias_rope")
+
+
+def test_measured_values_are_put_in_place(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    plan = uniform(checkpoint.components(), "Q8_0", fixed_bytes(checkpoint))
+    export_gguf(checkpoint, plan, path, {})
+    before = path.read_bytes()
+    write_measured(path, 0.0125, 71.5)
+    after = path.read_bytes()
+    reader = gguf.GGUFReader(path)
+    for key, value in ((KEY_SDT, 0.0125), (KEY_FDT, 71.5)):
+        field = reader.get_field(key)
+        assert field is not None and field.contents() == pytest.approx(value, rel=1e-6)
+    assert len(before) == len(after)
+    changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+    assert 2 <= len(changed) <= 8
+    # Both are the four bytes right behind their key and its value type.
+    allowed = set()
+    for key in (KEY_SDT, KEY_FDT):
+        start = before.index(key.encode()) + len(key) + 4
+        allowed |= set(range(start, start + 4))
+    assert set(changed) <= allowed
+    compare_with_plan(path, plan)
+    write_measured(path, math.nan, math.nan)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", SPARSE_TYPES)
+def test_zeros_are_those_asked_for(checkpoint: Checkpoint, kind: str, tmp_path: Path) -> None:
+    dense = uniform(checkpoint.components(), kind, fixed_bytes(checkpoint))
+    treatments = [
+        Treatment(kind, SPARSE_LEVELS[i % len(SPARSE_LEVELS)] if c.in_block else 0.0)
+        for i, c in enumerate(dense.components)
+    ]
+    plan = Plan(dense.components, tuple(treatments), dense.fixed_bytes)
+    importance = _importance(checkpoint)
+    export_gguf(checkpoint, dense, tmp_path / "dense", importance)
+    export_gguf(checkpoint, plan, tmp_path / "sparse", importance)
+    assert plan.size_bytes == dense.size_bytes
+    own = {t.component: t.zero_share for t in describe(tmp_path / "dense") if t.is_matrix}
+    found = {t.component: t.zero_share for t in describe(tmp_path / "sparse") if t.is_matrix}
+    assert all(share is not None and share < 0.05 for share in own.values())
+    for c, t in zip(plan.components, plan.treatments, strict=True):
+        asked, rounded_away = c.zeros(t) / c.weights, own[c.name]
+        share = found[c.name]
+        assert rounded_away is not None and share is not None
+        # What the quantizer itself rounds to zero lies mostly among what is pruned anyway.
+        assert asked <= share <= asked + rounded_away + 1e-9, c.name
+
+
+def test_same_bytes_every_time(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plan, importance = _random_plan(checkpoint, 3), _importance(checkpoint)
+    export_gguf(checkpoint, plan, tmp_path / "1", importance)
+    export_gguf(open_checkpoint(checkpoint.path), plan, tmp_path / "2", importance)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+
+
+def test_full_disk_leaves_what_was_there(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"earlier")
+    plan = f16_plan(checkpoint, fixed_bytes(checkpoint))
+    real, calls = gguf.GGUFWriter.write_tensor_data, 0
+
+    def write(self: Any, *args: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, *args, **options)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", write)
+    with pytest.raises(EdgeDtmError, match="No space left on device.*free some space") as caught:
+        export_gguf(checkpoint, plan, path, {})
+    assert f"{plan.size_bytes:,} bytes" in str(caught.value)
+    assert path.read_bytes() == b"earlier"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.5, 0.999])
+def test_file_that_may_not_grow(checkpoint: Checkpoint, tmp_path: Path, share: float) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"earlier")
+    plan = f16_plan(checkpoint, fixed_bytes(checkpoint))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(plan.size_bytes * share), hard))
+    try:
+        with pytest.raises(EdgeDtmError, match="could not be written"):
+            export_gguf(checkpoint, plan, path, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b"earlier"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folder_that_is_not_there(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plan = f16_plan(checkpoint, fixed_bytes(checkpoint))
+    with pytest.raises(EdgeDtmError, match="could not be written"):
+        export_gguf(checkpoint, plan, tmp_path / "none" / "m.gguf", {})
+
+
+def test_a_file_that_is_not_the_plan_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plan = f16_plan(checkpoint, fixed_bytes(checkpoint) + 32)
+    with pytest.raises(EdgeDtmError, match="the file has"):
+        export_gguf(checkpoint, plan, tmp_path / "m.gguf", {})
+    assert list(tmp_path.iterdir()) == []
+    export_gguf(checkpoint, f16_plan(checkpoint, plan.fixed_bytes - 32), tmp_path / "m", {})
+    other = Plan(plan.components, (Treatment("Q8_0"), *plan.treatments[1:]), plan.fixed_bytes)
+    with pytest.raises(EdgeDtmError, match="token_embd is .*F16.*Q8_0"):
+        compare_with_plan(tmp_path / "m", other)
+
+
+def test_blocks_may_come_from_elsewhere(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plan = uniform(checkpoint.components(), "Q8_0", fixed_bytes(checkpoint))
+    importance, asked = _importance(checkpoint), []
+
+    def blocks(component: Component, treatment: Treatment) -> np.ndarray[Any, Any]:
+        asked.append((component, treatment))
+        weights = checkpoint.tensor(component.name + ".weight")
+        return treat(weights, treatment, importance.get(component.name))
+
+    export_gguf(checkpoint, plan, tmp_path / "1", blocks)
+    export_gguf(checkpoint, plan, tmp_path / "2", importance)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    assert asked == list(zip(plan.components, plan.treatments, strict=True))
+
+
+def test_provenance_names_the_weights(checkpoint: Checkpoint) -> None:
+    data = provenance(checkpoint)
+    assert data["model"] == "sentencepiece"
+    assert data["model_sha256"] == checkpoint.check()
+    assert set(data["packages"]) >= {"torch", "transformers", "gguf", "llama-cpp-python", "numpy"}

@@ -1,0 +1,325 @@
+"""The greedy reference against transformers' generate, and prompts from files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Made
+
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.formats.reference import CALIBRATION, HELD_OUT, PADDING, TOP_K, Reference
+from edge_dtm.host.checkpoint.checkpoint import open_checkpoint
+from edge_dtm.host.checkpoint.model import load_model
+from edge_dtm.host.checkpoint.tokenizer import Tokenizer
+from edge_dtm.host.trajectory import generate as module
+from edge_dtm.host.trajectory.generate import (
+    check_lengths,
+    generate_reference,
+    signed_margins,
+    split_rows,
+)
+from edge_dtm.host.trajectory.prompts import Prompt, packaged_prompts, read_prompts, sample_prefixes
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, TOKENS = 60, 32
+TEXTS = [
+    "The baker went to the market, and there she met an old friend who had",
+    "Anna",
+    "def count_items(items):",
+    "Once upon a time, in a quiet village by the sea, there lived a carpenter. One day",
+    "1. Wash the",
+    "The weather in Oslo",
+    "Dear Clara,",
+    "{",
+    "What is two plus two?",
+]
+
+
+@pytest.fixture(scope="session")
+def model(trained_folder: Path) -> Any:
+    return load_model(open_checkpoint(trained_folder), torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(trained_folder: Path) -> Tokenizer:
+    return open_checkpoint(trained_folder).tokenizer
+
+
+@pytest.fixture(scope="session")
+def prompts(tokenizer: Tokenizer) -> list[Prompt]:
+    return [Prompt(tuple(tokenizer.encode(t)), t) for t in TEXTS]
+
+
+def _reference(
+    model: Any, prompts: list[Prompt], eos: tuple[int, ...], parts: Path, **options: Any
+) -> Reference:
+    return generate_reference(
+        model,
+        prompts,
+        tokens=TOKENS,
+        eos_ids=eos,
+        split=split_rows(len(prompts), 3, 0),
+        provenance={"model": "tiny"},
+        parts=parts,
+        **options,
+    )
+
+
+def _same(a: Reference, b: Reference) -> None:
+    for name in (
+        "prompt_ids", "prompt_lengths", "generated_ids", "generated_lengths", "top_ids",
+        "top_logits", "log_normalizers", "split", "texts",
+    ):  # fmt: skip
+        assert np.array_equal(getattr(a, name), getattr(b, name)), name
+
+
+@pytest.fixture(scope="session")
+def reference(
+    model: Any, prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory
+) -> Reference:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BATCH_SEQUENCES", 4)
+        return _reference(model, prompts, (), tmp_path_factory.mktemp("generate") / "parts")
+
+
+def test_same_tokens_as_transformers_one_by_one(
+    reference: Reference, prompts: list[Prompt], trained_folder: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(trained_folder, dtype=torch.float32).eval()
+    theirs.generation_config.eos_token_id = None
+    same = 0
+    for row, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt.ids])
+        out = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False
+        )[0, len(prompt.ids) :].numpy()
+        assert reference.prompt(row) == list(prompt.ids)
+        found = reference.generated_ids[row]
+        different = np.flatnonzero(found != out)
+        if different.size:  # only a tie may go the other way
+            assert reference.margins[row, different[0]] < 1e-3
+        same += different.size == 0
+    assert same >= len(prompts) - 1
+
+
+def test_logits_and_normalizers_are_the_models(reference: Reference, model: Any) -> None:
+    assert len(set(reference.prompt_lengths.tolist())) > 3  # so that padding is at work
+    for row in range(len(reference)):
+        ids = torch.tensor([(reference.prompt(row) + reference.generated(row))[:-1]])
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+        logits = logits[reference.prompt_lengths[row] - 1 :]
+        assert len(logits) == reference.generated_lengths[row] == TOKENS
+        values, indices = logits.topk(TOP_K)
+        assert np.allclose(reference.top_logits[row], values.numpy(), atol=1e-3)
+        assert np.allclose(reference.log_normalizers[row], logits.logsumexp(-1).numpy(), atol=1e-3)
+        assert (reference.top_ids[row] == indices.numpy()).mean() > 0.99
+        assert np.array_equal(reference.top_ids[row, :, 0], reference.generated_ids[row])
+
+
+def test_eos_ends_a_sequence_and_counts(
+    reference: Reference, model: Any, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    eos = (int(reference.generated_ids[0, 7]), int(reference.generated_ids[3, 2]))
+    counted: list[int] = []
+    stopped = _reference(model, prompts, eos, tmp_path / "parts", progress=counted.append)
+    assert sum(counted) == stopped.generated_lengths.sum()
+    lengths = []
+    for row in range(len(reference)):
+        ends = np.flatnonzero(np.isin(reference.generated_ids[row], eos))
+        lengths.append(int(ends[0]) + 1 if ends.size else TOKENS)
+        n = lengths[-1]
+        assert np.array_equal(stopped.generated_ids[row, :n], reference.generated_ids[row, :n])
+        assert (stopped.generated_ids[row, n:] == PADDING).all()
+        assert (stopped.top_ids[row, n:] == PADDING).all()
+        assert np.allclose(stopped.top_logits[row, :n], reference.top_logits[row, :n], atol=1e-3)
+        assert not stopped.top_logits[row, n:].any()
+    assert stopped.generated_lengths.tolist() == lengths
+    assert min(lengths) < TOKENS
+
+
+def test_goes_on_with_the_parts_that_are_there(
+    reference: Reference,
+    model: Any,
+    prompts: list[Prompt],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "BATCH_SEQUENCES", 4)
+    _same(_reference(model, prompts, (), tmp_path), reference)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 3
+    decoded: list[int] = []
+    real = module._decode
+
+    def decode(model: Any, prompts: Any, *rest: Any) -> Any:
+        decoded.append(len(prompts))
+        return real(model, prompts, *rest)
+
+    monkeypatch.setattr(module, "_decode", decode)
+    _same(_reference(model, prompts, (), tmp_path), reference)
+    assert decoded == []
+    files[1].unlink()
+    _same(_reference(model, prompts, (), tmp_path), reference)
+    assert decoded == [4]
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_split_is_drawn_by_the_seed() -> None:
+    first = split_rows(30, 20, 5)
+    assert (first == HELD_OUT).sum() == 20 and (first == CALIBRATION).sum() == 10
+    assert np.array_equal(first, split_rows(30, 20, 5))
+    assert not np.array_equal(first, split_rows(30, 20, 6))
+
+
+def test_too_long_prompts_are_named(prompts: list[Prompt]) -> None:
+    longest = max(len(p.ids) for p in prompts)
+    check_lengths(prompts, 10, longest + 10)
+    with pytest.raises(EdgeDtmError, match="1 prompts do not fit the context of .* number 4 with"):
+        check_lengths(prompts, 10, longest + 9)
+
+
+def test_sampled_prompts_encode_to_themselves(
+    model: Any, tokenizer: Tokenizer, prompts: list[Prompt]
+) -> None:
+    found = sample_prefixes(model, tokenizer, prompts, 6, seed=0)
+    assert 3 <= len(found) <= 6
+    assert all(tuple(tokenizer.encode(p.text)) == p.ids for p in found)
+    assert found == sample_prefixes(model, tokenizer, prompts, 6, seed=0)
+    assert found != sample_prefixes(model, tokenizer, prompts, 6, seed=1)
+    assert sample_prefixes(model, tokenizer, [], 6, seed=0) == []
+
+
+# --- prompts from files ---------------------------------------------------------------------
+
+
+def _write(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_text_lines(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    lines = ["one", "two  spaces ", "", "ünï 😀", '{"prompt": "not JSON here"}', "one"]
+    found = read_prompts(_write(tmp_path / "p.txt", *lines), tokenizer)
+    assert [p.text for p in found] == ["one", "two  spaces ", "ünï 😀", lines[4]]
+    assert all(p.ids == tuple(tokenizer.encode(p.text)) for p in found)
+
+
+def test_jsonl(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    records: list[Any] = [{"prompt": "one\ntwo"}, {"messages": messages}, {"prompt": "x", "id": 3}]
+    records.append({"prompt": "a\u2028b\x85c\x0cd"})  # line ends for str.splitlines, not for JSON
+    lines = [json.dumps(r, ensure_ascii=False) for r in records]
+    found = read_prompts(_write(tmp_path / "p.jsonl", *lines), tokenizer)
+    ids, text = tokenizer.encode_chat(messages)
+    assert [p.text for p in found] == ["one\ntwo", text, "x", records[3]["prompt"]]
+    assert list(found[1].ids) == ids
+
+
+def test_windows_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    lines = [json.dumps({"prompt": t}) for t in "abcd"]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert [p.text for p in read_prompts(path, tokenizer)] == list("abcd")
+
+
+def test_bad_lines_are_listed_with_their_numbers(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    lines = [
+        '{"prompt": "fine"}',
+        "{broken",
+        "",
+        "[1]",
+        '{"prompt": 3}',
+        '{"messages": [{"role": "user"}]}',
+        '{"prompt": "\\ud800"}',
+    ]
+    with pytest.raises(EdgeDtmError) as caught:
+        read_prompts(_write(tmp_path / "p.jsonl", *lines), tokenizer)
+    text = str(caught.value)
+    assert "\n" not in text and "p.jsonl" in text
+    assert all(f"line {n}: " in text for n in (2, 4, 5))
+    assert "and 2 more" in text
+
+
+def test_too_few(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for lines in ([], ["a", "b", "c", "a"]):
+        with pytest.raises(EdgeDtmError, match="at least 4 are needed"):
+            read_prompts(_write(tmp_path / "p.txt", *lines), tokenizer)
+
+
+def test_files_that_cannot_be_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(EdgeDtmError, match="does not exist"):
+        read_prompts(tmp_path / "none.txt", tokenizer)
+    (tmp_path / "latin.txt").write_bytes("na\xefve\n".encode("latin-1") * 5)
+    with pytest.raises(EdgeDtmError, match="cannot be read as UTF-8"):
+        read_prompts(tmp_path / "latin.txt", tokenizer)
+    with pytest.raises(EdgeDtmError, match="cannot be read"):
+        read_prompts(tmp_path, tokenizer)
+
+
+def test_chats_need_a_template(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_template = packaged_prompts(tokenizer)
+    monkeypatch.setattr(type(tokenizer), "has_chat_template", property(lambda self: False))
+    line = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
+    with pytest.raises(EdgeDtmError, match="line 1: .*no chat template"):
+        read_prompts(_write(tmp_path / "p.jsonl", line), tokenizer)
+    without = packaged_prompts(tokenizer)
+    assert len(without) == len(with_template)
+    assert not any("[INST]" in p.text for p in without)
+
+
+# --- signed margins -------------------------------------------------------------------------
+
+
+def test_the_originals_signed_margins_are_its_margins(made: Made) -> None:
+    found, counted = signed_margins(made.model, made.reference), _counted(made.reference)
+    assert found.dtype == np.float32 and found.shape == made.reference.generated_ids.shape
+    # The reference was decoded token by token in a padded batch.
+    assert np.allclose(found[counted], made.reference.margins[counted], atol=2e-4)
+    assert (found[counted] >= -2e-4).all() and not found[~counted].any()
+
+
+def _counted(reference: Reference) -> np.ndarray[Any, Any]:
+    steps = np.arange(reference.generated_ids.shape[1])
+    return steps[None] < reference.generated_lengths[:, None]
+
+
+def test_signed_margins_are_their_definition(made: Made) -> None:
+    """Of another model, which prefers other tokens here and there."""
+    model = load_model(made.checkpoint, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for name, data in model.named_parameters():
+        if name.endswith("up_proj.weight"):
+            data.data += 0.5 * data.std() * torch.randn(data.shape, generator=generator)
+    found, ref = signed_margins(model, made.reference), made.reference
+    diverged = []
+    for row in range(len(ref)):
+        with torch.no_grad():
+            logits = model(input_ids=made.ids(row), use_cache=False).logits[0].numpy()
+        at = logits[made.positions(row)]
+        assert len(at) == ref.generated_lengths[row]
+        for t, token in enumerate(ref.generated(row)):
+            others = max(float(x) for i, x in enumerate(at[t]) if i != token)
+            assert found[row, t] == pytest.approx(float(at[t, token]) - others, abs=1e-4)
+            diverged.append((found[row, t] < 0, int(at[t].argmax()) != token))
+    assert all(a == b for a, b in diverged)
+    assert 0 < sum(a for a, _ in diverged) < len(diverged)
+
+
+def test_signed_margins_beyond_a_row_are_zero(made: Made) -> None:
+    lengths = made.reference.generated_lengths // 2
+    short = replace(made.reference, generated_lengths=lengths)
+    found, whole = signed_margins(made.model, short), signed_margins(made.model, made.reference)
+    counted = _counted(short)
+    assert not found[~counted].any()
+    assert np.allclose(found[counted], whole[counted], atol=2e-4)

@@ -1,0 +1,290 @@
+"""Masks against formulas, and the fit of what they keep against solving for it in float64."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_dtm.formats import ggml_types
+from edge_dtm.formats.plan import SPARSE_LEVELS, SPARSE_TYPES, Treatment
+from edge_dtm.host.quantize.error_feedback import Feedback, second_moments
+from edge_dtm.host.quantize.masks import SCORES, fit_masks, kept_weights, prune_scores, refit
+from edge_dtm.llamacpp import ggml
+
+Array = np.ndarray[Any, Any]
+Generator = np.random.Generator
+LEVELS = [Treatment(t, s) for t in SPARSE_TYPES for s in (0.25, 0.5, 0.8)]
+
+
+def _moments(random: Generator, n: int) -> torch.Tensor:
+    """Second moments of inputs with correlated columns of different sizes."""
+    mixing = random.standard_normal((n, n)) / np.sqrt(n) + np.eye(n)
+    x = random.standard_normal((4 * n, n)) @ mixing * np.exp(random.standard_normal(n) / 2)
+    return second_moments(torch.from_numpy(x.astype(np.float32)), None)
+
+
+def _feedback(random: Generator, n: int) -> Feedback:
+    return Feedback(_moments(random, n), 0.1)
+
+
+def _weights(random: Generator, rows: int, n: int) -> torch.Tensor:
+    return torch.from_numpy((random.standard_normal((rows, n)) / np.sqrt(n)).astype(np.float32))
+
+
+def _squares(feedback: Feedback) -> torch.Tensor:
+    return feedback.moments.diagonal().clone()
+
+
+def _objective(error: torch.Tensor, h: Feedback, g: Feedback | None = None) -> float:
+    """tr(G E H E') by the definition, float64."""
+    e, moments = error.double().numpy(), h.moments.double().numpy()
+    left = e if g is None else g.moments.double().numpy() @ e
+    return float(np.trace(left @ moments @ e.T))
+
+
+# --- which weights go -----------------------------------------------------------------------
+
+
+def test_scores_are_their_formulas() -> None:
+    random = np.random.default_rng(0)
+    feedback, w = _feedback(random, 24), _weights(random, 5, 24)
+    squares = random.uniform(0.1, 4, 24).astype(np.float32)
+    inverse = np.linalg.inv(feedback.moments.double().numpy())
+    expected = {"magnitude": np.zeros((5, 24)), "activation": np.zeros((5, 24))}
+    expected["saliency"] = np.zeros((5, 24))
+    for r in range(5):
+        for j in range(24):
+            size = abs(float(w[r, j]))
+            expected["magnitude"][r, j] = size
+            expected["activation"][r, j] = size * float(squares[j]) ** 0.5
+            expected["saliency"][r, j] = size / inverse[j, j] ** 0.5
+    assert set(expected) == set(SCORES)
+    for kind, wanted in expected.items():
+        found = prune_scores(w, kind, feedback, torch.from_numpy(squares))
+        assert np.allclose(found.numpy(), wanted, rtol=1e-5), kind
+    assert np.allclose(prune_scores(w, "magnitude").numpy(), expected["magnitude"])
+
+
+def test_saliency_is_the_error_once_all_others_have_made_up_for_it() -> None:
+    random = np.random.default_rng(1)
+    feedback, w = _feedback(random, 16), _weights(random, 3, 16)
+    scores = prune_scores(w, "saliency", feedback)
+    h = feedback.moments.double().numpy()
+    for r in range(3):
+        row = w[r].double().numpy()
+        for j in range(16):
+            others = np.delete(np.arange(16), j)
+            # The best of the others, given that this one is zero.
+            move = np.linalg.solve(h[np.ix_(others, others)], h[others, j] * row[j])
+            error = np.zeros(16)
+            error[j], error[others] = row[j], -move
+            assert float(scores[r, j]) ** 2 == pytest.approx(error @ h @ error, rel=1e-4)
+
+
+def test_scores_that_lack_what_they_need() -> None:
+    w = torch.ones(2, 4)
+    with pytest.raises(ValueError, match="importance"):
+        prune_scores(w, "activation")
+    with pytest.raises(ValueError, match="second moments"):
+        prune_scores(w, "saliency")
+    with pytest.raises(ValueError, match="choose among activation"):
+        prune_scores(w, "luck", Feedback(torch.eye(4), 0.1))
+
+
+@given(
+    st.integers(1, 5),
+    st.integers(1, 70),
+    st.floats(0, 0.95),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+)
+def test_every_row_loses_the_same_number(
+    rows: int, n: int, share: float, seed: int, coarse: bool
+) -> None:
+    random = np.random.default_rng(seed)
+    scores = random.integers(0, 4, (rows, n)) if coarse else random.uniform(0, 1, (rows, n))
+    kept = kept_weights(torch.from_numpy(scores.astype(np.float32)), share).numpy()
+    assert kept.dtype == np.bool_ and kept.shape == (rows, n)
+    count = round(share * n)
+    assert ((~kept).sum(1) == count).all()
+    for r in range(rows):
+        order = sorted(range(n), key=lambda j: (scores[r, j].astype(np.float32), j))
+        assert set(np.flatnonzero(~kept[r])) == set(order[:count])
+
+
+def test_ties_go_to_the_lower_column() -> None:
+    kept = kept_weights(torch.tensor([[1.0, 0, 1, 0, 0, 2], [3, 3, 3, 3, 3, 3]]), 0.5)
+    assert kept.tolist() == [
+        [True, False, True, False, False, True],
+        [False, False, False, True, True, True],
+    ]
+
+
+def test_higher_levels_hold_the_zeros_of_lower_ones() -> None:
+    scores = torch.rand(6, 80, generator=torch.Generator().manual_seed(0))
+    masks = [kept_weights(scores, s) for s in SPARSE_LEVELS]
+    for less, more in pairwise(masks):
+        assert not (more & ~less).any()
+
+
+# --- what the others become -----------------------------------------------------------------
+
+
+def test_rows_alone_are_solved_for() -> None:
+    """Row by row on its support: H_ss q_s = H_s w, and least squares of the inputs themselves."""
+    random = np.random.default_rng(2)
+    n, rows = 12, 5
+    feedback, w = _feedback(random, n), _weights(random, rows, n)
+    kept = torch.from_numpy(random.uniform(size=(rows, n)) < 0.6)
+    found = refit(w, kept, feedback, steps=300)
+    h = feedback.moments.double()
+    x = torch.linalg.cholesky(h).T  # inputs with those very moments
+    for r in range(rows):
+        s, target = kept[r], h @ w[r].double()
+        solved = torch.linalg.solve(h[s][:, s], target[s])
+        squares = torch.linalg.lstsq(x[:, s], (x @ w[r].double())[:, None]).solution[:, 0]
+        torch.testing.assert_close(solved, squares)
+        torch.testing.assert_close(found[r][s].double(), solved, atol=1e-5, rtol=1e-4)
+        assert not found[r][~s].any()
+
+
+def test_rows_together_are_solved_for() -> None:
+    """The normal equations of the whole matrix as one vector: (G x H) on the support."""
+    random = np.random.default_rng(3)
+    n, rows = 6, 4
+    feedback, outputs, w = _feedback(random, n), _feedback(random, rows), _weights(random, rows, n)
+    kept = torch.from_numpy(random.uniform(size=(rows, n)) < 0.5)
+    found = refit(w, kept, feedback, outputs, steps=300).double().numpy().reshape(-1)
+    whole = np.kron(outputs.moments.double().numpy(), feedback.moments.double().numpy())
+    s = kept.numpy().reshape(-1)
+    target = whole @ w.double().numpy().reshape(-1)
+    solved = np.linalg.solve(whole[np.ix_(s, s)], target[s])
+    assert np.allclose(found[s], solved, atol=1e-5, rtol=1e-4)
+    assert not found[~s].any()
+    alone = refit(w, kept, feedback, steps=300).double().numpy().reshape(-1)
+    assert np.abs(alone - found).max() > 1e-3  # the other rows have a say
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.integers(0, 15), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_never_worse_than_the_masked_weights(
+    seed: int, share: float, steps: int, together: bool
+) -> None:
+    random = np.random.default_rng(seed)
+    n, rows = int(random.integers(2, 40)), int(random.integers(1, 20))
+    feedback, w = _feedback(random, n), _weights(random, rows, n)
+    outputs = _feedback(random, rows) if together else None
+    kept = torch.from_numpy(random.uniform(size=(rows, n)) < share)
+    values = refit(w, kept, feedback, outputs, steps=steps)
+    assert values.dtype == torch.float32 and not values[~kept].any()
+    before = _objective(w - w * kept, feedback, outputs)
+    after = _objective(w - values, feedback, outputs)
+    assert after <= before * (1 + 1e-5) + 1e-12
+    if steps and 0 < int(kept.sum()) < kept.numel():
+        more = _objective(w - refit(w, kept, feedback, outputs, steps=40), feedback, outputs)
+        assert more <= after * (1 + 1e-5) + 1e-12  # each step of conjugate gradients gains
+
+
+def test_where_nothing_is_pruned_nothing_moves() -> None:
+    random = np.random.default_rng(4)
+    feedback, w = _feedback(random, 32), _weights(random, 8, 32)
+    assert torch.equal(refit(w, torch.ones(8, 32, dtype=torch.bool), feedback), w)
+    assert not refit(w, torch.zeros(8, 32, dtype=torch.bool), feedback).any()
+
+
+def test_a_better_start_is_no_worse() -> None:
+    random = np.random.default_rng(5)
+    feedback, w = _feedback(random, 48), _weights(random, 16, 48)
+    kept = kept_weights(prune_scores(w, "magnitude"), 0.5)
+    best = refit(w, kept, feedback, steps=300)
+    again = refit(w, kept, feedback, start=best, steps=3)
+    assert _objective(w - again, feedback) == pytest.approx(_objective(w - best, feedback))
+    first = refit(w, kept, feedback, steps=3)
+    assert _objective(w - again, feedback) < _objective(w - first, feedback)
+    # What start has outside the mask counts for nothing.
+    other = refit(w, kept, feedback, start=best + 5 * ~kept, steps=3)
+    torch.testing.assert_close(other, again)
+
+
+# --- the blocks -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def case() -> tuple[torch.Tensor, Feedback, Feedback, torch.Tensor]:
+    random = np.random.default_rng(6)
+    feedback = _feedback(random, 160)
+    return _weights(random, 70, 160), feedback, _feedback(random, 70), _squares(feedback)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("together", [False, True])
+def test_the_bytes_are_the_values_and_zeros_stay(case: Any, together: bool, score: str) -> None:
+    w, feedback, outputs, squares = case
+    made = fit_masks(w, LEVELS, feedback, outputs if together else None, squares, score)
+    assert len(made) == len(LEVELS)
+    scores = prune_scores(w, score, feedback, squares)
+    for t, (data, values) in zip(LEVELS, made, strict=True):
+        assert data.dtype == np.uint8 and data.shape == (70, ggml_types.row_bytes(t.type, 160))
+        assert np.array_equal(ggml.dequantize(t.type, data, 160), values.numpy()), t
+        kept = kept_weights(scores, t.zero_share)
+        assert ((~kept).sum(1) == round(160 * t.zero_share)).all()
+        assert not values[~kept].any(), t
+
+
+@pytest.mark.parametrize("rows", [1, 33, 70, 201])
+@pytest.mark.parametrize("together", [False, True])
+def test_a_level_alone_is_the_same(rows: int, together: bool) -> None:
+    """So what is exported is what was measured among others."""
+    random = np.random.default_rng(rows)
+    feedback, w = _feedback(random, 288), _weights(random, rows, 288)
+    outputs, squares = _feedback(random, rows) if together else None, _squares(feedback)
+    every = [Treatment(t, s) for t in SPARSE_TYPES for s in SPARSE_LEVELS]
+    made = fit_masks(w, every, feedback, outputs, squares)
+    for t, (data, values) in zip(every, made, strict=True):
+        for threads in (1, 2):
+            ((alone, same),) = fit_masks(w, [t], feedback, outputs, squares, threads=threads)
+            assert np.array_equal(alone, data), t
+            assert torch.equal(same, values), t
+
+
+def test_no_treatment_no_blocks(case: Any) -> None:
+    w, feedback, outputs, squares = case
+    assert fit_masks(w, [], feedback, outputs, squares) == []
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_error_is_lower_than_that_of_plain_pruning(case: Any, together: bool) -> None:
+    """Plain: the same weights go, the others stay as they are and are rounded."""
+    w, feedback, outputs, squares = case
+    g = outputs if together else None
+    scores = prune_scores(w, "activation", feedback, squares)
+    for t, (_, values) in zip(LEVELS, fit_masks(w, LEVELS, feedback, g, squares), strict=True):
+        pruned = (w * kept_weights(scores, t.zero_share)).numpy()
+        rounded = ggml.quantize(t.type, pruned, squares.numpy())
+        plain = torch.from_numpy(ggml.dequantize(t.type, rounded, 160))
+        assert _objective(w - values, feedback, g) < 0.9 * _objective(w - plain, feedback, g), t
+
+
+def test_more_zeros_err_more(case: Any) -> None:
+    w, feedback, outputs, squares = case
+    for kind in SPARSE_TYPES:
+        levels = [Treatment(kind, s) for s in SPARSE_LEVELS]
+        made = fit_masks(w, levels, feedback, outputs, squares)
+        errors = [_objective(w - v, feedback, outputs) for _, v in made]
+        assert errors == sorted(errors)
+
+
+def test_rounding_with_the_zeros_held_errs_little_more_than_the_fit(case: Any) -> None:
+    """Q8_0's grid is fine: nearly all of the error is the zeros'."""
+    w, feedback, outputs, squares = case
+    t = Treatment("Q8_0", 0.5)
+    ((_, values),) = fit_masks(w, [t], feedback, outputs, squares)
+    kept = kept_weights(prune_scores(w, "activation", feedback, squares), 0.5)
+    fitted = _objective(w - refit(w, kept, feedback, outputs), feedback, outputs)
+    assert _objective(w - values, feedback, outputs) < 1.02 * fitted

@@ -1,0 +1,538 @@
+"""Zeros, removal, recovery and limits of what travels, from the command line to the bundle, on a
+tiny trained model; and killed runs gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import gguf
+from click.testing import CliRunner, Result
+from test_compress import LINES, _manifest, _plan, _same, _tensors
+
+from edge_dtm.cli import main
+from edge_dtm.formats.plan import Plan, Treatment
+from edge_dtm.formats.transfer import packed_bytes
+from edge_dtm.host.checkpoint.checkpoint import open_checkpoint
+from edge_dtm.host.checkpoint.edited import EditedCheckpoint
+from edge_dtm.host.distill.distill import Recovered
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENS, HEAD_DIM = 24, 64
+LEVELS = (0.25, 0.5, 0.75, 0.9)
+# Little of everything, in this process and in those that are killed.
+SMALL: dict[str, Any] = {
+    "edge_dtm.host.compress.SAMPLED_PROMPTS": 4,
+    "edge_dtm.host.compress.EXTRA_PROMPTS": 4,
+    "edge_dtm.host.compress.PACKAGED_PROMPTS": 6,
+    "edge_dtm.host.compress.SPARSE_LEVELS": LEVELS,
+    "edge_dtm.formats.plan.SPARSE_LEVELS": LEVELS,
+    "edge_dtm.host.trajectory.generate.BATCH_SEQUENCES": 4,
+    "edge_dtm.host.distill.teacher.BATCH_SEQUENCES": 4,
+    "edge_dtm.host.distill.retrain.SAMPLED_TEXTS": 8,
+    "edge_dtm.host.distill.retrain.FEWEST_TEXTS": 8,
+    "edge_dtm.host.distill.retrain.SAMPLED_TOKENS": 32,
+    "edge_dtm.host.compress.ROUNDS": 1,
+    "edge_dtm.host.bought.ROUNDS": 1,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_runs() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SMALL.items():
+            patch.setattr(name, value)
+        patch.setattr(os, "sched_getaffinity", lambda _: {0})
+        yield
+
+
+@pytest.fixture(scope="module")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sparse-prompts") / "prompts.txt"
+    path.write_text("\n".join(LINES) + "\n")
+    return path
+
+
+class Runs:
+    """Compresses the model into folders, the first of which lends its work folder to the others:
+    reference, noise floor and costs without zeros do not depend on what they are asked for."""
+
+    def __init__(self, model: Path, prompts: Path, folder: Path) -> None:
+        self.model, self.prompts, self.folder = model, prompts, folder
+        self.count = 0
+
+    def arguments(self, out: Path, *options: str) -> list[str]:
+        given = ["compress", str(self.model), "-o", str(out), "--prompts", str(self.prompts)]
+        given += ["--tokens", str(TOKENS), "--device", "cpu"]
+        if "--types" not in options and "--preset" not in options:
+            given += ["--types", "F16,Q8_0"]
+        if "--max-bytes" not in options and "--preset" not in options:
+            given += ["--max-bytes", "6M"]
+        return [*given, *options]
+
+    def new(self) -> Path:
+        """A bundle with its work folder, to be spoilt."""
+        self.count += 1
+        out = self.folder / f"run-{self.count}"
+        return Path(shutil.copytree(self.folder / "plain", out))
+
+    def __call__(self, *options: str, status: int = 0) -> tuple[Path, str]:
+        """The folder, and what was said."""
+        out = self.new()
+        return out, _run(*self.arguments(out, *options), status=status).stderr
+
+
+def _run(*arguments: str | Path, status: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == status, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def runs(
+    trained_folder: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Runs:
+    found = Runs(trained_folder, prompts_file, tmp_path_factory.mktemp("sparsity"))
+    _run(*found.arguments(found.folder / "plain"))
+    return found
+
+
+SPARSE = ("--sparsity", "0.85", "--recover", "6")
+REMOVED = ("--remove", "0.2", "--sparsity", "0.8", "--recover", "20")
+
+
+@pytest.fixture(scope="module")
+def sparse(runs: Runs) -> Path:
+    return runs(*SPARSE)[0]
+
+
+@pytest.fixture(scope="module")
+def stepped(runs: Runs) -> Path:
+    return runs("--sparsity", "0.8", "--sparsity-steps", "2", "--recover", "4")[0]
+
+
+@pytest.fixture(scope="module")
+def removed(runs: Runs) -> Path:
+    """With everything in it: removal and its recovery, zeros fitted in order, recovery."""
+    out = runs.folder / "removed"
+    _run(*runs.arguments(out, *REMOVED))
+    return out
+
+
+def _strict(path: Path) -> Any:
+    """JSON as the standard has it, without NaN."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def _values(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """What the tensors of the bundle's GGUF stand for, float32, decoded by gguf-py."""
+    return {
+        t.name.removesuffix(".weight"): gguf.quants.dequantize(t.data, t.tensor_type)
+        for t in gguf.GGUFReader(folder / "model.gguf").tensors
+        if len(t.shape) > 1
+    }
+
+
+def _least_zeros(plan: Plan) -> dict[str, int]:
+    """Zeros that masks put into a row of each component."""
+    by_name = plan.by_name()
+    return {
+        c.name: round(c.row_length * by_name[c.name].zero_share)
+        for c in plan.components
+        if by_name[c.name].zero_share
+    }
+
+
+def _zeros_are_the_plans(folder: Path, share: float) -> None:
+    plan, values = _plan(folder), _values(folder)
+    assert plan.zero_share == pytest.approx(share, abs=1e-3)
+    zeros = 0
+    for name, count in _least_zeros(plan).items():
+        found = (values[name] == 0).sum(1)
+        assert name.startswith("blk.")
+        assert (found >= count).all(), name
+        # Half precision loses no weight, eight bits some that are small.
+        more = 0.002 if plan[name].type == "F16" else 0.03
+        assert found.mean() <= count + more * values[name].shape[1], name
+        zeros += int(found.sum())
+    total = sum(v.size for n, v in values.items() if n.startswith("blk."))
+    assert zeros / total == pytest.approx(share, abs=0.02)
+
+
+def _sections(folder: Path) -> set[str]:
+    lines = (folder / "report.md").read_text().splitlines()
+    return {line[3:] for line in lines if line.startswith("## ")}
+
+
+def _recovered(folder: Path, curve: list[dict[str, Any]]) -> Recovered:
+    """The one in the work folder with that curve."""
+    found = []
+    for path in (folder / "work").glob("recover-*"):
+        result = Recovered.load(path)
+        if [p["sdt"] for p in result.curve] == [p["sdt"] for p in curve] and [
+            p["perplexity"] for p in result.curve
+        ] == [p["perplexity"] for p in curve]:
+            found.append(result)
+    assert len(found) == 1
+    return found[0]
+
+
+def _gguf_order(name: str, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Rows in Hugging Face's order in that of a GGUF: halves of the rotated heads interleaved."""
+    if name.split(".")[-1] not in ("attn_q", "attn_k"):
+        return rows
+    heads = len(rows) // HEAD_DIM
+    return rows.reshape(heads, 2, HEAD_DIM // 2, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _exported_is_recovered(runs: Runs, folder: Path) -> None:
+    """Of the last recovery: blocks and norm gains."""
+    story = _manifest(folder)["measured"]["recovery"]["of the plan"]
+    result = _recovered(folder, story["curve"])
+    assert result.best_step == story["best_step"] > 0
+    tensors, plan = _tensors(folder / "model.gguf"), _plan(folder)
+    assert set(result.blocks) == {c.name for c in plan.components if c.in_block}
+    for name, blocks in result.blocks.items():
+        assert np.array_equal(tensors[name], _gguf_order(name, blocks)), name
+    gains = {
+        t.name: t.data for t in gguf.GGUFReader(folder / "model.gguf").tensors if len(t.shape) == 1
+    }
+    assert set(gains) <= set(result.vectors)
+    for name, gain in gains.items():
+        assert np.array_equal(gain, result.vectors[name]), name
+    name = "output_norm.weight"
+    assert not np.array_equal(gains[name], open_checkpoint(runs.model).tensor(name))
+
+
+# --- zeros and recovery ---------------------------------------------------------------------
+
+
+def test_zeros_of_the_file_are_the_plans(sparse: Path) -> None:
+    _zeros_are_the_plans(sparse, 0.85)
+    assert _plan(sparse).size_bytes == (sparse / "model.gguf").stat().st_size
+    _run("verify", "--threads", "1", sparse)
+
+
+def test_report_and_manifest_tell_it(sparse: Path) -> None:
+    assert {"Zeros", "What the zeros bought", "Recovery"} <= _sections(sparse)
+    assert "Removal" not in _sections(sparse)
+    for path in sparse.glob("*.json"):
+        _strict(path)
+    measured = _manifest(sparse)["measured"]
+    zeros = measured["zeros"]
+    assert zeros["words"] in (sparse / "report.md").read_text()
+    assert zeros["with"]["file_bytes"] == zeros["without"]["file_bytes"]
+    assert zeros["with"]["packed_bytes"] == pytest.approx(
+        packed_bytes(sparse / "model.gguf"), rel=0.01
+    )
+    assert zeros["with"]["packed_bytes"] < 0.75 * zeros["without"]["packed_bytes"]
+    assert set(measured["recovery"]) == {"of the plan"}
+    stage = measured["recovery"]["of the plan"]
+    assert [p["step"] for p in stage["curve"]] == list(range(7)) and stage["steps"] == 6
+    assert stage["curve"][0]["loss"] is None and stage["curve"][1]["loss"] > 0
+    best = min(stage["curve"], key=lambda p: (p["sdt"], p["perplexity"]))
+    assert stage["best_step"] == best["step"]
+    before = measured["before_recovery"]
+    assert before["perplexity"] > measured["perplexity"]
+    assert before["sdt"]["value"] >= measured["sdt"]["value"] - 0.02
+    provenance = _manifest(sparse)["provenance"]
+    assert provenance["recover_steps"] == 6 and provenance["sparsity_steps"] == 1
+
+
+def test_what_was_trained_is_what_is_exported(runs: Runs, sparse: Path) -> None:
+    _exported_is_recovered(runs, sparse)
+
+
+def test_zeros_were_fitted_in_order(sparse: Path) -> None:
+    """All that has zeros was, and it was decided whether that is better."""
+    (folder,) = (sparse / "work").glob("in-order-*")
+    assert (folder / "judged").read_text() in ("better", "worse")
+    stored = {p.name.rsplit(".", 2)[0] for p in folder.glob("*.npy")}
+    assert stored == set(_least_zeros(_plan(sparse)))
+
+
+@pytest.mark.slow
+def test_the_same_again_elsewhere(runs: Runs, sparse: Path) -> None:
+    other, text = runs(*SPARSE)
+    assert "Sensitivity: taken" not in text
+    _same(sparse, other)
+    # And in the same folder, where all is there already.
+    again = _run(*runs.arguments(other, *SPARSE)).stderr
+    for done in ("Recovery of the plan: ", "Sampling texts", "Fitting the zeros in order: "):
+        assert done in text and done not in again, done
+    _same(sparse, other)
+
+
+def test_zeros_of_the_first_step_stay(runs: Runs, stepped: Path) -> None:
+    _zeros_are_the_plans(stepped, 0.8)
+    (file,) = (stepped / "work").glob("base-*.safetensors")
+    base, values = EditedCheckpoint(open_checkpoint(runs.model), file), _values(stepped)
+    zeros, total = 0, 0
+    for component in base.components():
+        if not component.in_block:
+            continue
+        weights = base.hf_tensor(component.name + ".weight")
+        held = _gguf_order(component.name, weights) == 0
+        assert not values[component.name][held].any(), component.name
+        zeros, total = zeros + int(held.sum()), total + held.size
+    assert zeros / total == pytest.approx(1 - (1 - 0.8) ** 0.5, abs=0.005)
+    measured = _manifest(stepped)["measured"]
+    assert set(measured["recovery"]) == {"at 55.3% zeros", "of the plan"}
+    assert measured["sparsity_steps"] == 2
+    _run("verify", "--threads", "1", stepped)
+
+
+def test_zeros_are_weighed_against_a_model_without_any(sparse: Path, stepped: Path) -> None:
+    """Not against the base that has those of the first step."""
+    ratios = []
+    for folder in (sparse, stepped):
+        zeros = _manifest(folder)["measured"]["zeros"]
+        ratios.append(zeros["without"]["packed_bytes"] / zeros["without"]["file_bytes"])
+    assert min(ratios) > 0.85  # 0.64 with the zeros of the first step
+
+
+@pytest.mark.slow
+def test_the_papers_sparse_experiment(runs: Runs) -> None:
+    options = ("--preset", "paper-sparse", "--sparsity", "0.7", "--sparsity-steps", "2")
+    out, _ = runs(*options, "--recover", "4")
+    _zeros_are_the_plans(out, 0.7)
+    assert {t.type for t in _plan(out).treatments} == {"F16"}
+    assert "Budget: none" in (out / "report.md").read_text()
+    assert set(_manifest(out)["measured"]["recovery"]) == {"at 45.2% zeros", "of the plan"}
+
+
+# --- removal --------------------------------------------------------------------------------
+
+
+def _whole_size(plan: Plan, whole: Plan) -> int:
+    """Bytes of the plan's treatments on the whole components."""
+    kinds = plan.by_name()
+    return whole.fixed_bytes + sum(
+        c.size_bytes(kinds.get(c.name, Treatment("F16"))) for c in whole.components
+    )
+
+
+def test_removal_makes_a_smaller_dense_model(runs: Runs, removed: Path) -> None:
+    reader = gguf.GGUFReader(removed / "model.gguf")
+    architecture = reader.get_field("general.architecture")
+    assert architecture is not None and architecture.contents() == "deci"
+    plan, whole = _plan(removed), _plan(runs.folder / "plain")
+    size = (removed / "model.gguf").stat().st_size
+    assert size == plan.size_bytes < _whole_size(plan, whole)
+    blocks = [sum(c.weights for c in p.components if c.in_block) for p in (plan, whole)]
+    removal = _manifest(removed)["measured"]["removal"]
+    gone = 1 - blocks[0] / blocks[1]
+    assert gone == pytest.approx(removal["removed_share"]) and 0.2 <= gone < 0.35
+    for name, kept in removal["kept"].items():
+        layer, part = name.split(".")
+        key = {"ffn": "deci.feed_forward_length", "attn": "deci.attention.head_count_kv"}[part]
+        field = reader.get_field(key)
+        assert field is not None and field.contents()[int(layer)] == kept
+    _zeros_are_the_plans(removed, 0.8)
+    _run("verify", "--threads", "1", removed)
+
+
+def test_removal_is_recovered_and_told(runs: Runs, removed: Path, tmp_path: Path) -> None:
+    assert {"Removal", "Recovery", "Zeros", "What the zeros bought"} <= _sections(removed)
+    measured = _strict(removed / "manifest.json")["measured"]
+    assert set(measured["recovery"]) == {"after removal", "of the plan"}
+    _exported_is_recovered(runs, removed)
+    assert "blk." in _run("inspect", removed).output or "attn_q" in _run("inspect", removed).output
+    _run("frontier", removed, "--png", tmp_path / "f.png")
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_is_removed_where_it_does_not_pay(runs: Runs) -> None:
+    out, text = runs("--remove", "auto")
+    assert "Removal: at this size it buys nothing" in text
+    _same(runs.folder / "plain", out)
+    assert _manifest(out)["measured"]["removal"]["kept"] == {}
+    assert "nothing was removed" in (out / "report.md").read_text()
+    _run("recipe", out)  # of the original model, as ever
+
+
+def test_removal_fits_what_types_cannot(runs: Runs) -> None:
+    plain = _plan(runs.folder / "plain")
+    least = plain.fixed_bytes + sum(c.size_bytes(Treatment("Q8_0")) for c in plain.components)
+    limit = round(0.8 * least)
+    _, text = runs("--max-bytes", str(limit), status=1)
+    assert text.splitlines()[-1].startswith("error: the smallest plan takes")
+    out, _ = runs("--max-bytes", str(limit), "--remove", "auto")
+    assert 0.9 * limit < (out / "model.gguf").stat().st_size <= limit
+    assert _manifest(out)["measured"]["removal"]["kept"]
+    _run("verify", "--threads", "1", out)
+
+
+def test_removal_leaves_rows_that_a_type_divides(runs: Runs) -> None:
+    """One of two KV groups would leave rows of 128, which no K-quant divides."""
+    out, _ = runs("--types", "Q4_K,Q6_K", "--max-bytes", "3M", "--remove", "0.5")
+    plan = _plan(out)
+    assert {t.type for t in plan.treatments} <= {"Q4_K", "Q6_K"}
+    assert all(c.row_length % 256 == 0 for c in plan.components)
+    parts = {c.name.split(".")[1] for c in plan.components if "attn_output" in c.name}
+    assert len(parts) < 3  # whole attentions went
+    assert plan.size_bytes == (out / "model.gguf").stat().st_size
+    _run("verify", "--threads", "1", out)
+
+
+# --- what travels, and the paper's int8 ------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1_500_000, 2_400_000])
+def test_both_limits_hold(runs: Runs, limit: int) -> None:
+    options = ("--types", "F16,Q8_0,Q4_0", "--max-bytes", "3M", "--max-transfer", str(limit))
+    out, _ = runs(*options)
+    path = out / "model.gguf"
+    assert path.stat().st_size <= 3_000_000
+    assert 0.9 * limit < packed_bytes(path) < 1.02 * limit  # it is an estimate
+    _run("verify", "--threads", "1", out)
+
+
+def test_a_share_of_the_components_in_int8(runs: Runs) -> None:
+    out, _ = runs("--preset", "paper-int8", "--int8-share", "0.5")
+    plan = _plan(out)
+    data = json.loads((out / "plan.json").read_text())
+    costs = {c["name"]: c["costs"]["Q8_0"] for c in data["costs"]}
+    blocks = [c.name for c in plan.components if c.in_block]
+    eight = {n for n in blocks if plan[n].type == "Q8_0"}
+    assert len(eight) == round(len(blocks) / 2)
+    assert max(costs[n] for n in eight) <= min(costs[n] for n in set(blocks) - eight)
+    others = {plan[c.name].type for c in plan.components if c.name not in eight}
+    assert others == {"F16"}
+    provenance = _manifest(out)["provenance"]
+    assert provenance["error_feedback"] is False and provenance["equalization"] is False
+    _run("verify", "--threads", "1", out)
+
+
+# --- errors ---------------------------------------------------------------------------------
+
+
+def test_errors_before_the_long_run(runs: Runs) -> None:
+    for options, said in (
+        (("--sparsity", "0.5", "--types", "Q4_0,Q5_0"), "zeros are put into Q8_0 and F16 only"),
+        (("--sparsity", "0.85", "--types", "Q4_0,Q8_0", "--max-bytes", "1500K"), "takes about"),
+        # The highest level is 0.9, which is 230 of 256 weights: a little less.
+        (("--sparsity", "0.9"), "or lower --sparsity"),
+        (("--preset", "paper-int8", "--max-bytes", "2M"), "raise --max-bytes"),
+    ):
+        out = runs.new()
+        shutil.rmtree(out / "work")
+        before = {p.name: p.read_bytes() for p in out.iterdir()}
+        result = _run(*runs.arguments(out, *options), status=1)
+        lines = [line for line in result.stderr.splitlines() if line]
+        assert sum("error" in line for line in lines) == 1
+        assert lines[-1].startswith("error: ") and said in lines[-1], lines[-1]
+        assert not (out / "work").exists()
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_a_changed_model_has_no_recipe(
+    runs: Runs, sparse: Path, removed: Path, tmp_path: Path
+) -> None:
+    for folder in (sparse, removed):
+        result = _run("recipe", folder, "-o", tmp_path / "recipe", status=1)
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("error: ") and "--remove or --recover changed the model" in line
+        assert not (tmp_path / "recipe").exists()
+    # Whichever of the two it was.
+    for key in ("recovery", "removal"):
+        shutil.copytree(removed, tmp_path / key, ignore=shutil.ignore_patterns("work"))
+        data = _manifest(removed)
+        del data["measured"][key]
+        (tmp_path / key / "manifest.json").write_text(json.dumps(data))
+        _run("recipe", tmp_path / key, "-o", tmp_path / "recipe", status=1)
+    _run("recipe", runs.folder / "plain", "-o", tmp_path / "recipe")
+
+
+# --- killed runs ----------------------------------------------------------------------------
+
+# The first recovery is that after removal, the second, in `best kept`, that of the plan.
+_MOMENTS = {
+    "units measured": "patch(removal, '_measure', 4)",
+    "texts sampled": "patch(teacher, '_sample', 2)",
+    "between two checks": "patch(recover._Run, '_step', 4)",
+    "state saved": "patch(recover._Run, '_save', 3, after=True)",
+    "fitting in order": "patch(in_order, '_fit', 5)",
+    "fitted in order": "patch(stage_zeros.InOrder, 'save', 3)",
+    "best kept": "patch(recover._Run, '_keep', 2, after=True)",
+    "zeros weighed": "patch(compress, 'weigh', 1)",
+}
+_PROGRAM = """
+import importlib, os, signal, sys
+from edge_dtm.cli import main
+from edge_dtm.host import compress, in_order, recover, removal, stage_zeros, teacher
+
+def patch(owner, name, call, after=False):
+    real, count = getattr(owner, name), 0
+    def replaced(*args, **options):
+        nonlocal count
+        count += 1
+        if count == call and after:
+            real(*args, **options)
+        if count == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **options)
+    setattr(owner, name, replaced)
+
+os.sched_getaffinity = lambda _: [0]
+for name, value in {small!r}.items():
+    module, _, attribute = name.rpartition(".")
+    setattr(importlib.import_module(module), attribute, value)
+{patch}
+main(sys.argv[1:])
+"""
+
+
+def _killed(moment: str, arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM.format(patch=_MOMENTS[moment], small=SMALL), *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL, (moment, done.stderr)
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_every_new_stage_ends_in_the_same_bytes(runs: Runs, removed: Path) -> None:
+    out = runs.folder / "killed"
+    arguments = runs.arguments(out, *REMOVED)
+    left = {
+        "units measured": "units-*.jsonl",
+        "texts sampled": "text-*/sampled/000000.json",
+        "between two checks": "recover-*/state.safetensors",
+        "fitted in order": "in-order-*/*.npy",
+        "zeros weighed": "twin.gguf",
+    }
+    for moment in _MOMENTS:
+        _killed(moment, arguments)
+        if moment in left:
+            assert list((out / "work").glob(left[moment])), moment
+        assert not (out / "manifest.json").exists()
+    assert len(list((out / "work").glob("recover-*/recovered.json"))) == 2
+    text = _run(*arguments).stderr
+    assert "Recovery of the plan: " not in text and "Recovery after removal: " not in text
+    _same(removed, out)
+    stories = [_manifest(f)["measured"]["recovery"] for f in (removed, out)]
+    for name in stories[0]:
+        assert stories[0][name]["curve"] == stories[1][name]["curve"]
+    assert not (out / "work" / "twin.gguf").exists()
+    _run("verify", "--threads", "1", out)

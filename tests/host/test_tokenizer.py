@@ -1,0 +1,314 @@
+"""The checkpoint's tokenizer against llama.cpp with the vocabulary written for it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from conftest import load_script
+
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.paths import default_model_dir
+from edge_dtm.host.checkpoint import tokenizer as module
+from edge_dtm.host.checkpoint.tokenizer import (
+    NASTY_STRINGS,
+    GgufTokenizer,
+    HfTokenizer,
+    Tokenizer,
+    tokenization_mismatches,
+)
+from edge_dtm.llamacpp.vocabulary import LlamaVocab
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCAB_SIZE = 768
+CHAT = [
+    {"role": "user", "content": "What is  a\nlighthouse? 12345"},
+    {"role": "assistant", "content": "A tower 🙂 with a lamp."},
+    {"role": "user", "content": "Who don't need it?"},
+]
+RECORDS = [
+    json.loads(line)
+    for line in (ROOT / "edge_dtm" / "data" / "prompts.jsonl").read_text("utf-8").splitlines()
+]
+PROMPTS = [r["prompt"] for r in RECORDS if "prompt" in r]
+CHATS = [r["messages"] for r in RECORDS if "messages" in r]
+
+
+def _write(path: Path, add: Callable[[gguf.GGUFWriter], None]) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    add(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    return path
+
+
+def _edit(folder: Path, name: str, **values: Any) -> None:
+    path = folder / name
+    data = json.loads(path.read_text("utf-8")) | values
+    path.write_text(json.dumps({k: v for k, v in data.items() if v is not None}), "utf-8")
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tokenizer") / "sentencepiece"
+    made: Path = load_script("make_tiny_llama").make_tiny_llama(out, steps=1, verbose=False)
+    return made
+
+
+@pytest.fixture(scope="session")
+def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tokenizer") / "bpe"
+    made: Path = load_script("make_tiny_llama").make_tiny_llama(
+        out, tokenizer="bpe", steps=1, verbose=False
+    )
+    return made
+
+
+@pytest.fixture(params=["sentencepiece", "sentencepiece_json", "bpe"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A copy without weights, free to be changed."""
+    source = request.getfixturevalue(f"{request.param.removesuffix('_json')}_folder")
+    ignored = ["*.safetensors"] + ["tokenizer.model"] * request.param.endswith("_json")
+    return Path(shutil.copytree(source, tmp_path / "hf", ignore=shutil.ignore_patterns(*ignored)))
+
+
+def _same(first: Tokenizer, second: Tokenizer, texts: list[str]) -> None:
+    for text in texts:
+        assert first.encode(text) == second.encode(text), repr(text)
+
+
+@pytest.mark.parametrize("rows", [VOCAB_SIZE, VOCAB_SIZE + 32])
+def test_llama_cpp_agrees_on_everything(folder: Path, tmp_path: Path, rows: int) -> None:
+    tokenizer = HfTokenizer.from_folder(folder, rows)
+    path = _write(tmp_path / "vocab.gguf", tokenizer.add_metadata)
+    chats = [tokenizer.encode_chat(messages)[1] for messages in CHATS if len(messages) < 2]
+    assert chats
+    texts = [*NASTY_STRINGS, *PROMPTS, *chats]
+    assert tokenization_mismatches(tokenizer, path, texts) == []
+    with LlamaVocab(path) as vocab:
+        assert vocab.n_tokens == rows == tokenizer.vocab_size
+        assert set(tokenizer.eos_ids) <= set(vocab.eos_ids())
+    _same(tokenizer, GgufTokenizer.from_gguf(path), texts)
+
+
+def test_chat_text_encodes_to_the_same_ids(folder: Path, tmp_path: Path) -> None:
+    tokenizer = HfTokenizer.from_folder(folder, VOCAB_SIZE)
+    path = _write(tmp_path / "vocab.gguf", tokenizer.add_metadata)
+    from_gguf = GgufTokenizer.from_gguf(path)
+    assert tokenizer.has_chat_template
+    assert from_gguf.has_chat_template
+    for messages in [CHAT, *CHATS]:
+        ids, text = tokenizer.encode_chat(messages)
+        assert tokenizer.encode(text) == ids
+        assert not text.startswith("<s>")
+        assert from_gguf.encode_chat(messages) == (ids, text)
+
+
+def test_chat_text_is_what_transformers_renders(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    rendered = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        CHAT, tokenize=False, add_generation_prompt=True
+    )
+    _, text = HfTokenizer.from_folder(folder, VOCAB_SIZE).encode_chat(CHAT)
+    assert rendered.removeprefix("<s>") == text
+
+
+def test_text_survives_encoding_and_decoding(folder: Path, tmp_path: Path) -> None:
+    tokenizer = HfTokenizer.from_folder(folder, VOCAB_SIZE)
+    from_gguf = GgufTokenizer.from_gguf(_write(tmp_path / "v.gguf", tokenizer.add_metadata))
+    for text in [*NASTY_STRINGS, *PROMPTS]:
+        if "▁" in text:  # SentencePiece cannot tell it from a space
+            continue
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert from_gguf.decode(from_gguf.encode(text)) == text
+
+
+def test_gguf_metadata_is_copied_verbatim(folder: Path, tmp_path: Path) -> None:
+    tokenizer = HfTokenizer.from_folder(folder, VOCAB_SIZE)
+    first = _write(tmp_path / "1.gguf", tokenizer.add_metadata)
+    second = _write(tmp_path / "2.gguf", GgufTokenizer.from_gguf(first).add_metadata)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_wrong_pre_tokenizer_is_a_mismatch(bpe_folder: Path, tmp_path: Path) -> None:
+    tokenizer = HfTokenizer.from_folder(bpe_folder, VOCAB_SIZE)
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        tokenizer.add_metadata(writer)
+        writer.add_tokenizer_pre("deepseek-coder")
+
+    found = tokenization_mismatches(tokenizer, _write(tmp_path / "v.gguf", add), NASTY_STRINGS)
+    assert found
+    assert all(m.text in NASTY_STRINGS and m.expected != m.found for m in found)
+    assert "for llama.cpp" in str(found[0])
+
+
+def test_no_fitting_pre_tokenizer_names_the_text(
+    bpe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PRE_CANDIDATES", ("no-such-name", "deepseek-coder"))
+    tokenizer = HfTokenizer.from_folder(bpe_folder, VOCAB_SIZE)
+    with pytest.raises(EdgeDtmError, match=r"the closest, deepseek-coder, .* texts differ: '"):
+        _write(tmp_path / "v.gguf", tokenizer.add_metadata)
+
+
+def test_class_named_in_the_config_does_not_change_tokenizer_json(
+    bpe_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(bpe_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    data = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    digits = {"type": "Digits", "individual_digits": True}
+    _edit(
+        folder,
+        "tokenizer.json",
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [digits, data["pre_tokenizer"]]},
+    )
+    _edit(folder, "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    tokenizer = HfTokenizer.from_folder(folder, VOCAB_SIZE)
+    assert len(tokenizer.encode("20242024")) == 8
+    path = _write(tmp_path / "v.gguf", tokenizer.add_metadata)
+    assert tokenization_mismatches(tokenizer, path, [*NASTY_STRINGS, *PROMPTS]) == []
+
+
+def test_added_tokens_of_a_sentencepiece_folder(sentencepiece_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(sentencepiece_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "tokenizer.json").unlink()
+    (folder / "added_tokens.json").write_text(json.dumps({"<tool>": VOCAB_SIZE + 1}))
+    config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    decoder = config["added_tokens_decoder"] | {
+        str(VOCAB_SIZE): {"content": "<|im_end|>", "special": True}
+    }
+    _edit(folder, "tokenizer_config.json", added_tokens_decoder=decoder, eos_token="<|im_end|>")
+    tokenizer = HfTokenizer.from_folder(folder, VOCAB_SIZE + 4)
+    assert tokenizer.eos_ids == (VOCAB_SIZE, 2)
+    text = "one <tool> two<|im_end|>\n<|im_end|><tool>  x"
+    assert {VOCAB_SIZE, VOCAB_SIZE + 1} <= set(tokenizer.encode(text))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    path = _write(tmp_path / "v.gguf", tokenizer.add_metadata)
+    assert tokenization_mismatches(tokenizer, path, [text, *NASTY_STRINGS]) == []
+    with LlamaVocab(path) as vocab:
+        assert set(tokenizer.eos_ids) <= set(vocab.eos_ids())
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_bos_as_the_config_says(sentencepiece_folder: Path, tmp_path: Path, adds: bool) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(sentencepiece_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    _edit(folder, "tokenizer_config.json", add_bos_token=adds)
+    tokenizer = HfTokenizer.from_folder(folder, VOCAB_SIZE)
+    path = _write(tmp_path / "v.gguf", tokenizer.add_metadata)
+    with LlamaVocab(path) as vocab:
+        assert vocab.adds_bos is adds
+        assert vocab.bos_id == 1
+    assert (tokenizer.encode("a")[0] == 1) is adds
+    assert tokenization_mismatches(tokenizer, path, NASTY_STRINGS) == []
+    # Either way the template's own BOS is there exactly once.
+    ids, text = tokenizer.encode_chat(CHAT)
+    assert ids.count(1) == 1
+    assert text.startswith("<s>") is not adds
+    assert GgufTokenizer.from_gguf(path).encode_chat(CHAT) == (ids, text)
+
+
+def test_template_without_bos_gets_the_one_the_tokenizer_adds(
+    sentencepiece_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(sentencepiece_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}:")
+    ids, text = HfTokenizer.from_folder(folder, VOCAB_SIZE).encode_chat(CHAT)
+    assert text == CHAT[0]["content"] + ":"
+    assert ids[0] == 1
+
+
+def test_template_errors_are_named(sentencepiece_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(sentencepiece_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    template = folder / "chat_template.jinja"
+    template.write_text("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(EdgeDtmError, match="roles must alternate"):
+        HfTokenizer.from_folder(folder, VOCAB_SIZE).encode_chat(CHAT)
+    template.write_text("{{ messages[0]['content'] }}")
+    _edit(folder, "tokenizer_config.json", add_eos_token=True)
+    with pytest.raises(EdgeDtmError, match="does not encode to its tokens"):
+        HfTokenizer.from_folder(folder, VOCAB_SIZE).encode_chat(CHAT)
+    template.unlink()
+    _edit(folder, "tokenizer_config.json", chat_template=None)
+    tokenizer = HfTokenizer.from_folder(folder, VOCAB_SIZE)
+    assert not tokenizer.has_chat_template
+    with pytest.raises(EdgeDtmError, match="no chat template"):
+        tokenizer.encode_chat(CHAT)
+
+
+def test_templates_may_use_what_transformers_offers() -> None:
+    template = (
+        "{% for m in messages %}\n    {% if m.role == 'x' %}{% continue %}{% endif %}\n"
+        "{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}"
+        "{{ strftime_now('%Y')[:2] }}{{ bos_token }}{% if tools is none %}!{% endif %}"
+    )
+    messages = [{"role": "x", "content": ""}, {"role": "u", "content": "<é>'"}]
+    text = module._render_chat(template, messages, {"bos_token": "<s>"})
+    assert text == '{"role": "u", "content": "<é>\'"}20<s>!'
+
+
+def test_folders_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(EdgeDtmError, match="768 tokens, but the model only 700"):
+        HfTokenizer.from_folder(folder, 700)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(EdgeDtmError, match="has no tokenizer"):
+        HfTokenizer.from_folder(empty, VOCAB_SIZE)
+    (empty / "tokenizer.json").write_text("{}")
+    with pytest.raises(EdgeDtmError, match=r"tokenizer\.json cannot be used"):
+        HfTokenizer.from_folder(empty, VOCAB_SIZE)
+
+
+def test_ggufs_that_cannot_be_used(tmp_path: Path, bpe_folder: Path) -> None:
+    junk = tmp_path / "junk.gguf"
+    junk.write_bytes(b"not a GGUF at all, but long enough to be read")
+    for broken in (junk, tmp_path / "missing.gguf"):
+        with pytest.raises(EdgeDtmError, match="cannot be read"):
+            GgufTokenizer.from_gguf(broken)
+    bare = _write(tmp_path / "bare.gguf", lambda writer: None)
+    with pytest.raises(EdgeDtmError, match="holds no tokenizer"):
+        GgufTokenizer.from_gguf(bare)
+    tokenizer = HfTokenizer.from_folder(bpe_folder, VOCAB_SIZE)
+    with pytest.raises(EdgeDtmError, match=r"llama\.cpp cannot read the tokenizer"):
+        tokenization_mismatches(tokenizer, junk, ["a"])
+
+
+def test_llama_cpp_stays_silent(
+    sentencepiece_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = HfTokenizer.from_folder(sentencepiece_folder, VOCAB_SIZE)
+    path = _write(tmp_path / "v.gguf", tokenizer.add_metadata)
+    capfd.readouterr()
+    with LlamaVocab(path) as vocab:
+        vocab.encode("<s> twice")
+    vocab.close()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_smollm2(tmp_path: Path) -> None:
+    folder = default_model_dir()
+    if not (folder / "tokenizer.json").is_file():
+        assert load_script("make_smollm2").main([]) == 0
+    rows = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
+    tokenizer = HfTokenizer.from_folder(folder, rows)
+    path = _write(tmp_path / "v.gguf", tokenizer.add_metadata)
+    assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == "smollm"
+    chats = [tokenizer.encode_chat(messages) for messages in CHATS]
+    texts = [*NASTY_STRINGS, *PROMPTS, *(text for _, text in chats)]
+    assert tokenization_mismatches(tokenizer, path, texts) == []
+    from_gguf = GgufTokenizer.from_gguf(path)
+    _same(tokenizer, from_gguf, texts)
+    assert [from_gguf.encode_chat(messages) for messages in CHATS] == chats
+    assert [tokenizer.encode(text) for _, text in chats] == [ids for ids, _ in chats]

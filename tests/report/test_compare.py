@@ -1,0 +1,133 @@
+"""Verdicts of several devices beside each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+from made_up import generated_verdict, verdict
+
+from edge_dtm.cli import main
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.report.compare import compare, outliers
+
+# KL of healthy devices, from emulated ARM kernels: between 0.006 and 0.008.
+HEALTHY = [("a72", 0.0062), ("a76", 0.0071), ("i8mm", 0.0078), ("again", 0.0071)]
+
+
+def _named(kls: list[tuple[str, float]], **changes: Any) -> list[tuple[Path, dict[str, Any]]]:
+    return [(Path(f"{name}.json"), verdict(kl_vs_host_nats=kl, **changes)) for name, kl in kls]
+
+
+def test_none_is_odd_among_healthy_ones() -> None:
+    found = compare(_named(HEALTHY))
+    assert found.odd == []
+    assert found.words == "Odd one out: none."
+    assert [r.kl_vs_host_nats for r in found.rows] == [kl for _, kl in HEALTHY]
+
+
+def test_the_odd_one_is_named_though_it_passes() -> None:
+    found = compare(_named([*HEALTHY, ("loose", 0.03)]))
+    assert [o.file for o in found.odd] == ["loose"]
+    assert "loose: KL from the host is 0.03 nats, the median is 0.0071" in found.words
+
+
+def test_one_that_is_nearer_to_the_host_is_not_odd() -> None:
+    assert compare(_named([*HEALTHY, ("same-cpu-as-host", 0.0)])).odd == []
+
+
+def test_odd_by_its_argmaxes() -> None:
+    others = {"sdt": {"value": 0.4, "low": 0.3, "high": 0.5}}
+    found = compare([*_named(HEALTHY), *_named([("other", 0.007)], against_host=others)])
+    assert [o.file for o in found.odd] == ["other"]
+    assert "40.00%" in found.words
+
+
+def test_the_very_same_figures() -> None:
+    same = _named([("a", 0.007), ("b", 0.007), ("c", 0.007)])
+    assert compare(same).odd == []
+    assert [o.file for o in compare([*same, *_named([("d", 0.5)])]).odd] == ["d"]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_two_cannot_tell(count: int) -> None:
+    verdicts = _named([("a", 0.001), ("b", 0.9), ("c", 0.001)][:count])
+    found = compare([*verdicts, (Path("g.json"), generated_verdict())])
+    assert ("cannot tell" in found.words) == (count == 2)
+    assert [o.file for o in found.odd] == ([] if count == 2 else ["b"])
+    assert "the modes differ" in found.notes[0]
+
+
+@given(
+    values=st.lists(st.floats(0, 10, allow_nan=False), max_size=12),
+    room=st.floats(0, 1, exclude_min=True),
+)
+def test_outliers_are_few_and_above_all_others(values: list[float], room: float) -> None:
+    found = {name: x for name, x, _ in outliers([(str(i), v) for i, v in enumerate(values)], room)}
+    assert len(found) <= len(values) // 2
+    rest = [v for i, v in enumerate(values) if str(i) not in found]
+    assert all(x > max(rest) for x in found.values())
+    shifted = outliers([(str(i), v + 5) for i, v in enumerate(values)], room + 1e-9)
+    assert {name for name, *_ in shifted} <= set(found)
+
+
+def test_different_bundles_are_refused() -> None:
+    other = verdict(bundle={"manifest_sha256": "c" * 64})
+    with pytest.raises(EdgeDtmError, match=r"a.json: bundle aaaaaaaaaaaa; b.json: bundle cccc"):
+        compare([(Path("a.json"), verdict()), (Path("b.json"), other)])
+    with pytest.raises(EdgeDtmError, match="two or more"):
+        compare([(Path("a.json"), verdict())])
+    with pytest.raises(EdgeDtmError, match="twice"):
+        compare([(Path("a.json"), verdict())] * 2)
+
+
+def test_names_are_told_apart() -> None:
+    found = compare([(Path("pi/v.json"), verdict()), (Path("rk/v.json"), verdict())])
+    assert [r.file for r in found.rows] == ["pi/v.json", "rk/v.json"]
+
+
+def _run(folder: Path, *verdicts: dict[str, Any], more: tuple[str, ...] = ()) -> Result:
+    paths = []
+    for i, data in enumerate(verdicts):
+        paths.append(folder / f"device-{i}.json")
+        paths[-1].write_text(json.dumps(data))
+    return CliRunner().invoke(main, ["compare", *map(str, paths), *more])
+
+
+def test_the_command(tmp_path: Path) -> None:
+    healthy = verdict()
+    broken = verdict(
+        passed=False, kl_vs_host_nats=0.42, diagnosis={"code": "broken_kernels", "words": "Broken."}
+    )
+    out = tmp_path / "all.json"
+    result = _run(tmp_path, healthy, healthy, broken, more=("--json", str(out)))
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[-1].startswith("Odd one out: device-2: KL from the host is 0.42 nats")
+    row = next(line for line in lines if "device-2" in line)
+    for word in ("FAIL", "broken_kernels", "odd", "aarch64, 4 CPUs", "0.3.36", "3.00%", "31.5"):
+        assert word in row, row
+    data = json.loads(out.read_text())
+    assert [o["file"] for o in data["odd"]] == ["device-2"]
+    assert data["verdicts"][0]["decode_tokens_per_s"] == 31.5
+
+
+def test_nothing_steers_the_terminal(tmp_path: Path) -> None:
+    hostile = verdict(runtime={"machine": "\x1b[2Jarm[bold]", "llama_cpp_python": "\x07"})
+    result = _run(tmp_path, hostile, hostile)
+    assert result.exit_code == 0
+    assert "\x1b" not in result.output and "\x07" not in result.output
+    assert "[2Jarm[bold]" in result.output
+
+
+def test_errors_in_one_line(tmp_path: Path) -> None:
+    result = _run(tmp_path, verdict(), verdict(bundle={"manifest_sha256": "c" * 64}))
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: the verdicts are of different bundles")
+    assert len(result.stderr.splitlines()) == 1
+    assert CliRunner().invoke(main, ["compare"]).exit_code == 2

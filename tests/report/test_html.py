@@ -1,0 +1,626 @@
+"""The report page: what it says, that nothing of a bundle gets out of its texts, and how it looks
+in Chromium on a phone."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import html
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import made_up
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_dtm.cli import main
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.formats.archive import open_bundle, pack
+from edge_dtm.formats.plan import Component, Plan, Treatment, distinct_texts
+from edge_dtm.formats.record import Record
+from edge_dtm.formats.reference import Reference
+from edge_dtm.llamacpp.vocabulary import LlamaVocab
+from edge_dtm.report import charts, examples, maps
+from edge_dtm.report.gather import gather
+from edge_dtm.report.page import page
+from edge_dtm.report.tags import join, tag, text
+from edge_dtm.search.cost_table import CostTable
+
+HOSTILE = "</div><script>alert(1)</script><img src=//x.example onerror=alert(2)>&amp;\u202e\x00"
+NORMAL_IDS = range(3 + 256, 3 + 256 + 26)  # of the tiny vocabulary, "▁a" to "▁z"
+
+
+class Parsed(HTMLParser):
+    """Elements with their attributes, and the texts between."""
+
+    def __init__(self, document: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.feed(document)
+        self.close()
+
+    def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((name, dict(attributes)))
+        if name not in ("meta", "br", "wbr"):
+            self.open.append(name)
+
+    def handle_endtag(self, name: str) -> None:
+        assert self.open.pop() == name
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    def of_class(self, name: str) -> list[dict[str, str | None]]:
+        return [a for _, a in self.elements if name in (a.get("class") or "").split()]
+
+
+# --- elements -------------------------------------------------------------------------------
+
+
+@given(st.text())
+def test_text_never_becomes_an_element(value: str) -> None:
+    parsed = Parsed(tag("p", value, title=value))
+    assert [name for name, _ in parsed.elements] == ["p"]
+    shown = html.unescape(text(value))
+    assert parsed.elements[0][1]["title"] == shown
+    # What a person can see is kept.
+    assert [c for c in shown if c != "\ufffd"] == [
+        c for c in value if c != "\ufffd" and c in html.unescape(text(c))
+    ]
+
+
+def test_elements() -> None:
+    assert join("<", None, [tag("wbr"), 1]) == "&lt;<wbr>1"
+    assert tag("th", "a", scope="col", class_="x", title=None) == '<th scope="col" class="x">a</th>'
+    assert "\u202e" not in text("\u202eevil") and "\ud800" not in text("\ud800")
+    assert text("a\nb\tc") == "a\nb\tc"
+
+
+# --- figures --------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=40))
+def test_survival_of_equal_lengths_is_the_plain_share(first: list[int]) -> None:
+    found = charts.survival(first, [20] * len(first))
+    plain = [sum(f >= t for f in first) / len(first) for t in range(21)]
+    assert found == pytest.approx(plain[: len(found)])
+    assert not any(plain[len(found) :])
+    assert found[1:].sum() == pytest.approx(np.mean(first)), "the area below it is the mean FDT"
+
+
+def test_survival_where_sequences_end() -> None:
+    # Of two, one ends undiverged after 1 token; the other alone is at risk then, and diverges.
+    assert charts.survival([1, 2], [1, 4]).tolist() == [1.0, 1.0, 1.0, 0.0]
+    # The share of those that have ended is not lost: 2 of 3, then 1 of 2 of the rest.
+    assert charts.survival([0, 1, 1, 2], [2, 1, 2, 2]) == pytest.approx([1, 3 / 4, 3 / 8])
+    assert charts.survival([], []).tolist() == [1.0]
+
+
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=50))
+def test_bins_count_everything_once(counts: list[int]) -> None:
+    found = charts.bins(counts)
+    assert sum(n for *_, n in found) == len(counts)
+    assert found[0] == (0, 0, counts.count(0))
+    assert len(found) <= 12
+    assert all(a[1] + 1 == b[0] for a, b in pairwise(found))
+
+
+@given(st.floats(0, 1e6), st.floats(1e-3, 1e6))
+def test_ticks_are_few_round_and_inside(low: float, span: float) -> None:
+    found = charts.ticks(low, low + span)
+    assert 2 <= len(found) <= 7
+    assert all(low - 1e-6 * span <= t <= low + span * (1 + 1e-6) for t in found)
+
+
+def test_log_ticks() -> None:
+    assert charts.log_ticks(0.008, 0.3) == pytest.approx([0.01, 0.02, 0.05, 0.1, 0.2])
+    assert charts.log_ticks(1e-5, 1.0) == pytest.approx([10.0**p for p in range(-5, 1)])
+
+
+def test_the_frontier_without_divergence() -> None:
+    ours = charts.Measured("ours", 1e8, 0.0, 0.0, 0.0)
+    drawn = charts.frontier([(1e8, 0.0)], (1e8, 0.0), [ours], 0.0)
+    assert Parsed(drawn).of_class("dot")
+    assert "nan" not in drawn
+
+
+def test_a_frontier_of_many_points_keeps_its_ends() -> None:
+    points = [(1e6 * i, 0.5 / i) for i in range(1, 2000)]
+    drawn = charts.frontier(points, None, [], None)
+    path = next(a["d"] for n, a in Parsed(drawn).elements if n == "path")
+    assert path is not None and path.count("L") == charts.FRONTIER_POINTS - 1
+
+
+# --- maps -----------------------------------------------------------------------------------
+
+
+def test_bits() -> None:
+    part = Component("blk.0.attn_q", 64, 256)
+    # A block of 32: 16 bits of scale and 8 or 4 a weight.
+    assert maps.bits(part, Treatment("Q8_0")) == 8.5
+    assert maps.bits(part, Treatment("Q4_0")) == 4.5
+    plan = Plan(
+        (part, dataclasses.replace(part, name="b")), (Treatment("F16"), Treatment("Q4_0", 0.5)), 0
+    )
+    cells = maps.treatments(plan)
+    assert cells["blk.0.attn_q"] == maps.Cell("F16", 0.0)
+    assert cells["b"].words == "Q4_0 50%0" and 0.5 < cells["b"].strength < 0.7
+
+
+def test_costs_are_those_of_the_search() -> None:
+    part = Component("blk.0.attn_q", 64, 256)
+    treatments = tuple(Treatment("Q8_0", z) for z in (0.0, 0.25, 0.5))
+    table = CostTable((part,), (treatments,), ((1.0, 2.0, 7.0),), 0)
+    written = {part.name: {str(t): c for t, c in zip(treatments, (1.0, 2.0, 7.0), strict=True)}}
+    for zeros in (0.0, 0.25, 0.4, 0.5):
+        plan = Plan((part,), (Treatment("Q8_0", zeros),), 0)
+        assert maps.chosen_costs(plan, written)[part.name] == pytest.approx(table.cost(plan))
+    for unknown in (Treatment("Q8_0", 0.6), Treatment("Q4_0")):
+        assert maps.chosen_costs(Plan((part,), (unknown,), 0), written) == {}
+
+
+def test_shares_that_read_the_same_keep_their_costs() -> None:
+    """A share that earlier zeros hold, beside a level: distinct as plan.json spells them."""
+    part = Component("blk.0.attn_q", 64, 256)
+    for held in (0.3996, math.nextafter(0.4, 0)):
+        treatments = [Treatment("Q8_0", z) for z in (held, 0.4, 0.5)]
+        costs = dict(zip(treatments, (1.0, 2.0, 7.0), strict=True))
+        written = {part.name: {words: costs[t] for t, words in distinct_texts(treatments).items()}}
+        for treatment, cost in costs.items():
+            assert maps.chosen_costs(Plan((part,), (treatment,), 0), written) == {part.name: cost}
+    hostile = {part.name: {f"Q8_0+40.{'0' * 10**6}% zeros": 9.0} | written[part.name]}
+    plan = Plan((part,), (treatments[1],), 0)
+    assert maps.chosen_costs(plan, hostile) == {part.name: 2.0}
+
+
+def test_cost_cells() -> None:
+    cells = maps.cost_cells({"a": 0.9, "b": 0.09, "c": 0.009, "d": 0.0, "e": 0.001})
+    assert [c.words for c in cells.values()] == ["90", "9.0", ".9", "0", ".1"]
+    strengths = [cells[n].strength for n in "abce"]
+    assert strengths == sorted(strengths, reverse=True) and strengths[0] == 1
+    assert cells["d"].strength == 0
+
+
+def test_a_map_leaves_out_what_is_not_there() -> None:
+    cells = {
+        n: maps.Cell("Q8_0", 0.3) for n in ("blk.3.ffn_up", "blk.11.attn_q", "output", "blk.x.y")
+    }
+    parsed = Parsed(maps.table(cells, "blue"))
+    assert [a.get("scope") for n, a in parsed.elements if n == "th"].count("row") == 2
+    assert parsed.text.count("Q8_0") == 3
+    assert "ffn_down" not in parsed.text
+
+
+# --- texts ----------------------------------------------------------------------------------
+
+
+def test_chosen_rows() -> None:
+    first, divergent = np.array([5, 0, 9, 0, 7]), np.array([1, 4, 0, 9, 1])
+    assert examples.chosen_rows(first, divergent) == [("Best", 2), ("Median", 0), ("Worst", 3)]
+    assert examples.chosen_rows(first[:1], divergent[:1]) == [("Best", 0)]
+    assert examples.chosen_rows(first[:0], divergent[:0]) == []
+
+
+def test_what_is_marked() -> None:
+    shown = examples.Example("Worst", 0, HOSTILE, ["a", " b", "\n", "d"], ["a", " x", " ", "d"],
+                             [False, True, True, False])  # fmt: skip
+    marks = re.compile(r'<mark class="(\w+)">(.*?)</mark>', re.DOTALL)
+    assert marks.findall(examples.block(shown, fed=True)) == [
+        ("own", "b"), ("first", "x"), ("other", "␣"),
+    ]  # fmt: skip
+    # What is generated behind the first other token is another text, no mistake.
+    assert marks.findall(examples.block(shown, fed=False)) == [("own", "b"), ("first", "x")]
+    assert "script" not in [n for n, _ in Parsed(examples.block(shown, True)).elements]
+
+
+# --- pages ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def _full(
+    _tiny_bundle: Path, tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Reference]:
+    random = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("full") / "full"
+    with LlamaVocab(tiny_gguf) as vocabulary:
+        texts = [f"prompt {i}" for i in range(made_up.SEQUENCES - 1)] + [
+            HOSTILE.replace("\x00", "")
+        ]
+        reference = made_up.reference_of(
+            texts,
+            vocabulary.encode,
+            lambda row: random.choice(NORMAL_IDS, made_up.TOKENS - row % 3).tolist(),
+            random,
+            NORMAL_IDS,
+        )
+    made_up.write_full_bundle(folder, tiny_gguf, _tiny_bundle / "probe.npz", reference)
+    return folder, reference
+
+
+@pytest.fixture
+def full(_full: tuple[Path, Reference], tmp_path: Path) -> Path:
+    """A bundle of 30 layers with everything in it."""
+    return Path(shutil.copytree(_full[0], tmp_path / "full"))
+
+
+@pytest.fixture
+def reference(_full: tuple[Path, Reference]) -> Reference:
+    return _full[1]
+
+
+def _write(path: Path, data: Any) -> Path:
+    path.write_text(json.dumps(data))
+    return path
+
+
+def _verdict_of(bundle: Path, reference: Reference, **changes: Any) -> dict[str, Any]:
+    digest = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
+    lists = made_up.curve(reference, Record.load(bundle / "host.npz"))
+    n = len(reference)
+    counts = {"sequences": n, "sequences_in_bundle": n}
+    return made_up.verdict(bundle={"manifest_sha256": digest}, **{**counts, **lists, **changes})
+
+
+def _page(bundle: Path, *files: Any) -> Parsed:
+    with open_bundle(bundle) as opened:
+        return Parsed(page(gather(opened, *files)))
+
+
+def _run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["report", *map(str, arguments)])
+
+
+def _refused(result: Result, words: str) -> None:
+    assert result.exit_code == 1, (result.output, result.exception)
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ") and words in result.stderr, result.stderr
+
+
+def test_a_bundle_with_hardly_anything_in_it(tiny_bundle: Path) -> None:
+    result = _run(tiny_bundle)
+    assert result.exit_code == 0, result.output
+    target = tiny_bundle.with_name("tiny-bundle-report.html")
+    parsed = Parsed(target.read_text())
+    assert parsed.open == []
+    assert "Not yet verified on a device" in parsed.text
+    assert "Without a curve: the noise floor" in parsed.text
+    assert "Size against divergence" not in parsed.text
+    assert not parsed.of_class("map")
+    with open_bundle(tiny_bundle) as opened:
+        opened.check()
+
+
+def test_a_packed_bundle(tiny_bundle: Path) -> None:
+    packed = tiny_bundle.with_name("small.edge")
+    pack(tiny_bundle, packed)
+    assert _run(packed).exit_code == 0
+    assert "Not yet verified" in packed.with_name("small-report.html").read_text()
+
+
+def test_the_page_does_not_go_into_the_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
+    _refused(_run(tiny_bundle, "-o", tiny_bundle / "page.html"), "not as it was made")
+    _refused(_run(tiny_bundle, "-o", tmp_path / "none" / "r.html"), "cannot be written")
+    (tiny_bundle / "host.npz").write_bytes(b"x")
+    _refused(_run(tiny_bundle), "host.npz is changed")
+
+
+def test_everything(full: Path, reference: Reference, tmp_path: Path) -> None:
+    good = _write(tmp_path / "pi5.json", _verdict_of(full, reference))
+    words = {"code": "broken_kernels", "words": "Broken kernels: <b>rebuild</b>."}
+    bad = _write(
+        tmp_path / "rk.json",
+        _verdict_of(full, reference, passed=False, diagnosis=words, notes=["only a part"]),
+    )
+    random = np.random.default_rng(5)
+    other = made_up.answers(reference, random, 0.1)
+    preset = _write(
+        tmp_path / "q.json", made_up.measured_json(reference, other, "Q4_K_M.gguf", 105_500_000)
+    )
+    out = tmp_path / "page.html"
+    result = _run(full, "-o", out, "--verdict", good, "--verdict", bad, "--with", preset)
+    assert result.exit_code == 0, result.output
+    parsed = Parsed(out.read_text())
+    assert parsed.open == []
+    for expected in (
+        "SmolLM2-135M-Instruct for raspberrypi-5",
+        "Passed on 1 of 2 devices.",
+        "pi5 (aarch64, 4 CPUs)",
+        "Broken kernels: <b>rebuild</b>.",
+        "Note: only a part.",
+        "Q4_K_M.gguf: 105.5 MB",
+        "noise floor",
+        "Q8_0+50.0% zeros",
+        "210.0",
+        "SHA-256",
+    ):
+        assert expected in parsed.text, expected
+    assert parsed.text.index("Passed") < parsed.text.index("SDT is the share")
+    assert len(parsed.of_class("pass")) == len(parsed.of_class("fail")) == 1
+    # Two curves of devices, the host's, the preset's and the floor's.
+    assert len([a for n, a in parsed.elements if n == "path"]) == 5 + 1
+    assert len(parsed.of_class("c")) == 2 * (made_up.LAYERS * 7 + 1)
+    assert len(parsed.of_class("example")) == 3
+    _nothing_from_outside(out.read_text())
+
+
+def _nothing_from_outside(document: str) -> None:
+    parsed = Parsed(document)
+    names = {name for name, _ in parsed.elements}
+    assert not names & {"script", "img", "link", "iframe", "object", "base", "image", "a", "form"}
+    for _, attributes in parsed.elements:
+        for key, value in attributes.items():
+            assert not key.startswith("on"), key
+            assert key not in ("src", "href", "srcset", "action", "data", "xlink:href"), key
+            assert "url(" not in (value or "")
+    style = document[document.index("<style>") : document.index("</style>")]
+    assert not re.search(r"url\(|@import|https?:|//", style)
+    policy = next(a["content"] for n, a in parsed.elements if "http-equiv" in a)
+    assert policy is not None and "default-src 'none'" in policy and "script-src" not in policy
+
+
+def test_hostile_texts_stay_texts(
+    tiny_bundle: Path, seal: Callable[..., None], tmp_path: Path
+) -> None:
+    loaded = Reference.load(tiny_bundle / "reference.npz")
+    texts = np.array([HOSTILE.replace("\x00", "")] * len(loaded))
+    dataclasses.replace(loaded, texts=texts).save(tiny_bundle / "reference.npz")
+    seal(tiny_bundle, measured={"noise_floor": {HOSTILE: HOSTILE, "sdt": "x"}, "f16_bytes": "y"})
+    manifest = json.loads((tiny_bundle / "manifest.json").read_text())
+    manifest["provenance"] = {"model": HOSTILE, "profile": HOSTILE, HOSTILE: [{HOSTILE: HOSTILE}]}
+    _write(tiny_bundle / "manifest.json", manifest)
+    digest = hashlib.sha256((tiny_bundle / "manifest.json").read_bytes()).hexdigest()
+    verdict = made_up.verdict(
+        bundle={"manifest_sha256": digest, "name": HOSTILE},
+        reasons=[HOSTILE],
+        notes=[HOSTILE],
+        diagnosis={"words": HOSTILE},
+        runtime={"machine": HOSTILE, "system_info": HOSTILE, "llama_cpp_python": HOSTILE},
+        settings={"threads": HOSTILE},
+        first_divergent_tokens=[1, 2, 3],
+        lengths=[4, 4, 4],
+        passed=False,
+    )
+    out = tmp_path / "page.html"
+    result = _run(tiny_bundle, "-o", out, "--verdict", _write(tmp_path / "v.json", verdict))
+    assert result.exit_code == 0, result.output
+    document = out.read_text()
+    _nothing_from_outside(document)
+    assert "\u202e" not in document
+    assert Parsed(document).text.count("<script>alert(1)</script>") > 10
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"frontier": 3, "costs": [{"name": 1}, 2, {"name": "a", "costs": {"Q8_0": None}}]},
+        {"frontier": [{"size_bytes": "1", "sdt": True}, {"size_bytes": 1e300, "sdt": 1e-300}]},
+        {"predicted": [], "costs": {"a": 1}},
+    ],
+    ids=str,
+)
+def test_odd_plans(tiny_bundle: Path, seal: Callable[..., None], plan: Any) -> None:
+    _write(tiny_bundle / "plan.json", plan)
+    seal(tiny_bundle)
+    assert _page(tiny_bundle).open == []
+
+
+def test_a_broken_plan_is_an_error(tiny_bundle: Path, seal: Callable[..., None]) -> None:
+    _write(tiny_bundle / "plan.json", {"components": [], "schema_version": 9})
+    seal(tiny_bundle)
+    _refused(_run(tiny_bundle), "schema version 9")
+
+
+def test_files_of_other_bundles_are_refused(
+    full: Path, tiny_bundle: Path, reference: Reference, tmp_path: Path
+) -> None:
+    verdict = _write(tmp_path / "v.json", _verdict_of(full, reference))
+    _refused(_run(tiny_bundle, "--verdict", verdict), "is a verdict of another bundle")
+    far = _verdict_of(full, reference)
+    far["lengths"][0] = 10**9
+    _refused(_run(full, "--verdict", _write(tmp_path / "far.json", far)), "lengths are not those")
+    host = Record.load(full / "host.npz")
+    measured = made_up.measured_json(reference, host, "q", 1000)
+    preset = _write(tmp_path / "q.json", measured)
+    assert _run(full, "--with", preset).exit_code == 0
+    _refused(_run(tiny_bundle, "--with", preset), "was measured on other sequences")
+    without = {k: v for k, v in measured.items() if k not in ("first_divergent_tokens", "lengths")}
+    _refused(
+        _run(tiny_bundle, "--with", _write(preset, without)), "was measured on other sequences"
+    )
+    _refused(_run(full, "--with", verdict), "is no measurement")
+    _refused(_run(tiny_bundle, "--record", full / "host.npz"), "does not belong to this bundle")
+    _refused(_run(full, "--record", full / "reference.npz"), "not a record")
+
+
+def test_a_measurement_without_its_lists(full: Path, reference: Reference, tmp_path: Path) -> None:
+    data = made_up.measured_json(reference, Record.load(full / "host.npz"), "old.gguf", 10**8)
+    del data["lengths"]
+    shown = _page(full, [], [_write(tmp_path / "q.json", data)])
+    assert "Without a curve: old.gguf" in shown.text
+    assert "old.gguf: 100.0 MB" in shown.text
+
+
+def test_a_record_of_some_sequences(full: Path, reference: Reference, tmp_path: Path) -> None:
+    host = Record.load(full / "host.npz")
+    rows = np.array([7, 2, 11, 4])
+    path = tmp_path / "quick.npz"
+    host.rows(rows).save(path)
+    with open_bundle(full) as opened:
+        with pytest.raises(EdgeDtmError, match="does not belong"):
+            gather(opened, record_file=path)
+        host.rows(rows).save(path, {"rows": rows.tolist()})
+        found = gather(opened, record_file=path)
+        assert found.shown.first.tolist() == found.host_answers.first[rows].tolist()
+        assert "over 4 sequences" not in page(dataclasses.replace(found, shown=found.host_answers))
+        assert "Histogram over 4 sequences" in page(found)
+        for wrong in ([7, 2, 11], [7, 2, 11, 99], [7, 7, 2, 11], "x", [True, 2, 3, 4]):
+            host.rows(rows).save(path, {"rows": wrong})
+            with pytest.raises(EdgeDtmError, match="does not belong"):
+                gather(opened, record_file=path)
+        # The first ones are meant where nothing is said, as verify --max-sequences writes them.
+        host.rows(np.arange(5)).save(path)
+        assert len(gather(opened, record_file=path).shown.first) == 5
+
+
+def test_generated_text(full: Path, reference: Reference, tmp_path: Path) -> None:
+    random = np.random.default_rng(2)
+    ids = reference.generated_ids.copy()
+    ids[0, 10:] = np.where(ids[0, 10:] >= 0, random.choice(NORMAL_IDS, ids.shape[1] - 10), -1)
+    ids[0, 10] = NORMAL_IDS[0] + (reference.generated_ids[0, 10] == NORMAL_IDS[0])
+    host = Record.load(full / "host.npz")
+    path = tmp_path / "device.npz"
+    dataclasses.replace(host, mode="generate", ids=ids).save(path)
+    shown = _page(full, [], [], path)
+    assert "generated by itself" in shown.text
+    assert "Tokens until the first other one" in shown.text
+    assert "the first other token is number 11 of 48" in shown.text
+    assert not shown.of_class("other")
+
+
+def test_the_texts_are_those_of_the_tokens(
+    full: Path, reference: Reference, tiny_gguf: Path
+) -> None:
+    with open_bundle(full) as opened:
+        found = gather(opened)
+    host = Record.load(full / "host.npz")
+    with LlamaVocab(tiny_gguf) as vocabulary:
+        for e in found.examples:
+            own = reference.generated(e.row)
+            there = [int(i) for i in host.ids[e.row, : len(own)]]
+            assert "".join(e.original) == b"".join(map(vocabulary._piece, own)).decode()
+            assert "".join(e.compressed) == b"".join(map(vocabulary._piece, there)).decode()
+            assert e.different == [a != b for a, b in zip(own, there, strict=True)]
+    titles = {e.title: e.first for e in found.examples}
+    assert titles["Worst"] == found.shown.first.min()
+
+
+def test_no_torch_is_needed() -> None:
+    code = "import sys, edge_dtm.report.page, edge_dtm.compare_table\nprint(*sys.modules)"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not {"torch", "transformers", "llama_cpp"} & set(done.stdout.split())
+
+
+# --- in a browser ---------------------------------------------------------------------------
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+# A frame of its own, whose width is the phone's: a window cannot be as narrow everywhere.
+WRAPPER = """<!DOCTYPE html><body style="margin:0">
+<iframe id="page" style="border:0;width:{width}px;height:3000px" srcdoc="{document}"></iframe>
+<script>
+const frame = document.getElementById("page");
+frame.addEventListener("load", () => {{
+  const inside = frame.contentDocument, root = inside.documentElement;
+  const visible = inside.querySelector(".verdict").getBoundingClientRect();
+  document.body.dataset.found = JSON.stringify({{
+    width: root.clientWidth,
+    scroll: root.scrollWidth,
+    verdict_bottom: Math.round(visible.bottom),
+    wide: [...inside.querySelectorAll("main *")].filter(
+      e => !e.closest(".scroll, svg") && e.getBoundingClientRect().right > root.clientWidth + 1
+    ).map(e => e.outerHTML.slice(0, 80)),
+    smallest: Math.min(...[...inside.querySelectorAll("svg text")].map(
+      e => e.getBoundingClientRect().height)),
+    injected: inside.querySelectorAll("script, img").length,
+  }});
+}});
+</script>
+"""
+
+
+def _chromium(profile: Path, url: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    assert CHROMIUM is not None
+    return subprocess.run(
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            "--no-first-run",
+            f"--user-data-dir={profile}",
+            *flags,
+            url,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def shown_page(full: Path, reference: Reference, tmp_path: Path) -> Path:
+    verdicts = []
+    for name in ("pi5", "a-device-with-a-very-long-name-that-has-no-space-in-it-at-all-0123456789"):
+        data = _verdict_of(full, reference, reasons=["wanted" * 40], passed=name == "pi5")
+        verdicts += ["--verdict", _write(tmp_path / f"{name}.json", data)]
+    out = tmp_path / "page.html"
+    assert _run(full, "-o", out, *verdicts).exit_code == 0
+    return out
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("width", [360, 390, 1200])
+def test_it_fits_the_screen(shown_page: Path, tmp_path: Path, width: int) -> None:
+    wrapper = tmp_path / "wrapper.html"
+    document = html.escape(shown_page.read_text(), quote=True)
+    wrapper.write_text(WRAPPER.format(width=width, document=document))
+    done = _chromium(
+        tmp_path / "profile",
+        wrapper.as_uri(),
+        "--dump-dom",
+        "--virtual-time-budget=5000",
+        "--hide-scrollbars",
+    )
+    match = re.search(r'data-found="([^"]*)"', done.stdout)
+    assert match, done.stderr[-2000:]
+    found = json.loads(html.unescape(match[1]))
+    assert found["width"] == width
+    assert found["scroll"] <= width
+    assert found["wide"] == []
+    assert found["injected"] == 0
+    assert found["verdict_bottom"] < 640, "the first verdict is seen without scrolling"
+    assert found["smallest"] >= 9, "figures are readable"
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_browser_has_nothing_to_complain_of(shown_page: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "phone.png"
+    flags = [f"--screenshot={picture}", "--window-size=390,2000", "--enable-logging=stderr"]
+    done = _chromium(tmp_path / "profile", shown_page.as_uri(), *flags)
+    assert picture.stat().st_size > 20_000, done.stderr[-2000:]
+    assert "CONSOLE" not in done.stderr, done.stderr
+    # The same flags do show an error: a script that the page's own policy stops.
+    bad = tmp_path / "bad.html"
+    bad.write_text(shown_page.read_text().replace("</main>", "<script>1</script></main>"))
+    assert "CONSOLE" in _chromium(tmp_path / "profile", bad.as_uri(), *flags).stderr

@@ -1,0 +1,627 @@
+"""The search against brute force over all plans, the predictor against drawn normals."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.formats.plan import (
+    Component,
+    Plan,
+    Treatment,
+    candidate_treatments,
+    least_bytes_with_zeros,
+    uniform,
+)
+from edge_dtm.search.allocation import (
+    MIXES,
+    _walk_both,
+    convex_hull,
+    least_divergent_share,
+    search,
+    search_transfer,
+)
+from edge_dtm.search.cost_table import CostTable
+from edge_dtm.search.frontier import frontier
+from edge_dtm.search.predictor import Predictor
+
+TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q5_0", "Q4_0")
+
+
+@st.composite
+def tables(draw):
+    """Small tables with any costs at all, also ones that rise with the bytes."""
+    components, treatments, costs = [], [], []
+    for i in range(draw(st.integers(1, 4))):
+        components.append(Component(f"blk.{i}.ffn_up", draw(st.integers(1, 6)), 256))
+        types = draw(st.lists(st.sampled_from(TYPES), min_size=1, max_size=5, unique=True))
+        treatments.append(tuple(Treatment(t) for t in types))
+        # Whole numbers, so that sums are exact.
+        costs.append(tuple(float(draw(st.integers(0, 60))) for _ in types))
+    return CostTable(tuple(components), tuple(treatments), tuple(costs), 1000)
+
+
+def all_plans(table):
+    """(bytes, cost) of every combination."""
+    options = [
+        [(c.size_bytes(t), cost) for t, cost in zip(ts, cs, strict=True)]
+        for c, ts, cs in zip(table.components, table.treatments, table.costs, strict=True)
+    ]
+    for combination in itertools.product(*options):
+        yield (
+            table.fixed_bytes + sum(size for size, _ in combination),
+            sum(cost for _, cost in combination),
+        )
+
+
+def linear_relaxation(table, max_bytes):
+    """Least cost when treatments may be mixed: the Lagrange dual, at all slopes between two."""
+    options = [
+        [(c.size_bytes(t), cost) for t, cost in zip(ts, cs, strict=True)]
+        for c, ts, cs in zip(table.components, table.treatments, table.costs, strict=True)
+    ]
+    prices = {0.0} | {
+        (cost_a - cost_b) / (b - a)
+        for option in options
+        for (a, cost_a), (b, cost_b) in itertools.permutations(option, 2)
+        if b > a and cost_a > cost_b
+    }
+    return max(
+        sum(min(cost + price * size for size, cost in option) for option in options)
+        - price * (max_bytes - table.fixed_bytes)
+        for price in prices
+    )
+
+
+def brute_hull(sizes, costs):
+    """Points that no other point dominates and no segment between two others lies below."""
+    points = sorted({(s, c) for s, c in zip(sizes, costs, strict=True) if math.isfinite(c)})
+    hull = []
+    for s, c in points:
+        if any((a, x) != (s, c) and a <= s and x <= c for a, x in points):
+            continue
+        if any(
+            a < s < b and (x * (b - s) + y * (s - a)) <= c * (b - a)
+            for a, x in points
+            for b, y in points
+        ):
+            continue
+        hull.append((s, c))
+    return hull
+
+
+def largest_step(table):
+    gains = [0.0]
+    for c, ts, cs in zip(table.components, table.treatments, table.costs, strict=True):
+        hull = brute_hull([c.size_bytes(t) for t in ts], cs)
+        gains += [a[1] - b[1] for a, b in itertools.pairwise(hull)]
+    return max(gains)
+
+
+points_lists = st.lists(
+    st.tuples(st.integers(1, 30), st.sampled_from([*map(float, range(20)), math.inf, math.nan])),
+    max_size=9,
+)
+
+
+@given(points_lists)
+def test_hull_equals_brute_force(points):
+    sizes, costs = [p[0] for p in points], [p[1] for p in points]
+    hull = convex_hull(sizes, costs)
+    assert [(sizes[i], costs[i]) for i in hull] == brute_hull(sizes, costs)
+
+
+@settings(max_examples=150, deadline=None)
+@given(tables(), st.floats(0, 1))
+def test_search_is_optimal_up_to_one_step(table, position):
+    plans = list(all_plans(table))
+    smallest, largest = min(s for s, _ in plans), max(s for s, _ in plans)
+    budget = round(smallest + position * (largest - smallest))
+    plan = search(table, budget)
+    assert plan.size_bytes <= budget
+    cost = table.cost(plan)
+    optimum = min(c for s, c in plans if s <= budget)
+    relaxed = linear_relaxation(table, budget)
+    assert relaxed - 1e-9 <= optimum <= cost <= relaxed + largest_step(table) + 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(tables(), st.floats(0, 1))
+def test_no_step_that_still_fits_is_left_out(table, position):
+    sizes = [s for s, _ in all_plans(table)]
+    budget = round(min(sizes) + position * (max(sizes) - min(sizes)))
+    plan = search(table, budget)
+    for component, ts, cs, chosen in zip(
+        table.components, table.treatments, table.costs, plan.treatments, strict=True
+    ):
+        size = component.size_bytes(chosen)
+        hull = brute_hull([component.size_bytes(t) for t in ts], cs)
+        larger = [s for s, _ in hull if s > size]
+        assert not larger or plan.size_bytes - size + larger[0] > budget
+
+
+@settings(max_examples=60, deadline=None)
+@given(tables())
+def test_more_bytes_never_cost_more(table):
+    budgets = sorted({s for s, _ in all_plans(table)})
+    costs = [table.cost(search(table, budget)) for budget in budgets]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] == min(c for _, c in all_plans(table))
+
+
+@given(tables())
+def test_budget_below_the_smallest_plan(table):
+    smallest = min(s for s, _ in all_plans(table))
+    with pytest.raises(EdgeDtmError, match="raise --max-bytes by 1 "):
+        search(table, smallest - 1)
+    assert search(table, smallest).size_bytes == smallest
+
+
+# --- zeros ---------------------------------------------------------------------------------------
+
+
+def sparse_table(seed, components=6):
+    """Costs as real ones: fewer bits and more zeros cost more, convexly, by component factors."""
+    rng = np.random.default_rng(seed)
+    bits = {"F16": 1e-4, "Q8_0": 1e-2, "Q6_K": 0.1, "Q4_K": 1.0, "Q4_0": 1.5}
+    parts = [Component("token_embd", 40, 256)]
+    for i in range(components):
+        rows, row_length = int(rng.integers(3, 30)), int(rng.choice([256, 288, 512]))
+        parts.append(Component(f"blk.{i}.ffn_up", rows, row_length))
+    treatments, costs = [], []
+    for part in parts:
+        options = candidate_treatments(part, bits)
+        factor = rng.lognormal(0, 1.5)
+        treatments.append(tuple(options))
+        costs.append(
+            tuple(factor * (bits[t.type] + 20 * t.zero_share ** rng.uniform(2, 4)) for t in options)
+        )
+    return CostTable(tuple(parts), tuple(treatments), tuple(costs), 500)
+
+
+def zero_count(plan):
+    return sum(c.zeros(t) for c, t in zip(plan.components, plan.treatments, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("zero_share", [0.02, 0.1, 0.25, 0.4])
+def test_zero_share_is_met_up_to_a_weight_a_row(seed, zero_share):
+    table = sparse_table(seed)
+    dense = Plan(table.components, tuple(Treatment("Q8_0") for _ in table.components), 500)
+    budget = int(dense.size_bytes * 1.1)
+    plan = search(table, budget, zero_share)
+    assert plan.size_bytes <= budget
+    weights = sum(c.weights for c in table.components if c.in_block)
+    excess = zero_count(plan) - round(zero_share * weights)
+    granularity = min(
+        c.rows for c, t in zip(plan.components, plan.treatments, strict=True) if t.zero_share
+    )
+    assert 0 <= excess < granularity
+    assert all(
+        c.in_block or not t.zero_share
+        for c, t in zip(plan.components, plan.treatments, strict=True)
+    )
+    assert math.isfinite(table.cost(plan))
+
+
+def test_zeros_are_given_back_where_that_saves_most():
+    # One level only, so that the search finds 25 % or 50 % and has to give back down to 30 %.
+    levels = (Treatment("Q8_0"), Treatment("Q8_0", 0.5))
+    cheap, dear = Component("blk.0.ffn_up", 4, 320), Component("blk.1.ffn_up", 4, 320)
+    table = CostTable((cheap, dear), (levels, levels), ((0.0, 1.0), (0.0, 2.0)), 0)
+    plan = search(table, 10**6, 0.3)
+    assert plan.treatments == (levels[1], Treatment("Q8_0", 0.1))
+    assert table.cost(plan) == pytest.approx(1.4)
+
+
+def test_zeros_cost_no_more_than_the_same_share_everywhere():
+    table = sparse_table(11)
+    same = Plan(
+        table.components,
+        tuple(Treatment("Q8_0", 0.2 if c.in_block else 0.0) for c in table.components),
+        500,
+    )
+    chosen = search(table, same.size_bytes, same.zero_share)
+    assert table.cost(chosen) < table.cost(same)
+
+
+def test_no_zeros_unless_asked_for():
+    table = sparse_table(12)
+    assert zero_count(search(table, 10**9)) == 0
+
+
+def test_zeros_that_do_not_fit():
+    table = sparse_table(13)
+    with pytest.raises(EdgeDtmError, match="raise --max-bytes or lower --sparsity"):
+        search(table, 10**9, 0.97)
+    smallest = search(table, 10**9).fixed_bytes + sum(
+        min(c.size_bytes(t) for t in ts)
+        for c, ts in zip(table.components, table.treatments, strict=True)
+    )
+    with pytest.raises(EdgeDtmError, match="does not fit"):
+        search(table, smallest, 0.3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("zero_share", [0.05, 0.3, 0.6, 0.9])
+def test_least_bytes_with_zeros_is_a_lower_bound(seed, zero_share):
+    """No plan of the search is smaller, and one little larger than that exists."""
+    table = sparse_table(seed)
+    types = sorted({t.type for ts in table.treatments for t in ts})
+    least = table.fixed_bytes + least_bytes_with_zeros(table.components, types, zero_share)
+    for factor in (0.7, 1.0, 1.05, 1.3, 2.0):
+        try:
+            plan = search(table, round(least * factor), zero_share)
+        except EdgeDtmError:
+            continue
+        assert plan.size_bytes >= least * 0.999  # shares are met up to a weight a row
+    largest = max(c.size_bytes(Treatment("F16")) for c in table.components if c.in_block)
+    assert search(table, round(least + largest), zero_share).size_bytes <= least + largest
+
+
+def test_least_bytes_with_zeros_against_all_plans():
+    """Exact where whole matrices have the highest level."""
+    parts = [Component(f"blk.{i}.ffn_up", 10 * (i + 1), 320) for i in range(4)]
+    types = ("Q8_0", "Q4_0", "F16")
+    least_of = [{t: c.size_bytes(Treatment(t)) for t in types} for c in parts]
+    total = sum(c.weights for c in parts)
+    for chosen in itertools.product([False, True], repeat=4):
+        zeros = sum(0.95 * c.weights for c, yes in zip(parts, chosen, strict=True) if yes)
+        size = sum(s["Q8_0" if yes else "Q4_0"] for s, yes in zip(least_of, chosen, strict=True))
+        found = least_bytes_with_zeros(parts, types, zeros / total)
+        assert found == pytest.approx(size, rel=0.01)  # padding
+    assert least_bytes_with_zeros(parts, types, 0) == sum(s["Q4_0"] for s in least_of)
+    assert least_bytes_with_zeros(parts, ("Q8_0",), 0.5) == sum(s["Q8_0"] for s in least_of)
+
+
+def test_zeros_that_no_budget_holds():
+    blocks = [Component("blk.0.ffn_up", 4, 320), Component("token_embd", 9, 320)]
+    assert least_bytes_with_zeros(blocks, ("Q4_0", "Q5_0"), 0.01) == math.inf
+    assert least_bytes_with_zeros(blocks, ("Q4_0", "Q8_0"), 0.96) == math.inf
+    assert math.isfinite(least_bytes_with_zeros(blocks, ("Q4_0", "Q8_0"), 0.95))
+    # One of two matrices takes no type with zeros: a half is the most there is.
+    odd = [Component("blk.0.ffn_up", 8, 320), Component("blk.1.ffn_up", 8, 320)]
+    assert math.isfinite(least_bytes_with_zeros(odd, ("F16", "Q4_0"), 0.95))
+
+
+def test_zeros_that_stay_are_not_given_back():
+    """Where 30 % are held, the search may give back more of the others only down to them."""
+    held, free = Component("blk.0.ffn_up", 4, 320), Component("blk.1.ffn_up", 4, 320)
+    options = [candidate_treatments(c, ["Q8_0"], True, h) for c, h in ((held, 0.3), (free, 0.0))]
+    assert min(t.zero_share for t in options[0]) == 0.3
+    costs = tuple(tuple(10 * t.zero_share**2 for t in ts) for ts in options)
+    table = CostTable((held, free), tuple(map(tuple, options)), costs, 0)
+    plan = search(table, 10**6, 0.2)
+    assert plan.treatments[0].zero_share >= 0.3
+    assert plan.zero_share == pytest.approx(0.2, abs=1 / 320)
+    # As many as are held anyway: nothing more, and nothing less.
+    assert search(table, 10**6, 0.1).treatments == (Treatment("Q8_0", 0.3), Treatment("Q8_0"))
+
+
+# --- what travels --------------------------------------------------------------------------------
+
+
+def transfer_table(draw_cost, rows, fixed=1000, fixed_transfer=600):
+    """Q4_0, Q8_0 and both levels of zeros, which travel lightly and cost more."""
+    kinds = (
+        (Treatment("Q4_0"), 0.97),
+        (Treatment("Q8_0"), 0.95),
+        (Treatment("Q8_0", 0.5), 0.62),
+        (Treatment("Q8_0", 0.9), 0.22),
+        (Treatment("F16"), 0.86),
+    )
+    parts = tuple(Component(f"blk.{i}.ffn_up", r, 256) for i, r in enumerate(rows))
+    return CostTable(
+        parts,
+        tuple(tuple(t for t, _ in kinds) for _ in parts),
+        tuple(tuple(draw_cost(i, t) for t, _ in kinds) for i, _ in enumerate(parts)),
+        fixed,
+        tuple(tuple(round(c.size_bytes(t) * rate) for t, rate in kinds) for c in parts),
+        fixed_transfer,
+    )
+
+
+@st.composite
+def transfer_tables(draw, most=4):
+    rows = draw(st.lists(st.integers(1, 6), min_size=1, max_size=most))
+    return transfer_table(lambda *_: float(draw(st.integers(0, 60))), rows)
+
+
+def both_sizes(table):
+    """(bytes, bytes that travel, cost) of every combination."""
+    options = [
+        [(c.size_bytes(t), n, cost) for t, n, cost in zip(ts, ns, cs, strict=True)]
+        for c, ts, ns, cs in zip(
+            table.components, table.treatments, table.transfers, table.costs, strict=True
+        )
+    ]
+    for combination in itertools.product(*options):
+        sizes, travels, costs = zip(*combination, strict=True)
+        yield (
+            table.fixed_bytes + sum(sizes),
+            table.fixed_transfer_bytes + sum(travels),
+            sum(costs),
+        )
+
+
+@settings(max_examples=150, deadline=None)
+@given(transfer_tables(), st.floats(0, 1), st.floats(0, 1))
+def test_both_limits_are_held_at_nearly_the_least_cost(table, one, two):
+    plans = list(both_sizes(table))
+    sizes, travels = [s for s, _, _ in plans], [n for _, n, _ in plans]
+    limit = round(min(sizes) + one * (max(sizes) - min(sizes)))
+    transfer = round(min(travels) + two * (max(travels) - min(travels)))
+    possible = [c for s, n, c in plans if s <= limit and n <= transfer]
+    try:
+        plan = search_transfer(table, limit, transfer)
+    except EdgeDtmError:
+        # In a table as tiny as these a single step may be all the room there is.
+        largest = max(c.size_bytes(Treatment("F16")) for c in table.components)
+        assert not any(s + largest <= limit and n + largest <= transfer for s, n, _ in plans)
+        return
+    assert plan.size_bytes <= limit
+    assert table.transfer_bytes(plan) <= transfer
+    walks = [_walk_both(table, limit, transfer, mix) for mix in MIXES]
+    costs = [table.cost(walk) for walk in walks if walk is not None]
+    assert table.cost(plan) == min(costs)
+    assert min(possible) <= table.cost(plan)
+    # A step of one component is what a greedy walk may miss for each of the two limits.
+    assert table.cost(plan) <= min(possible) + 2 * max(map(max, table.costs))
+
+
+@settings(max_examples=60, deadline=None)
+@given(transfer_tables())
+def test_where_one_limit_is_loose_the_other_decides_alone(table):
+    plans = list(both_sizes(table))
+    for budget in sorted({s for s, _, _ in plans})[:: max(1, len(plans) // 8)]:
+        plan = search_transfer(table, budget, 10**9)
+        optimum = min(c for s, _, c in plans if s <= budget)
+        assert optimum <= table.cost(plan) <= optimum + max(map(max, table.costs))
+    for transfer in sorted({n for _, n, _ in plans})[:: max(1, len(plans) // 8)]:
+        plan = search_transfer(table, 10**9, transfer)
+        optimum = min(c for _, n, c in plans if n <= transfer)
+        assert optimum <= table.cost(plan) <= optimum + max(map(max, table.costs))
+
+
+@pytest.mark.parametrize("share", [0, 0.2, 0.5, 0.8, 1])
+@pytest.mark.parametrize("slack", [1.02, 1.1, 1.3])
+def test_limits_that_press_against_each_other(share, slack):
+    """The smallest file travels too heavily, what travels lightest is too large a file; alike in
+    all components, so that only some of one and some of the other fit both."""
+    random = np.random.default_rng(31)
+    factors = random.lognormal(0, 1, 40)
+    rows = [int(n) for n in random.integers(20, 70, 40)]
+    table = transfer_table(lambda i, t: factors[i] * rising(0, t), rows)
+    small, light = Treatment("Q4_0"), Treatment("Q8_0", 0.9)
+    limit, transfer = (
+        round(
+            slack
+            * sum(
+                (1 - share) * sizes[ts.index(small)] + share * sizes[ts.index(light)]
+                for sizes, ts in zip(of, table.treatments, strict=True)
+            )
+        )
+        + fixed
+        for of, fixed in (
+            (
+                [
+                    [c.size_bytes(t) for t in ts]
+                    for c, ts in zip(table.components, table.treatments, strict=True)
+                ],
+                table.fixed_bytes,
+            ),
+            (table.transfers, table.fixed_transfer_bytes),
+        )
+    )
+    plan = search_transfer(table, limit, transfer)
+    assert plan.size_bytes <= limit and table.transfer_bytes(plan) <= transfer
+    # The dual with a price for each currency is a lower bound.
+    bound = max(
+        sum(
+            min(cost + a * c.size_bytes(t) + b * n for t, n, cost in zip(ts, ns, cs, strict=True))
+            for c, ts, ns, cs in zip(
+                table.components, table.treatments, table.transfers, table.costs, strict=True
+            )
+        )
+        - a * (limit - table.fixed_bytes)
+        - b * (transfer - table.fixed_transfer_bytes)
+        for a in [0, *np.geomspace(1e-6, 1e-1, 14)]
+        for b in [0, *np.geomspace(1e-6, 1e-1, 14)]
+    )
+    assert bound <= table.cost(plan) <= 1.25 * bound + max(map(max, table.costs)) / 4
+
+
+def rising(i, t):
+    """Costs as real ones."""
+    kinds = {"F16": 1e-4, "Q8_0": 1e-2, "Q4_0": 1.5}
+    return (i + 1) * (kinds[t.type] + 20 * t.zero_share**3)
+
+
+def test_zeros_are_chosen_where_they_are_the_only_way():
+    table = transfer_table(rising, [5, 9, 12, 7])
+    dense = [
+        min(n for t, n in zip(ts, ns, strict=True) if not t.zero_share)
+        for ts, ns in zip(table.treatments, table.transfers, strict=True)
+    ]
+    least_dense = table.fixed_transfer_bytes + sum(dense)
+    plan = search_transfer(table, 10**9, least_dense)
+    assert not zero_count(plan)
+    assert {t.type for t in plan.treatments} == {"Q4_0"}
+    plan = search_transfer(table, 10**9, least_dense - 1)
+    assert zero_count(plan) and table.transfer_bytes(plan) < least_dense
+    least = table.fixed_transfer_bytes + sum(map(min, table.transfers))
+    plan = search_transfer(table, 10**9, least)
+    assert set(plan.treatments) == {Treatment("Q8_0", 0.9)}
+    # With room in neither currency for all of it, the file's limit still holds.
+    q8 = uniform(table.components, "Q8_0", table.fixed_bytes).size_bytes
+    assert search_transfer(table, q8, least).size_bytes == q8
+    # All that fits and costs least, where nothing presses.
+    plan = search_transfer(table, 10**9, 10**9)
+    assert set(plan.treatments) == {Treatment("F16")}
+
+
+def test_nothing_that_travels_so_lightly():
+    table = transfer_table(rising, [5, 9])
+    least = table.fixed_transfer_bytes + sum(map(min, table.transfers))
+    with pytest.raises(EdgeDtmError) as caught:
+        search_transfer(table, 10**9, least - 1)
+    text = str(caught.value)
+    assert f"{least - 1:,} after zstd" in text and f"the least that travels is {least:,}" in text
+    assert "raise --max-transfer or --max-bytes" in text and "\n" not in text
+    smallest = uniform(table.components, "Q4_0", table.fixed_bytes).size_bytes
+    with pytest.raises(EdgeDtmError, match=f"no plan has at most {smallest - 1:,} bytes"):
+        search_transfer(table, smallest - 1, 10**9)
+
+
+def test_what_travels_of_a_component_without_a_finite_cost():
+    table = transfer_table(lambda *_: math.inf, [5])
+    with pytest.raises(EdgeDtmError, match="no usable treatment"):
+        search_transfer(table, 10**9, 10**9)
+
+
+def test_what_travels_stays_with_its_treatment():
+    table = transfer_table(rising, [5, 9])
+    only = table.restricted(["Q8_0", "Q4_0"], sparse=False)
+    for ts, ns, all_ts, all_ns in zip(
+        only.treatments, only.transfers, table.treatments, table.transfers, strict=True
+    ):
+        known = dict(zip(all_ts, all_ns, strict=True))
+        assert list(ns) == [known[t] for t in ts]
+    plan = uniform(only.components, "Q4_0", only.fixed_bytes)
+    assert only.transfer_bytes(plan) == table.transfer_bytes(plan)
+    assert table.transfer_bytes(plan) == 600 + sum(ns[0] for ns in table.transfers)
+
+
+# --- the paper's experiment ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0, 0.2, 0.5, 0.8, 1])
+def test_the_least_divergent_share(share):
+    random = np.random.default_rng(30)
+    parts = [Component("token_embd", 40, 256)]
+    parts += [Component(f"blk.{i}.ffn_up", int(random.integers(1, 30)), 256) for i in range(11)]
+    costs = [tuple(random.permutation([1.0, 2.0, 3.0]) * random.uniform(1, 9)) for _ in parts]
+    kinds = (Treatment("Q8_0"), Treatment("F16"), Treatment("Q4_0"))
+    table = CostTable(tuple(parts), tuple(kinds for _ in parts), tuple(costs), 500)
+    plan = least_divergent_share(table, "Q8_0", "F16", share)
+    coarse = [i for i, t in enumerate(plan.treatments) if t.type == "Q8_0"]
+    assert plan["token_embd"] == Treatment("F16") and plan.fixed_bytes == 500
+    assert {t.type for t in plan.treatments} <= {"Q8_0", "F16"}
+    assert len(coarse) == round(share * 11)  # components, whatever their size
+    rest = [i for i in range(1, 12) if i not in coarse]
+    assert (
+        not coarse
+        or not rest
+        or (max(costs[i][0] for i in coarse) <= min(costs[i][0] for i in rest))
+    )
+
+
+# --- cost table ----------------------------------------------------------------------------------
+
+
+def one_component(shares_and_costs, type_name="Q8_0"):
+    component = Component("blk.0.ffn_up", 2, 256)
+    return CostTable(
+        (component,),
+        (tuple(Treatment(type_name, s) for s, _ in shares_and_costs),),
+        (tuple(c for _, c in shares_and_costs),),
+        0,
+    )
+
+
+def test_cost_between_two_levels_is_interpolated():
+    table = one_component([(0.2, 3.0), (0.0, 1.0), (0.1, 1.5)])
+    costs = [
+        table.cost(Plan(table.components, (Treatment("Q8_0", s),), 0)) for s in (0, 0.05, 0.1, 0.15)
+    ]
+    assert costs == pytest.approx([1, 1.25, 1.5, 2.25])
+    for unmeasured in (Treatment("Q8_0", 0.3), Treatment("F16")):
+        with pytest.raises(KeyError, match="no measured"):
+            table.cost(Plan(table.components, (unmeasured,), 0))
+
+
+def test_a_level_beside_an_infinite_cost_keeps_its_own():
+    table = one_component([(0.0, 1.0), (0.1, 2.0), (0.2, math.inf)])
+    assert table.cost(Plan(table.components, (Treatment("Q8_0", 0.1),), 0)) == 2.0
+
+
+def test_restricted_keeps_types_and_drops_zeros():
+    table = sparse_table(14)
+    only = table.restricted(["Q8_0", "Q4_0"], sparse=False)
+    assert {t for ts in only.treatments for t in ts} == {Treatment("Q8_0"), Treatment("Q4_0")}
+    for ts, cs, all_ts, all_cs in zip(
+        only.treatments, only.costs, table.treatments, table.costs, strict=True
+    ):
+        costs = dict(zip(all_ts, all_cs, strict=True))
+        assert [costs[t] for t in ts] == list(cs)
+    with pytest.raises(EdgeDtmError, match="allow a type with blocks of 32"):
+        table.restricted(["Q5_1"], sparse=False)
+
+
+def test_component_without_a_finite_cost():
+    with pytest.raises(EdgeDtmError, match="no usable treatment"):
+        search(one_component([(0.0, math.inf)], "F16"), 10**9)
+
+
+# --- prediction ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 2.0])
+def test_prediction_equals_drawn_normals(sigma):
+    rng = np.random.default_rng(20)
+    margins = rng.gamma(1.5, 1.0, (6, 12))
+    lengths = np.array([12, 12, 3, 7, 1, 12])
+    draws = 20_000
+    sdt, fdt = np.zeros(draws), np.zeros(draws)
+    for row, length in enumerate(lengths):
+        flips = margins[row, :length] + sigma * rng.normal(size=(draws, length)) < 0
+        sdt += flips.sum(axis=1) / lengths.sum()
+        fdt += np.where(flips.any(axis=1), flips.argmax(axis=1), length) / len(lengths)
+    prediction = Predictor(margins, lengths).predict(sigma**2)
+    assert prediction.sigma == pytest.approx(sigma)
+    # Five standard errors of the simulation.
+    assert prediction.sdt == pytest.approx(sdt.mean(), abs=5 * sdt.std() / draws**0.5)
+    assert prediction.fdt == pytest.approx(fdt.mean(), abs=5 * fdt.std() / draws**0.5)
+
+
+def test_no_change_diverges_nowhere():
+    prediction = Predictor(np.array([[0.0, 1.0], [2.0, 9.0]]), np.array([2, 1])).predict(-1e-18)
+    assert (prediction.sigma, prediction.sdt, prediction.fdt) == (0, 0, 1.5)
+
+
+def test_prediction_worsens_with_sigma():
+    margins = np.random.default_rng(21).gamma(1.5, 1.0, (5, 9))
+    predictor = Predictor(margins, np.full(5, 9))
+    predictions = [predictor.predict(s) for s in (0, 0.01, 0.1, 1, 10, 1e4)]
+    sdts, fdts = [p.sdt for p in predictions], [p.fdt for p in predictions]
+    assert sdts == sorted(sdts)
+    assert fdts == sorted(fdts, reverse=True)
+    # A change far beyond every margin makes the choice between the two a coin toss.
+    assert sdts[-1] == pytest.approx(0.5, abs=0.02)
+
+
+def test_predictor_needs_a_position():
+    with pytest.raises(ValueError, match="no position"):
+        Predictor(np.ones((2, 3)), np.zeros(2, dtype=int))
+
+
+@settings(max_examples=60, deadline=None)
+@given(tables())
+def test_frontier_is_monotone_and_met_by_the_search(table):
+    predictor = Predictor(np.array([[0.5, 2.0, 8.0]]), np.array([3]))
+    points = frontier(table, predictor)
+    for a, b in itertools.pairwise(points):
+        assert a.size_bytes < b.size_bytes
+        assert a.sigma >= b.sigma
+        assert a.sdt >= b.sdt
+        assert a.fdt <= b.fdt
+    plans = set(all_plans(table))
+    assert points[0].size_bytes == min(s for s, _ in plans)
+    assert points[-1].sigma ** 2 == pytest.approx(min(c for _, c in plans), abs=1e-9)
+    for point in points:
+        found = search(table, point.size_bytes)
+        assert table.cost(found) == pytest.approx(point.sigma**2, abs=1e-9)

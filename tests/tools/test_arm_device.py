@@ -1,0 +1,451 @@
+"""tools/arm_*: emulated ARM devices, models cut for them, and how far their kernels are off."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import ROOT, load_script
+
+from edge_dtm.cli import main
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.formats.bundle import Manifest
+from edge_dtm.formats.record import Record, RunSettings
+from edge_dtm.formats.reference import TOP_K, Reference
+from edge_dtm.llamacpp.runner import LlamaRunner
+
+device = load_script("arm_device")
+cut = load_script("arm_cut")
+calibrate = load_script("arm_calibrate")
+
+TOOL = ROOT / "tools" / "arm_device"
+# CI makes one device only: each is a build of llama.cpp of its own.
+DEVICES = tuple(os.environ.get("EDGE_DTM_ARM_DEVICES", "pi4,pi5,i8mm").split(","))
+# The blocks of all of these fit the tiny model's rows; together most kernels of ggml's.
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+TYPES = ("Q8_0", "Q6_K", "Q4_K", "Q4_0", "Q5_K", "IQ4_NL", "Q5_0", "Q4_1", "F16")
+
+
+# --- the command line and the making of a device ---------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "cpu", "arch", "command"),
+    [
+        ("pi4", "cortex-a72", "armv8-a", []),
+        ("pi5 -- edge-dtm verify b --json x", "cortex-a76", "armv8.2-a+dotprod+fp16",
+         ["edge-dtm", "verify", "b", "--json", "x"]),
+        ("i8mm --cpu cortex-a72 -- python -- x", "cortex-a72", "armv8.6-a+dotprod+fp16+i8mm",
+         ["python", "--", "x"]),
+        ("pi4 --build pi5", "cortex-a72", "armv8.2-a+dotprod+fp16", []),
+        ("pi5 --features armv8.2-a+dotprod", "cortex-a76", "armv8.2-a+dotprod", []),
+    ],
+)  # fmt: skip
+def test_command_line(line: str, cpu: str, arch: str, command: list[str]) -> None:
+    assert device.parse(line.split()) == (cpu, arch, command)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "pi3", "pi4 -- ls", "pi4 --build pi5 --features armv8-a", "pi4 --features a;b", "pi4 x"],
+)
+def test_wrong_usage(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        device.parse(line.split())
+    assert exit_info.value.code == 2
+    assert "arm_device" in capsys.readouterr().err
+
+
+def _program(folder: Path, name: str, text: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_missing_compiler_is_one_line(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    # As if the source had been fetched already.
+    (cache / "arm" / device.pinned("llama-cpp-python") / "source").mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "arm_device.py", "pi4"],
+        env={"PATH": str(tmp_path), "EDGE_DTM_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("Making")]
+    assert errors == [
+        "error: aarch64-linux-gnu-g++ was not found: apt-get install g++-aarch64-linux-gnu"
+    ]
+
+
+def test_a_part_is_whole_or_not_there(tmp_path: Path) -> None:
+    maker = device.Maker(tmp_path)
+
+    def half(new: Path) -> None:
+        (new / "first").touch()
+        raise EdgeDtmError("cut off")
+
+    def all_of_it(new: Path) -> None:
+        assert not list(new.iterdir())
+        (new / "second").touch()
+
+    with pytest.raises(EdgeDtmError):
+        maker.once(tmp_path / "part", "a part", half)
+    assert not (tmp_path / "part").exists()
+    maker.once(tmp_path / "part", "a part", all_of_it)
+    assert maker.once(tmp_path / "part", "a part", half) == tmp_path / "part"
+    assert [p.name for p in (tmp_path / "part").iterdir()] == ["second"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_failed_step_names_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with pytest.raises(EdgeDtmError, match=f"sh failed with exit status 3: see the end of {log}"):
+        device.call(["sh", "-c", "echo why; exit 3"], log)
+    assert "why" in log.read_text()
+
+
+def test_requirements_leave_out_the_binding_itself() -> None:
+    pyproject = {"dependencies": ["numpy", "llama-cpp-python>=0.3.30", "click>=8.1"]}
+    assert device.requirements(pyproject, {"dependencies": ["jinja2>=2", "numpy"]}) == [
+        "click>=8.1", "jinja2>=2", "numpy"
+    ]  # fmt: skip
+
+
+def test_wheels_of_other_constraints_go_after_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = device.Maker(tmp_path)
+    maker.source_dir.mkdir()
+    (maker.source_dir / "pyproject.toml").write_text('[project]\ndependencies = ["jinja2"]\n')
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(maker, "_pip", lambda *words: asked.append(words))
+    old, recent = tmp_path / "wheels-old", tmp_path / "wheels-recent"
+    old.mkdir()
+    recent.mkdir()
+    os.utime(old, (0, 0))
+    made = maker.wheels()
+    assert {p.name for p in tmp_path.glob("wheels-*")} == {made.name, recent.name}
+    assert maker.wheels() == made and len(asked) == 1
+    assert {"jinja2", "--python-version=3.11", "--only-binary=:all:"} <= set(asked[0])
+
+
+def test_the_version_is_that_of_the_constraints() -> None:
+    assert f"llama_cpp_python=={device.pinned('llama-cpp-python')}\n" in (
+        ROOT / "constraints.txt"
+    ).read_text(encoding="utf-8")
+    with pytest.raises(EdgeDtmError, match="no version of no-such-package"):
+        device.pinned("no-such-package")
+
+
+def test_the_mirror_is_that_of_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    _program(
+        tmp_path, "apt-get", "echo 'Ubuntu|Ubuntu|http://a/u'; echo 'Debian|Debian|http://b/d'"
+    )
+    assert device.debian_mirror() == "http://b/d"
+    _program(tmp_path, "apt-get", "echo 'Debian|Debian-Security|http://b/s'")
+    with pytest.raises(EdgeDtmError, match="no Debian mirror"):
+        device.debian_mirror()
+
+
+def test_installed_qemu_where_debians_cannot_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = tmp_path / "bin"
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    _program(programs, "dpkg", "echo amd64")
+    _program(programs, "apt-get", "exit 1")
+    maker = device.Maker(tmp_path / "made")
+    found = _program(programs, "qemu-aarch64", "echo qemu-aarch64 version 9.2.1")
+    assert maker.qemu() == found
+    _program(programs, "qemu-aarch64", "echo qemu-aarch64 version 7.2.17")
+    with pytest.raises(EdgeDtmError, match="no Debian mirror"):
+        maker.qemu()
+
+
+def test_children_of_the_device_start_through_the_launcher(tmp_path: Path) -> None:
+    # This machine's Python under a QEMU that only understands -0.
+    qemu = _program(tmp_path, "qemu", 'while [ "$1" != -0 ]; do shift; done; exec -a "$2" "$3"')
+    qemu.write_text(
+        "#!/usr/bin/env python3\nimport os, sys\nat = sys.argv.index('-0')\n"
+        "name, program, *rest = sys.argv[at + 1 :]\n"
+        "assert sys.argv[1:at] == ['-cpu', 'max', '-L', os.path.dirname(os.path.dirname("
+        "os.path.dirname(program)))]\nos.execv(program, [name, *rest])\n"
+    )
+    root = tmp_path / "root with a space"
+    (root / "usr/bin").mkdir(parents=True)
+    (root / "usr/bin" / device.PYTHON).symlink_to(Path(sys.executable).resolve())
+    launchers = tmp_path / "launchers"
+    device.write_launchers(launchers, qemu, "max", root)
+    code = "import subprocess, sys; print(sys.executable, *sys.argv[1:])"
+    child = f"{code}; subprocess.run([sys.executable, '-c', {code!r}, 'child'])"
+    done = subprocess.run(
+        [launchers / "python", "-c", child, "a b"], capture_output=True, text=True, check=True
+    )
+    python = str(launchers / "python")
+    assert sorted(done.stdout.splitlines()) == [f"{python} a b", f"{python} child"]
+
+
+def test_environment_is_the_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/of/the/host")
+    monkeypatch.setenv("PYTHONSTARTUP", "/of/the/host")
+    found = device.environment(*(tmp_path / n for n in ("root", "wheels", "source", "lib")))
+    assert not [k for k, v in found.items() if v == "/of/the/host"]
+    assert found["PYTHONPATH"].split(":")[0] == str(ROOT)
+    assert found["LLAMA_CPP_LIB_PATH"] == str(tmp_path / "lib")
+    assert found["OMP_NUM_THREADS"] == "1"
+
+
+def test_the_idlest_cpu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = iter([{0: 100, 1: 5, 2: 7}, {0: 101, 1: 5, 2: 20}])
+    monkeypatch.setattr(device, "_idle_ticks", lambda: next(stat))
+    monkeypatch.setattr(device.time, "sleep", lambda seconds: None)
+    assert device.idlest([0, 1, 2]) == 2
+    monkeypatch.undo()
+    allowed = os.sched_getaffinity(0)
+    assert allowed <= set(device._idle_ticks())
+    assert device.idlest(sorted(allowed)) in allowed
+
+
+# --- the cut ----------------------------------------------------------------------------------
+
+
+def test_cut_keeps_the_first_layers_as_they_are(tiny_gguf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cut.gguf"
+    assert set(cut.cut_gguf(tiny_gguf, out, 1)) == {"F32"}
+    old, new = gguf.GGUFReader(tiny_gguf), gguf.GGUFReader(out)
+    kept = {t.name: t for t in old.tensors if not t.name.startswith("blk.1.")}
+    assert [t.name for t in new.tensors] == list(kept)
+    for tensor in new.tensors:
+        assert np.array_equal(tensor.data, kept[tensor.name].data)
+    for name, field in old.fields.items():
+        if not name.startswith("GGUF."):
+            wanted = 1 if name == "llama.block_count" else field.contents()
+            assert new.fields[name].contents() == wanted
+    with LlamaRunner(out, RunSettings(threads=1), 8) as llama:
+        assert llama.n_vocab == len(old.fields["tokenizer.ggml.tokens"].contents())
+
+
+def test_cut_of_a_file_whose_layers_differ(tiny_gguf: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "deci.gguf", tmp_path / "cut.gguf"
+    writer = gguf.GGUFWriter(source, "deci")
+    writer.add_block_count(2)
+    writer.add_head_count([4, 2])
+    writer.add_context_length(128)
+    for layer in range(2):
+        writer.add_tensor(f"blk.{layer}.attn_q.weight", np.ones((8, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    cut.cut_gguf(source, out, 1)
+    reader = gguf.GGUFReader(out)
+    assert reader.fields["deci.attention.head_count"].contents() == [4]
+    assert reader.fields["deci.context_length"].contents() == 128
+
+
+def test_types_take_turns_among_those_that_fit(tiny_gguf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cut.gguf"
+    chosen = cut.cut_gguf(tiny_gguf, out, 2, TYPES)
+    assert set(chosen) == set(TYPES)
+    original = {t.name: t.data for t in gguf.GGUFReader(tiny_gguf).tensors}
+    for tensor in gguf.GGUFReader(out).tensors:
+        back = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        error = np.sqrt(np.mean((back - original[tensor.name]) ** 2) / np.mean(back**2))
+        # Four bits of a normal distribution: about 8 % of its width, half of that again to spare.
+        assert error < 0.12
+    assert cut._fitting(("Q6_K", "Q8_0"), 576) == ["Q8_0"]
+    with pytest.raises(EdgeDtmError, match="no type among Q6_K"):
+        cut._fitting(("Q6_K",), 576)
+
+
+def test_errors_of_the_cut(
+    tiny_gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    wrong: list[tuple[list[str | Path], str]] = [
+        ([tiny_gguf, "-o", tmp_path / "a", "--layers", "3"], "has 2 layers"),
+        ([tiny_gguf, "-o", tmp_path / "full"], "is there already"),
+        ([tmp_path / "none.gguf", "-o", tmp_path / "b"], "cannot read"),
+        ([tiny_gguf, "-o", tmp_path / "c", "--layers", "1", "--types", "Q9"], "not a GGML type"),
+    ]
+    for words, text in wrong:
+        assert cut.main([str(w) for w in words]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and text in error and error.count("\n") == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"full"}
+
+
+@pytest.fixture(scope="session")
+def cut_bundle(_tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both layers of the tiny model in many types, since its cut has only one."""
+    folder = tmp_path_factory.mktemp("arm") / "bundle"
+    cut.make_bundle(_tiny_bundle, folder, layers=2, types=TYPES, sequences=3, tokens=24)
+    return folder
+
+
+def test_the_cut_is_a_bundle(cut_bundle: Path, tiny_bundle: Path) -> None:
+    manifest = Manifest.parse((cut_bundle / "manifest.json").read_bytes(), "cut")
+    assert manifest.measured["tokens"] == 3 * 24
+    reference = Reference.load(cut_bundle / "reference.npz")
+    texts = set(Reference.load(tiny_bundle / "reference.npz").texts)
+    assert set(reference.texts) < texts
+    result = CliRunner().invoke(main, ["verify", str(cut_bundle), "--threads", "1"])
+    assert result.exit_code == 0, result.output
+
+
+# --- the calibration --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine as the device."""
+
+    def replay(device: str, model: Path, reference: Path, host: Path, out: Path) -> None:
+        calibrate.replay(model, reference, host, out)
+
+    monkeypatch.setattr(calibrate, "on_device", replay)
+
+
+@pytest.mark.usefixtures("here")
+def test_this_machine_is_not_off_from_itself(cut_bundle: Path, tmp_path: Path) -> None:
+    reference = calibrate.shortened(Reference.load(cut_bundle / "reference.npz"), 2, 10)
+    assert reference.generated_lengths.tolist() == [10, 10]
+    found = list(calibrate.lines([cut_bundle / "model.gguf"], reference, ["pi4"], tmp_path / "w"))
+    assert len(found) == 4
+    assert found[0].count("|") == found[1].count("|") == found[2].count("|")
+    cells = [cell.strip() for cell in found[2].strip("|").split("|")]
+    assert cells[:5] == ["model.gguf", "pi4", "20", "20", "0"]
+    assert all(cell.startswith("0.00% of ") for cell in cells[5:9])
+    assert found[3].startswith("| the F16 probe | pi4 | 96 | 96 | 0 |")
+
+
+def test_figures_of_a_device_that_differs(tiny_reference: Reference, tmp_path: Path) -> None:
+    s, n = tiny_reference.generated_ids.shape
+    lengths = tiny_reference.generated_lengths
+    top = np.zeros((s, n, TOP_K), np.float32)
+    top[..., 0] = 1.2  # the margin everywhere
+    ids = np.zeros((s, n), np.int32)
+    record = Record(
+        mode="teacher_forced",
+        ids=ids,
+        top_ids=np.zeros((s, n, TOP_K), np.int32),
+        top_logits=top,
+        log_normalizers=np.zeros((s, n), np.float32),
+        reference_log_probabilities=np.zeros((s, n), np.float32),
+        lengths=lengths,
+        prefill_tokens_per_s=1.0,
+        decode_tokens_per_s=1.0,
+        settings={},
+    )
+    other, logits = ids.copy(), top.copy()
+    other[0, :3] = 1
+    other[3, 5] = 1  # behind the end of that sequence
+    logits[0, 0] = (-50, *[0] * (TOP_K - 1))
+    calibrate.save_npz(tmp_path / "r.npz", {"ids": other, "logits": logits}, {"kind": "replay"})
+    total = int(lengths.sum())
+    cells = calibrate.figures(tiny_reference, record, tmp_path / "r.npz")
+    share = f"{3 / total:.2%} of {total}"
+    # One position of far more than 1 nat counts 1.
+    assert cells == [
+        str(total), str(total - 3), f"{1 / total:.2g}", share, share, "0.00% of 0", "0.00% of 0",
+        "1.20",
+    ]  # fmt: skip
+
+
+def test_a_device_that_fails_is_one_line(
+    cut_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(
+        calibrate, "TOOL", _program(tmp_path, "tool", "echo error: no QEMU >&2; exit 1")
+    )
+    words = [cut_bundle, cut_bundle / "model.gguf", "--sequences", "1", "--work", tmp_path / "w"]
+    assert calibrate.main([str(w) for w in words]) == 1
+    assert capsys.readouterr().err == "error: model.gguf on pi4: no QEMU\n"
+
+
+# --- on the devices ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def on_device() -> Run:
+    if os.environ.get("EDGE_DTM_ARM") != "1" and not shutil.which("aarch64-linux-gnu-g++"):
+        pytest.skip(
+            "emulated devices: no aarch64-linux-gnu-g++ and EDGE_DTM_ARM is not 1 "
+            "(docs/emulated-devices.md)"
+        )
+
+    def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(w) for w in (TOOL, *words)],
+            env=os.environ | {"PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def _need(name: str) -> None:
+    if name not in DEVICES:
+        pytest.skip(f"EDGE_DTM_ARM_DEVICES has no {name}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEVICES)
+def test_healthy_device_passes(name: str, on_device: Run, cut_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "verdict.json"
+    done = on_device(name, "--", "edge-dtm", "verify", cut_bundle, "--json", out)
+    assert done.returncode == 0, done.stderr + done.stdout
+    verdict = json.loads(out.read_text())
+    assert verdict["passed"] is True
+    assert verdict["runtime"]["machine"] == "aarch64"
+    info = verdict["runtime"]["system_info"]
+    assert ("DOTPROD = 1" in info) == (name != "pi4")
+    assert ("MATMUL_INT8 = 1" in info) == (name == "i8mm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEVICES)
+def test_doctor_finds_nothing_wrong(name: str, on_device: Run, cut_bundle: Path) -> None:
+    done = on_device(name, "--", "edge-dtm", "doctor", cut_bundle)
+    assert done.returncode == 0, done.stderr + done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["verify", "doctor"])
+@pytest.mark.parametrize(("name", "feature"), [("pi5", "DOTPROD"), ("i8mm", "MATMUL_INT8")])
+def test_build_for_another_cpu_is_refused(
+    command: str, name: str, feature: str, on_device: Run, cut_bundle: Path
+) -> None:
+    _need(name)
+    done = on_device(name, "--cpu", "cortex-a72", "--", "edge-dtm", command, cut_bundle)
+    assert done.returncode == 1, done.stderr + done.stdout
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    assert feature in lines[0]
+
+
+@pytest.mark.slow
+def test_slower_build_than_the_cpu_allows_is_told(on_device: Run) -> None:
+    _need("pi4")
+    done = on_device("pi5", "--build", "pi4", "--", "edge-dtm", "doctor")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "DOTPROD" in done.stdout

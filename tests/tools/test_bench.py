@@ -1,0 +1,448 @@
+"""The comparison scripts run on a tiny bundle and say sane things."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import torch
+
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.metrics import BOOTSTRAP_RESAMPLES
+from edge_dtm.core.progress import Stages
+from edge_dtm.formats.plan import Component, Plan, Treatment
+from edge_dtm.formats.profile import load_profile
+from edge_dtm.formats.reference import CALIBRATION
+from edge_dtm.host import compress
+from edge_dtm.host.checkpoint.model import load_model, module_name
+from edge_dtm.search.cost_table import CostTable
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+TOKENS = 24
+PROMPTS = [
+    f"Write {n} lines about {what}." for n in (2, 3, 5) for what in ("rain", "bread", "a map")
+]
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+quality = _load("bench_quality")
+sensitivity = _load("bench_sensitivity")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny model and its bundle with the work folder."""
+    folder = tmp_path_factory.mktemp("bench")
+    model, bundle, prompts = folder / "tiny", folder / "bundle", folder / "prompts.txt"
+    _load("make_tiny_llama").make_tiny_llama(model, steps=40, layers=2)
+    prompts.write_text("\n".join(PROMPTS) + "\n")
+    settings = compress.Settings(
+        model=model,
+        out=bundle,
+        profile=load_profile("raspberrypi"),
+        max_bytes=2_000_000,
+        prompts=prompts,
+        tokens=TOKENS,
+        device="cpu",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compress, "SAMPLED_PROMPTS", 6)
+        patch.setattr(compress, "EXTRA_PROMPTS", 6)
+        patch.setattr(compress, "PACKAGED_PROMPTS", 2)
+        compress.compress(settings, Stages())
+    return model, bundle
+
+
+def _reopened(made: tuple[Path, Path]) -> tuple[compress.Pipeline, Any]:
+    model, bundle = made
+    settings = compress.Settings(
+        model=model, out=bundle, profile=load_profile("raspberrypi"), device="cpu"
+    )
+    return compress.Pipeline.reopen(settings, Stages(), threads=1)
+
+
+VARIANTS = [
+    "full method", "without feedback", "without equalization", "without both",
+    "without activations", "weight error as cost", "FDT of each alone as cost",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_quality(
+    made: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, bundle = made
+    out, result, figure = (tmp_path / f"quality.{end}" for end in ("md", "json", "png"))
+    arguments = [
+        str(bundle), "--model", str(model), "--presets", "Q3_K_M,Q4_K_M,Q8_0", "--threads", "1",
+        "--ablations", "Q4_K_M", "--fdt-ranking", "2", "--out", str(out), "--json", str(result),
+        "--figure", str(figure),
+    ]  # fmt: skip
+    assert quality.main(arguments) == 0
+    printed = capsys.readouterr().out
+    data = json.loads(result.read_text())
+    files = ("plain", "imatrix", "ours")
+    assert [r["preset"] for r in data["presets"]] == ["Q3_K_M", "Q4_K_M", "Q8_0"]
+    every = [(r[k]["size_bytes"], r[k]["sdt"]["value"]) for r in data["presets"] for k in files[:2]]
+    for r in data["presets"]:
+        assert r["preset"] in printed
+        limit = min(r[k]["size_bytes"] for k in files[:2])
+        assert all(r[k]["sequences"] == data["sequences"] for k in files)
+        assert all(0 <= r[k]["sdt"]["value"] < 0.5 for k in files)
+        # The comparison is with the best of all files that are no larger.
+        assert r["best"]["size_bytes"] <= limit
+        assert r["best"]["sdt"]["value"] == min(sdt for size, sdt in every if size <= limit)
+        floor = data["noise_floor"]["sdt"]["value"]
+        ours, best = (r[k]["sdt"]["value"] - floor for k in ("ours", "best"))
+        # A file as good as the noise floor leaves nothing to compare with.
+        wanted = pytest.approx(ours / best) if best > 0 else None
+        assert r["sdt_ratio"]["value"] == wanted
+        assert r["fdt_ratio"]["value"] == pytest.approx(
+            r["ours"]["fdt"]["value"] / r["best"]["fdt"]["value"]
+        )
+    three, four, eight = data["presets"]
+    # We have no type of 3 bits, and say so.
+    assert three["ours"]["smallest"] and three["ours"]["size_bytes"] > three["limit_bytes"]
+    for r in (four, eight):
+        assert not r["ours"]["smallest"]
+        assert 0.98 * r["limit_bytes"] < r["ours"]["size_bytes"] <= r["limit_bytes"]
+    # K-quants look at the imatrix, Q8_0 does not.
+    assert four["plain"]["gguf_sha256"] != four["imatrix"]["gguf_sha256"]
+    assert eight["plain"]["gguf_sha256"] == eight["imatrix"]["gguf_sha256"]
+    assert eight["imatrix"]["sdt"]["value"] < four["plain"]["sdt"]["value"]
+
+    name = four["best_imatrix"]
+    variants = {a["variant"]: a for a in data["ablations"]}
+    assert list(variants) == [*VARIANTS, f"{name} + im", f"{name} + im, equalized"]
+    assert all(a["preset"] == "Q4_K_M" for a in data["ablations"])
+    assert all(a["size_bytes"] <= four["limit_bytes"] for a in data["ablations"])
+    full = variants["full method"]
+    assert full["gguf_sha256"] == four["ours"]["gguf_sha256"]
+    assert full["sdt"]["value"] >= data["noise_floor"]["sdt"]["value"]
+    # On this model the full method may reach the floor, and then a ratio above it is none.
+    reached = full["sdt"]["value"] == data["noise_floor"]["sdt"]["value"]
+    assert full["sdt_ratio_to_full"]["value"] == (None if reached else 1)
+    # Other blocks make another file; other costs with the same blocks may find the same plan.
+    files_made = {a["gguf_sha256"] for n, a in variants.items() if not n.endswith("as cost")}
+    assert len(files_made) == len(variants) - 2
+    assert (
+        variants[f"{name} + im"]["tensors_of_type"]
+        == (variants[f"{name} + im, equalized"]["tensors_of_type"])
+    )
+
+    text = out.read_text()
+    assert "python tools/bench_quality.py bundle --model tiny" in text
+    assert "(quality.png)" in text
+    assert "warning: only" in text and "warning: only" in printed
+    assert quality.SMALLEST in text and quality.SMALLEST in printed
+    assert str(tmp_path.parent) not in text
+    assert str(tmp_path.parent) not in result.read_text()
+    assert max(map(len, printed.split("warning: only")[0].splitlines()[:10])) <= 80
+    work = bundle / "work"
+    assert not list((work / "bench").glob("*.gguf"))
+    assert not [*work.glob("activations-*"), *work.glob("calibration-*")]
+
+    # A second run makes and measures nothing, and draws the same picture.
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("made again")
+
+    for owner, method in (
+        (quality.Bench, "_quantize"),
+        (quality.Pipeline, "measure"),
+        (quality.Pipeline, "model"),
+        (quality.export, "export_gguf"),
+        (quality, "treated_values"),
+    ):
+        monkeypatch.setattr(owner, method, never)
+    other = tmp_path / "other.json"
+    shutil.copy(result, other)
+    drawn = figure.read_bytes()
+    assert quality.main(arguments) == 0
+    assert json.loads(result.read_text()) == data
+    assert figure.read_bytes() == drawn
+    # Another model's figures stand in the same file.
+    assert quality.main([*arguments, "--with", str(other)]) == 0
+    both = out.read_text()
+    sections = text.split("## tiny")
+    assert both.count("## tiny") == 2 and both.endswith(sections[1])
+    # What llama.cpp would not make as its name says is left out, and that is said.
+    real = quality.why_skipped
+    monkeypatch.setattr(
+        quality, "why_skipped", lambda n, c: "odd rows" if n == "Q3_K_M" else real(n, c)
+    )
+    capsys.readouterr()
+    assert quality.main(arguments) == 0
+    assert [r["preset"] for r in json.loads(result.read_text())["presets"]] == ["Q4_K_M", "Q8_0"]
+    for said in (out.read_text(), capsys.readouterr().out):
+        assert "Q3_K_M was skipped: odd rows." in said
+    other.write_text(json.dumps({"schema_version": 1}))
+    assert quality.main([*arguments, "--with", str(other)]) == 1
+    assert "other.json" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_imatrix_gives_our_bytes(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """llama.cpp was really given the vectors: its Q4_K matrices are then ours byte for byte."""
+    import gguf
+
+    from edge_dtm.host.quantize.treat import treat
+
+    run, reference = _reopened(made)
+    vectors, _ = run.imatrix()
+    work = quality.Bench(run, reference)
+    work._quantize("Q4_K_M", vectors, run.checkpoint, "Q4_K_M", tmp_path / "preset.gguf")
+    work.close()
+    tensors = gguf.GGUFReader(tmp_path / "preset.gguf").tensors
+    matrices = [t for t in tensors if t.tensor_type.name == "Q4_K"]
+    assert matrices
+    for t in matrices:
+        name = t.name.removesuffix(".weight")
+        ours = treat(run.checkpoint.tensor(t.name), Treatment("Q4_K"), vectors.get(name))
+        assert np.array_equal(np.asarray(t.data).reshape(ours.shape), ours), name
+
+
+@pytest.mark.slow
+def test_ours_holds_the_shipped_blocks(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gguf
+
+    run, reference = _reopened(made)
+    table, shipped = run.costs(reference)
+    work = quality.Bench(run, reference)
+    plan, smallest = quality.best_plan(table, 1_400_000)
+    assert not smallest
+    kept = tmp_path / "ours.gguf"
+
+    class Copied(Exception):
+        pass
+
+    def copy(path: Path, *_: Any) -> None:
+        shutil.copy(path, kept)
+        raise Copied
+
+    monkeypatch.setattr(run, "measure", copy)
+    with pytest.raises(Copied):
+        # A name of its own: the file may have been made by another test.
+        work.ours("ours", plan, run.equalized, shipped.blocks, "test")
+    assert kept.stat().st_size == plan.size_bytes <= 1_400_000
+    assert not (work.folder / "candidate.gguf").exists()
+    compensated = 0
+    for t in gguf.GGUFReader(kept).tensors:
+        name = t.name.removesuffix(".weight")
+        if name not in plan.by_name():
+            continue
+        assert t.tensor_type.name == plan[name].type
+        # Read without Shipped, which export used.
+        file = shipped.folder / f"{name}.{plan[name].type}.npy"
+        if file.is_file():
+            blocks = np.load(file)
+            assert np.array_equal(np.asarray(t.data).reshape(blocks.shape), blocks), name
+            compensated += 1
+    assert compensated
+
+
+@pytest.mark.slow
+def test_equalized_imatrix(made: tuple[Path, Path]) -> None:
+    """The transformed vectors are the mean squares that the equalized model really has."""
+    run, reference = _reopened(made)
+    run.costs(reference)
+    part = reference.part(CALIBRATION)
+    names = [c.name for c in run.components if c.in_block]
+
+    def squares(checkpoint: Any) -> dict[str, Any]:
+        model, out = load_model(checkpoint, run.torch_device), {}
+        modules = dict(model.named_modules())
+        handles = [
+            modules[module_name(n)].register_forward_pre_hook(
+                lambda _, args, n=n: out.update({n: args[0][0].square().mean(0).numpy()})
+            )
+            for n in names
+        ]
+        with torch.no_grad():
+            model(input_ids=torch.tensor([part.prompt(0) + part.generated(0)]), use_cache=False)
+        for h in handles:
+            h.remove()
+        return out
+
+    original, equalized = squares(run.checkpoint), squares(run.equalized)
+    changed = quality.equalized_imatrix(original, run.equalized)
+    for n in names:
+        # Float32 rounding through the layers.
+        np.testing.assert_allclose(changed[n], equalized[n], rtol=1e-2, atol=1e-9, err_msg=n)
+    assert not np.allclose(original[names[0]], equalized[names[0]], rtol=0.1)
+
+
+@pytest.mark.slow
+def test_sensitivity(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, bundle = made
+    result = tmp_path / "sensitivity.json"
+    arguments = [
+        str(bundle), "--model", str(model), "--components", "7", "--types", "Q8_0,IQ4_NL,Q4_0",
+        "--sequences", "4", "--device", "cpu", "--json", str(result),
+    ]  # fmt: skip
+    assert sensitivity.main(arguments) == 0
+    assert "Spearman" in capsys.readouterr().out
+    data = json.loads(result.read_text())
+    assert len(data["pairs"]) + data["pairs_left_out"] == 21
+    # Of two types of the same size one at least lies on the hull.
+    assert len(data["pairs"]) >= 7
+    assert data["base_sdt"] < 0.05
+    for pairs in data["agreement"].values():
+        assert pairs[0]["type"] == "all"
+        assert pairs[0]["spearman"] > 0.7
+        assert 0.3 < pairs[0]["ratio_median"] < 3
+    assert data["time_ratio"] > 0
+    assert not (bundle / "work" / "bench" / "activations").exists()
+
+
+@pytest.mark.slow
+def test_direct_measurement(made: tuple[Path, Path]) -> None:
+    """Shipped blocks come in HF's order; embedding and head can be measured alone too."""
+    run, reference = _reopened(made)
+    table, shipped = run.costs(reference)
+    part = reference.part(CALIBRATION)
+    direct = sensitivity.Direct(load_model(run.equalized, run.torch_device), part)
+    base, _ = direct.run()
+    for c, treatments in zip(table.components, table.treatments, strict=True):
+        if c.name not in ("token_embd", "output", "blk.0.attn_q", "blk.0.attn_k"):
+            continue
+        weights = run.equalized.hf_tensor(c.name + ".weight")
+        for t in (t for t in treatments if t.type in ("Q8_0", "Q6_K")):
+            values = sensitivity.shipped_values(shipped, c, t)
+            if values is None:
+                continue
+            # Within a few steps of 1/32 of the row's largest; other rows would be far off.
+            assert np.abs(values - weights).max() < 0.2 * np.abs(weights).max()
+            assert np.square(values - weights).mean() < 0.01 * np.square(weights).mean()
+            margins, _ = direct.treated(c, values, "q8_0")
+            assert 0 < np.square(margins - base).mean() < np.square(base).mean()
+        # Nothing is left behind.
+        assert np.array_equal(direct.run()[0], base)
+
+
+def test_ratio_above_floor_against_a_slow_loop() -> None:
+    rng = np.random.default_rng(5)
+    lengths = rng.integers(3, 13, 17)
+    counted = np.arange(12)[None] < lengths[:, None]
+    ours, theirs, floor = (counted & (rng.random((17, 12)) < p) for p in (0.2, 0.4, 0.05))
+    draws = np.random.default_rng(0).integers(0, 17, (BOOTSTRAP_RESAMPLES, 17))
+
+    def interval(ratio: Any) -> list[float]:
+        values = sorted(ratio(list(draw)) for draw in draws)
+        # The smallest value with that share of all at or below it.
+        return [values[int(np.ceil(p * len(values))) - 1] for p in (0.025, 0.975)]
+
+    def sdt_ratio(draw: list[int]) -> float:
+        a, b, f = (sum(int(m[i].sum()) for i in draw) for m in (ours, theirs, floor))
+        return (a - f) / (b - f) if b > f else float("inf")
+
+    def fdt_ratio(draw: list[int]) -> float:
+        def first(mask: Any, i: int) -> int:
+            return next((t for t in range(lengths[i]) if mask[i, t]), int(lengths[i]))
+
+        return sum(first(ours, i) for i in draw) / sum(first(theirs, i) for i in draw)
+
+    everything = list(range(17))
+    for found, slow in (
+        (quality.above_floor(ours, theirs, floor), sdt_ratio),
+        (quality.fdt_ratio(ours, theirs, lengths), fdt_ratio),
+    ):
+        assert found.value == pytest.approx(slow(everything))
+        assert [found.low, found.high] == pytest.approx(interval(slow))
+    none = quality.ratio_json(quality.above_floor(ours, floor, floor))
+    assert none["value"] is None
+    assert quality.ratio_text(none) == "inf (inf to inf)"
+
+
+def test_bytes_at_equal_sdt() -> None:
+    """On a curve that is exponential in the size, the interpolation is exact."""
+    curve = {size: 0.5 * 2 ** (-size / 100) for size in (100, 150, 300)}
+    points = [*curve.items()]
+    for size in (100, 120, 150, 222, 300):
+        found = quality.bytes_at(points[::-1], 0.5 * 2 ** (-size / 100))
+        assert found == pytest.approx(size)
+    assert quality.bytes_at(points, 0.26) is None
+    assert quality.bytes_at(points, 0.06) is None
+    # A curve that goes up in between: the smallest size.
+    assert quality.bytes_at([(1, 0.4), (2, 0.1), (3, 0.2), (4, 0.1)], 0.1) == 2
+
+
+def test_presets_that_would_fall_back_are_skipped() -> None:
+    whole, part = Component("blk.0.ffn_up", 8, 512), Component("blk.0.attn_q", 8, 576)
+    assert quality.why_skipped("Q3_K_M", [whole]) is None
+    assert "1 of 2" in (quality.why_skipped("Q3_K_M", [whole, part]) or "")
+    assert quality.why_skipped("Q4_K_M", [whole, part]) is None
+
+
+def test_smallest_plan_is_marked() -> None:
+    c = Component("blk.0.ffn_up", 4, 256)
+    treatments = (Treatment("Q8_0"), Treatment("Q4_0"))
+    table = CostTable((c,), (treatments,), ((0.1, 1.0),), 100)
+    sizes = [100 + c.size_bytes(t) for t in treatments]
+    assert quality.best_plan(table, sizes[0]) == (Plan((c,), treatments[:1], 100), False)
+    for limit, marked in ((sizes[1], False), (sizes[1] - 1, True)):
+        assert quality.best_plan(table, limit) == (Plan((c,), treatments[1:], 100), marked)
+
+
+def test_ablations_need_their_preset(tmp_path: Path) -> None:
+    with pytest.raises(EdgeDtmError, match="Q6_K must be among"):
+        quality.bench(tmp_path, tmp_path, ["Q4_K_M"], ["Q6_K"], 0, None, Stages())
+
+
+def test_errors_take_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for main in (quality.main, sensitivity.main):
+        assert main([str(tmp_path), "--model", str(tmp_path / "none")]) == 1
+        assert capsys.readouterr().err.startswith("error: ")
+    assert quality.main([str(tmp_path), "--model", str(tmp_path), "--presets", "Q9_9"]) == 1
+    assert "Q9_9" in capsys.readouterr().err
+
+
+def test_sample_covers_kinds_and_layers() -> None:
+    components = [Component("token_embd", 8, 32)] + [
+        Component(f"blk.{layer}.{kind}", 8, 32)
+        for layer in range(12)
+        for kind in ("attn_q", "attn_k", "ffn_down")
+    ]
+    chosen = sensitivity.sample(components, 10, seed=1)
+    assert chosen == sensitivity.sample(components, 10, seed=1)
+    assert len(chosen) == len({c.name for c in chosen}) == 10
+    for kind in ("attn_q", "attn_k", "ffn_down"):
+        layers = [int(c.name.split(".")[1]) for c in chosen if c.name.endswith(kind)]
+        assert len(layers) in (3, 4)
+        assert min(layers) < 4
+        assert max(layers) >= 8
+    assert len(sensitivity.sample(components, 100, seed=1)) == 36
+
+
+def test_spearman() -> None:
+    a = np.array([1.0, 2.0, 3.0, 4.0])
+    assert sensitivity.spearman(a, a**3) == pytest.approx(1)
+    assert sensitivity.spearman(a, -a) == pytest.approx(-1)
+    assert np.array_equal(sensitivity.ranks(np.array([5.0, 1.0, 5.0])), [1.5, 0, 1.5])
+    assert np.isnan(sensitivity.spearman(a, np.ones(4)))

@@ -1,0 +1,95 @@
+"""All faults are tried for real, and the tool that does it can fail."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "try_faults.py"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("try_faults", TOOL)
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules["try_faults"] = found
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.mark.slow
+def test_every_fault_ends_as_expected(tmp_path: Path) -> None:
+    page = tmp_path / "faults.md"
+    done = subprocess.run(
+        [sys.executable, TOOL, "--flips", "5", "--cuts", "5", "--out", page],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) > 35
+    assert all(row in page.read_text() for row in rows)
+    codes = {re.split(r"(?<!\\)\|", row)[3].strip() for row in rows[1:]}
+    assert codes >= {"0", "1", "3", "1 or 0", "-9, then 0"}
+    assert str(tmp_path.parent.parent) not in page.read_text(), "no path of this machine"
+
+
+@pytest.mark.parametrize(
+    ("code", "stdout", "stderr", "expected", "problem"),
+    [
+        (1, (), ("error: x",), 1, None),
+        (0, ("PASS x",), (), 0, None),
+        (3, ("diagnosis", "FAIL x"), ("progress",), 3, None),
+        (0, (), ("error: x",), 1, "exit code 0 instead of 1"),
+        (-6, (), ("terminate called",), 1, "exit code -6"),
+        (1, (), ("no word",), 1, "0 error lines"),
+        (1, (), ("error: x", "error: y"), 1, "2 error lines"),
+        (1, (), ("Traceback (most recent call last):", "error: x"), 1, "a traceback"),
+        (0, (), ("error: x",), 0, "1 error lines"),
+        (3, ("PASS x",), (), 3, "no FAIL line"),
+        (3, ("", "FAIL x"), (), 3, "no diagnosis"),
+        (3, ("FAIL x",), (), 3, "no diagnosis"),
+    ],
+)
+def test_an_expectation_that_is_not_met_is_told(
+    tool: ModuleType,
+    code: int,
+    stdout: tuple[str, ...],
+    stderr: tuple[str, ...],
+    expected: int,
+    problem: str | None,
+) -> None:
+    problems = tool.Seen(code, stdout, stderr).problems(expected)
+    if problem is None:
+        assert problems == []
+    else:
+        assert any(problem in p for p in problems)
+
+
+def test_the_exit_status_tells(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = tool.Row("a", "error: x", "1", "nothing"), tool.Row("b", "|", "0", "", ["wrong"])
+    rows = [good]
+    monkeypatch.setattr(tool, "try_all", lambda work, flips, cuts: iter(rows))
+    assert tool.main(["--out", str(tmp_path / "a.md")]) == 0
+    assert "| a | `error: x` | 1 | nothing |" in (tmp_path / "a.md").read_text()
+    rows.append(bad)
+    assert tool.main([]) == 1
+
+
+def test_the_page_is_of_this_tool(tool: ModuleType) -> None:
+    """docs/faults.md is what the tool wrote: its text, and the faults that it tries."""
+    page = (ROOT / "docs" / "faults.md").read_text()
+    before, after = tool.PAGE.split("{table}")
+    assert page.startswith(before)
+    assert page.endswith(after)
+    assert sum(line.startswith("| ") for line in page.splitlines()) > 40
