@@ -7,11 +7,14 @@ from typing import Any
 import click
 
 from edge_dtm import __version__
-from edge_dtm.commands import artifact, device, doctor, host, look, performance, profiles, reports
+from edge_dtm.commands import device, doctor, host, pack, performance, profiles, show
 from edge_dtm.commands.common import EXIT_ERROR, EXIT_USAGE, EXIT_VERIFIED_AND_FAILED, Bytes
 from edge_dtm.core.errors import EdgeDtmError
 
 __all__ = ["EXIT_ERROR", "EXIT_USAGE", "EXIT_VERIFIED_AND_FAILED", "Bytes", "main", "run"]
+
+
+_HOST_ONLY = ("torch", "transformers", "safetensors", "matplotlib", "sentencepiece")
 
 
 class Group(click.Group):
@@ -31,26 +34,21 @@ class Group(click.Group):
             click.echo("error: memory ran out: stop other programs, or raise the limit", err=True)
             ctx.exit(EXIT_ERROR)
         except ImportError as error:
-            if error.name and error.name.split(".")[0] in ("torch", "transformers", "safetensors",
-                                                          "matplotlib", "jinja2", "sentencepiece"):  # fmt: skip
-                click.echo(
-                    f"error: this command needs {error.name}: pip install 'edge-dtm[host]'",
-                    err=True,
+            if (error.name or "").split(".")[0] in _HOST_ONLY:
+                words = f"this command needs {error.name}: pip install 'edge-dtm[host]'"
+            else:
+                words = (
+                    f"a library cannot be loaded ({' '.join(str(error).split())}): install "
+                    "edge-dtm again, or free memory"
                 )
-                ctx.exit(EXIT_ERROR)
-            words = " ".join(str(error).split())
-            click.echo(
-                f"error: a library cannot be loaded ({words}): install edge-dtm again, or free "
-                "memory",
-                err=True,
-            )
+            click.echo(f"error: {words}", err=True)
             ctx.exit(EXIT_ERROR)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="edge-dtm")
 def main() -> None:
-    """Ship a smaller Llama that still says the same words, and prove it on the device.
+    """Compress a Llama model so that it still says the same words, and verify that on the device.
 
     Exit status: 0 pass, 1 error, 2 wrong usage, 3 verified and failed.
     """
@@ -63,6 +61,6 @@ def run() -> None:
     shielded(lambda: main(prog_name="edge-dtm"))
 
 
-for _module in (host, artifact, device, doctor, performance, reports, look, profiles):
+for _module in (host, pack, device, doctor, performance, show, profiles):
     for _command in _module.COMMANDS:
         main.add_command(_command)

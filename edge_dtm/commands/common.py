@@ -10,6 +10,7 @@ import click
 
 from edge_dtm.core import strict_json
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.files import write_whole
 
 EXIT_ERROR, EXIT_USAGE, EXIT_VERIFIED_AND_FAILED = 1, 2, 3
 PATH = click.Path(path_type=Path)
@@ -91,17 +92,15 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Numbers that are not finite become null, as the readers know it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(strict_json.dumps(data), encoding="utf-8")
-    temporary.replace(path)
+    """Numbers that are not finite become null, as the readers expect it."""
+    write_whole(path, strict_json.dumps(data).encode())
 
 
 def require_folder_of(path: Path, bundle: Path | None = None) -> None:
-    """EdgeDtmError before the long run when its result could not be written afterwards.
+    """EdgeDtmError when a result could not be written to path: asked before the long run.
 
-    bundle: what the result is about, often a bundle's folder, which verify and pack would refuse
-    with a strange file in it.
+    bundle: what the result is about, often a bundle's folder. verify and pack refuse a bundle with
+    a strange file in it.
     """
     folder = path.resolve().parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):

@@ -6,10 +6,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.verdict_file import device_name
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Verdict = Mapping[str, Any]
 
@@ -24,7 +27,10 @@ KL_ROOM, ARGMAX_ROOM = 0.1, 0.02
 
 @dataclass(frozen=True)
 class Row:
-    """One verdict, under a name that no other has. Shares 0 to 1, FDT in tokens, KL in nats; None where it was not measured."""
+    """One verdict, under a name that no other has.
+
+    Shares 0 to 1, FDT in tokens, KL in nats; None where it was not measured.
+    """
 
     file: str
     device: str
@@ -43,9 +49,6 @@ class Row:
     decode_tokens_per_s: float | None
     peak_rss_bytes: float | None
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Odd:
@@ -53,9 +56,6 @@ class Odd:
 
     file: str
     words: str
-
-    def to_json(self) -> dict[str, str]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Comparison:
             "kind": "edge-dtm comparison",
             "schema_version": 1,
             "bundle": self.bundle,
-            "verdicts": [r.to_json() for r in self.rows],
-            "odd": [o.to_json() for o in self.odd],
+            "verdicts": [asdict(r) for r in self.rows],
+            "odd": [asdict(o) for o in self.odd],
             "words": self.words,
             "notes": list(self.notes),
         }
@@ -82,7 +82,7 @@ class Comparison:
 
 def compare(verdicts: Sequence[tuple[Path, Verdict]]) -> Comparison:
     """Verdicts as verdict_file.read_verdict gives them. EdgeDtmError when they are of different
-    bundles, or there is but one."""
+    bundles, one is given twice, or there is only one."""
     if len(verdicts) < 2:
         raise EdgeDtmError("one verdict alone compares with nothing: give two or more")
     _require_one_bundle(verdicts)
@@ -116,80 +116,71 @@ def _require_one_bundle(verdicts: Sequence[tuple[Path, Verdict]]) -> None:
 
 
 def _row(name: str, v: Verdict) -> Row:
-    runtime, kernels = v["runtime"], v["kernels"]
-    against_host = v["against_host"]
+    kernels, performance = v["kernels"], v["performance"]
     return Row(
         file=name,
         device=device_name(v),
-        build=runtime["llama_cpp_python"],
+        build=v["runtime"]["llama_cpp_python"],
         passed=v["passed"],
         diagnosis=v["diagnosis"]["code"],
         mode=v["mode"],
         sequences=v["sequences"],
-        sdt=None if v["against_original"]["sdt"] is None else v["against_original"]["sdt"]["value"],
+        sdt=_sdt(v["against_original"]),
         fdt=v["against_original"]["fdt"]["value"],
         kl_vs_host_nats=v["kl_vs_host_nats"],
-        other_argmaxes_vs_host=None
-        if against_host["sdt"] is None
-        else against_host["sdt"]["value"],
+        other_argmaxes_vs_host=_sdt(v["against_host"]),
         decided_sdt_vs_host=v["decided_sdt_vs_host"],
         kernels=len(kernels),
         wrong_kernels=sum(not k["ok"] for k in kernels),
-        decode_tokens_per_s=v["performance"]["decode_tokens_per_s"],
-        peak_rss_bytes=v["performance"]["peak_rss_bytes"],
+        decode_tokens_per_s=performance["decode_tokens_per_s"],
+        peak_rss_bytes=performance["peak_rss_bytes"],
     )
+
+
+def _sdt(divergence: Mapping[str, Any]) -> float | None:
+    return None if divergence["sdt"] is None else divergence["sdt"]["value"]
 
 
 def _odd(rows: Sequence[Row], max_kl: float) -> list[Odd]:
     """One entry a verdict, with its most telling figure."""
-    figures: list[tuple[str, Callable[[Row], float | None], float, Callable[[float], str]]] = [
-        (
-            "KL from the host",
-            lambda r: r.kl_vs_host_nats,
-            KL_ROOM * max_kl,
-            lambda x: f"{x:.2g} nats",
-        ),
-        (
-            "the share of other tokens than the host's",
-            lambda r: r.other_argmaxes_vs_host,
-            ARGMAX_ROOM,
-            lambda x: f"{x:.2%}",
-        ),
-    ]
-    found: dict[str, Odd] = {}
-    for name, value, room, shown in figures:
-        known = [(r.file, x) for r in rows if (x := value(r)) is not None]
-        for file, x, middle in outliers(known, room):
-            words = f"{file}: {name} is {shown(x)}, the median is {shown(middle)}"
-            found.setdefault(file, Odd(file, words))
-    return list(found.values())
+    by_kl = outliers([(r.file, r.kl_vs_host_nats) for r in rows], KL_ROOM * max_kl)
+    by_argmax = outliers([(r.file, r.other_argmaxes_vs_host) for r in rows], ARGMAX_ROOM)
+    odd = {
+        file: f"the share of other tokens than the host's is {x:.2%}, the median is {median:.2%}"
+        for file, x, median in by_argmax
+    } | {
+        file: f"KL from the host is {x:.2g} nats, the median is {median:.2g} nats"
+        for file, x, median in by_kl
+    }
+    return [Odd(r.file, f"{r.file}: {odd[r.file]}") for r in rows if r.file in odd]
 
 
-def outliers(values: Sequence[tuple[str, float]], room: float) -> list[tuple[str, float, float]]:
+def outliers(
+    values: Sequence[tuple[str, float | None]], room: float
+) -> list[tuple[str, float, float]]:
     """(name, value, median) of those far above the median, by the MAD, and by more than room.
 
     Only above: one that is nearer to the host than the others is not broken. Fewer than ENOUGH
-    values have no outlier.
+    values have no outlier; None is no value.
     """
-    if len(values) < ENOUGH:
+    known = [(name, x) for name, x in values if x is not None]
+    if len(known) < ENOUGH:
         return []
-    middle = statistics.median(x for _, x in values)
-    spread = MAD_TO_SIGMA * statistics.median(abs(x - middle) for _, x in values)
-    limit = middle + max(OUTLIER * spread, room)
-    return [(name, x, middle) for name, x in values if x > limit]
+    median = statistics.median(x for _, x in known)
+    spread = MAD_TO_SIGMA * statistics.median(abs(x - median) for _, x in known)
+    limit = median + max(OUTLIER * spread, room)
+    return [(name, x, median) for name, x in known if x > limit]
 
 
 def _words(rows: Sequence[Row], odd: Sequence[Odd]) -> str:
     comparable = sum(r.kl_vs_host_nats is not None for r in rows)
     if comparable < ENOUGH:
-        count = {0: "None", 1: "One", 2: "Two"}[comparable]
         return (
-            f"Odd one out: cannot tell. {count} of these verdicts {'has' if comparable == 1 else 'have'} "
-            f"a KL from the host, {ENOUGH} are needed: of two that differ, either can be wrong."
+            f"Odd one out: cannot tell. It takes {ENOUGH} verdicts with a KL from the host, here "
+            f"{'is' if comparable == 1 else 'are'} {comparable}: of two that differ, either can be "
+            "wrong."
         )
-    if not odd:
-        return "Odd one out: none."
-    return f"Odd one out: {'; '.join(o.words for o in odd)}."
+    return f"Odd one out: {'; '.join(o.words for o in odd) or 'none'}."
 
 
 def _notes(verdicts: Sequence[Verdict]) -> list[str]:
@@ -199,3 +190,49 @@ def _notes(verdicts: Sequence[Verdict]) -> list[str]:
     if len({(v["sequences"], tuple(v["lengths"])) for v in verdicts}) > 1:
         notes.append("the verdicts cover different sequences, some of which are easier than others")
     return notes
+
+
+# --- for a terminal ---------------------------------------------------------------------------
+
+_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("SDT", lambda r: _text(r.sdt, ".2%")),
+    ("FDT", lambda r: _text(r.fdt, ".1f")),
+    ("KL vs host", lambda r: _text(r.kl_vs_host_nats, ".2g")),
+    ("sure, other", lambda r: _text(r.decided_sdt_vs_host, ".2%")),
+    ("kernels", lambda r: f"{r.kernels - r.wrong_kernels}/{r.kernels}" if r.kernels else ""),
+    ("tokens/s", lambda r: _text(r.decode_tokens_per_s, ",.1f")),
+    ("MB", lambda r: _text(r.peak_rss_bytes, ",.0f", 1e-6)),
+    ("sequences", lambda r: str(r.sequences)),
+)
+
+
+def table(comparison: Comparison) -> Table:
+    """A row a verdict; the odd ones are marked."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    odd = {o.file for o in comparison.odd}
+    out = Table(
+        "verdict", "device", "build", "",
+        caption="KL in nats; sure, other: share of other tokens where the host was sure",
+    )  # fmt: skip
+    for name, _ in _COLUMNS:
+        out.add_column(name, justify="right")
+    for row in comparison.rows:
+        out.add_row(
+            escape(printable(row.file)) + (" [bold yellow]← odd[/]" if row.file in odd else ""),
+            escape(printable(row.device)),
+            escape(printable(row.build)),
+            "[green]PASS[/]" if row.passed else f"[red]FAIL[/] {row.diagnosis}",
+            *(cell(row) for _, cell in _COLUMNS),
+        )
+    return out
+
+
+def printable(words: str) -> str:
+    """Verdicts come from elsewhere: nothing in them may steer the terminal."""
+    return "".join(ch if ch.isprintable() else "?" for ch in words)
+
+
+def _text(value: float | None, form: str, scale: float = 1) -> str:
+    return "" if value is None else format(value * scale, form)

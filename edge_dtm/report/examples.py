@@ -1,25 +1,26 @@
-"""Texts side by side: what the original said, what the compressed model would have."""
+"""Texts side by side: what the original said, and what the compressed model says there."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_dtm.llamacpp.token_text import TokenTexts
-from edge_dtm.report.tags import Child, Markup, tag, text
-from edge_dtm.report.words import plural
+from edge_dtm.report.numbers import plural
 
 PROMPT_CHARACTERS = 700  # of a long prompt; its end is what the answer goes on from
+Piece = tuple[str, str]  # text, and the class of its mark in report.css or ""
 
 
 @dataclass(frozen=True)
 class Example:
     """One sequence: its prompt, a text a token on both sides, and at which positions they differ.
 
-    title: why it is shown; row: of the held-out sequences.
+    title: why it is shown; row: of the held-out sequences; fed: whether the compressed model was
+    fed the original's tokens, so that each of its tokens follows those and not its own.
     """
 
     title: str
@@ -28,25 +29,80 @@ class Example:
     original: Sequence[str]
     compressed: Sequence[str]
     different: Sequence[bool]
+    fed: bool
 
     @property
     def first(self) -> int | None:
+        """Index of the first divergent token."""
         return self.different.index(True) if True in self.different else None
+
+    @property
+    def short_prompt(self) -> str:
+        if len(self.prompt) <= PROMPT_CHARACTERS:
+            return self.prompt or "(empty)"
+        return "… " + self.prompt[-PROMPT_CHARACTERS:]
+
+    @property
+    def words(self) -> str:
+        """How much differs."""
+        n, others = len(self.original), sum(self.different)
+        if self.first is None:
+            return f"identical, all {plural(n, 'token')}"
+        words = f"the first other token is number {self.first + 1} of {n}"
+        return f"{words}, {others} differ in all" if self.fed and others > 1 else words
+
+    @property
+    def sides(self) -> list[tuple[str, list[Piece]]]:
+        """(heading, pieces) of both texts."""
+        n = len(self.original)
+        own, other = [""] * n, [""] * n
+        # What is generated behind the first other token is another text, no mistake.
+        if self.fed:
+            other = ["other" if d else "" for d in self.different]
+        if self.first is not None:
+            own[self.first], other[self.first] = "own", "first"
+        return [
+            ("Original", list(_pieces(self.original, own))),
+            ("Compressed", list(_pieces(self.compressed, other))),
+        ]
+
+
+def _pieces(texts: Sequence[str], marks: Sequence[str]) -> Iterator[Piece]:
+    plain = ""
+    for text, mark in zip(texts, marks, strict=True):
+        if not mark:
+            plain += text
+            continue
+        visible = _visible(text)
+        # A space before a word would be marked at the end of the line before it.
+        word = visible.lstrip(" ")
+        yield plain + " " * (len(visible) - len(word)), ""
+        yield word, mark
+        plain = ""
+    yield plain, ""
+
+
+def _visible(text: str) -> str:
+    """A marked token that one could not see, made visible."""
+    if text and not text.isspace():
+        return text
+    return text.replace(" ", "␣").replace("\n", "⏎\n").replace("\t", "⇥") or "∅"
 
 
 def chosen_rows(
     first: npt.NDArray[np.int64], divergent: npt.NDArray[np.int64]
 ) -> list[tuple[str, int]]:
-    """(title, row) of the best, the median and the worst sequence, without saying one twice.
+    """(title, row) of the best, the median and the worst sequence, none of them twice.
 
-    In order of the first divergent token, and of fewer divergent ones where that is equal.
+    first, divergent: first divergent token and number of divergent tokens, shape (sequences,).
+    In order of the first, and of fewer divergent ones where that is equal.
     """
     order = np.lexsort((np.arange(len(first)), -divergent, first))
-    out: list[tuple[str, int]] = []
+    chosen: dict[int, str] = {}
     for title, at in (("Best", len(order) - 1), ("Median", len(order) // 2), ("Worst", 0)):
-        if len(order) and order[at] not in [row for _, row in out]:
-            out.append((title, int(order[at])))
-    return out
+        if len(order):
+            chosen.setdefault(int(order[at]), title)
+    return [(title, row) for row, title in chosen.items()]
 
 
 def example(
@@ -58,8 +114,7 @@ def example(
     vocabulary: TokenTexts,
     fed: bool,
 ) -> Example:
-    """fed: whether the compressed model was fed the original's tokens, so that each of its tokens
-    follows those and not its own."""
+    """The texts of token ids; see Example."""
     different = [a != b for a, b in zip(original, compressed, strict=True)]
     own = vocabulary.texts(original)
     if not fed:
@@ -70,65 +125,4 @@ def example(
             vocabulary.texts([b])[0] if d else a
             for a, b, d in zip(own, compressed, different, strict=True)
         ]
-    return Example(title, row, prompt, own, other, different)
-
-
-def block(shown: Example, fed: bool) -> Markup:
-    n, first = len(shown.original), shown.first
-    others = sum(shown.different)
-    if first is None:
-        words = f"identical, all {plural(n, 'token')}"
-    else:
-        words = f"the first other token is number {first + 1} of {n}"
-        if fed and others > 1:
-            words += f", {others} differ in all"
-    prompt = shown.prompt
-    if len(prompt) > PROMPT_CHARACTERS:
-        prompt = "… " + prompt[-PROMPT_CHARACTERS:]
-    return tag(
-        "article",
-        tag("h3", f"{shown.title}: ", tag("span", words)),
-        tag(
-            "div",
-            tag("h4", "Prompt"),
-            tag("div", prompt or "(empty)", class_="text"),
-            class_="prompt",
-        ),
-        tag(
-            "div",
-            _side("Original", shown.original, shown, False, fed),
-            _side("Compressed", shown.compressed, shown, True, fed),
-            class_="sides",
-        ),
-        class_="example",
-    )
-
-
-def _side(title: str, pieces: Sequence[str], shown: Example, compressed: bool, fed: bool) -> Markup:
-    first = shown.first
-    out: list[Child] = []
-    plain = ""
-    for i, piece in enumerate(pieces):
-        kind = None
-        if i == first:
-            kind = "first" if compressed else "own"
-        elif compressed and fed and shown.different[i]:
-            kind = "other"
-        if kind is None:
-            plain += piece
-            continue
-        shown_piece = _visible(piece)
-        # A space before a word would be marked at the end of the line before it.
-        word = shown_piece.lstrip(" ")
-        plain += " " * (len(shown_piece) - len(word))
-        out += [text(plain), tag("mark", word, class_=kind)]
-        plain = ""
-    out.append(text(plain))
-    return tag("div", tag("h4", title), tag("div", out, class_="text"))
-
-
-def _visible(piece: str) -> str:
-    """A marked token that one could not see, made visible."""
-    if piece and not piece.isspace():
-        return piece
-    return piece.replace(" ", "␣").replace("\n", "⏎\n").replace("\t", "⇥") or "∅"
+    return Example(title, row, prompt, own, other, different, fed)

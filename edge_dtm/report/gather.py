@@ -21,15 +21,15 @@ from edge_dtm.formats.reference import HELD_OUT, Reference
 from edge_dtm.formats.verdict_file import device_name, read_numbers, read_verdict
 from edge_dtm.llamacpp.token_text import TokenTexts
 from edge_dtm.report import examples
-from edge_dtm.report.charts import Measured, Series
-from edge_dtm.report.words import estimate, number
+from edge_dtm.report.charts import Point, Series
+from edge_dtm.report.numbers import estimate, number
 
 PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What one run said to sequences of the reference.
+    """What one run answered to sequences of the reference.
 
     label: whose; fed: whether it was fed the original's tokens; divergent: other tokens of each
     sequence, which says something only when fed.
@@ -63,9 +63,9 @@ class Report:
     """Everything on the page.
 
     host: the host's own run against the original; shown: whose histogram and texts are shown, the
-    host or a device's record; curves: without the host's, the noise floor last; measured: sizes
-    and SDT of other files; frontier: (bytes, predicted SDT); costs: component -> treatment's text
-    -> logits squared.
+    host or a device's record; curves: without the host's, the noise floor last; files: sizes and
+    SDT of other files; frontier: (bytes, predicted SDT); costs: component -> treatment's text ->
+    logits squared.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Report:
     host_answers: Answers
     shown: Answers
     curves: Sequence[Series]
-    measured: Sequence[Measured]
+    files: Sequence[Point]
     without_curve: Sequence[str]
     plan: Plan | None
     predicted_sdt: float | None
@@ -93,8 +93,7 @@ def gather(
     record_file: Path | None = None,
 ) -> Report:
     """bundle: checked. EdgeDtmError when a file is damaged or belongs to another bundle."""
-    reference = Reference.load(bundle.path(bundles.REFERENCE))
-    reference = reference.part(HELD_OUT)
+    reference = Reference.load(bundle.path(bundles.REFERENCE)).part(HELD_OUT)
     host = Record.load(bundle.path(bundles.HOST_RECORD))
     if not len(reference) or not (
         host.ids.shape == reference.generated_ids.shape
@@ -103,19 +102,17 @@ def gather(
         raise EdgeDtmError(
             f"{bundle.source}: its host record does not belong to its reference; make it again"
         )
-    rows = np.arange(len(reference))
-    host_answers = _answers("this file, on the host", reference, host, rows)
+    host_answers = _answers("this file, on the host", reference, host)
     shown, record, part = host_answers, host, reference
     if record_file is not None:
         record = Record.load(record_file)
-        rows = _rows_of(record, reference, record_file)
-        part = reference.rows(rows)
-        shown = _answers(f"this file, {record_file.stem}", part, record, rows)
+        part = reference.rows(_rows_of(record, reference, record_file))
+        shown = _answers(f"this file, {record_file.stem}", part, record)
     devices = _devices(bundle, verdict_files, reference.generated_ids.shape[1])
-    curves, measured, without = _others(devices, measure_files, reference)
+    curves, files, without = _others(devices, measure_files, reference)
     floor = bundle.manifest.measured.get("noise_floor")
     floor_curve = _lists(floor)
-    if floor_curve is not None and list(floor_curve[1]) == reference.generated_lengths.tolist():
+    if floor_curve is not None and floor_curve[1] == reference.generated_lengths.tolist():
         curves.append(Series("noise floor", *floor_curve, is_floor=True))
     else:
         without.append("the noise floor")
@@ -136,7 +133,7 @@ def gather(
         host_answers=host_answers,
         shown=shown,
         curves=curves,
-        measured=measured,
+        files=files,
         without_curve=without,
         plan=plan,
         predicted_sdt=number(plan_json, "predicted", "sdt"),
@@ -146,9 +143,7 @@ def gather(
     )
 
 
-def _answers(
-    label: str, reference: Reference, record: Record, rows: npt.NDArray[np.int64]
-) -> Answers:
+def _answers(label: str, reference: Reference, record: Record) -> Answers:
     lengths = reference.generated_lengths
     mask = divergent_mask(reference.generated_ids, record.ids, lengths)
     return Answers(
@@ -168,18 +163,18 @@ def _rows_of(record: Record, reference: Reference, path: Path) -> npt.NDArray[np
     which are also those of its top logits where such a token is among them.
     """
     n = len(record)
-    noted = record.meta.get("rows", list(range(n)))
+    listed = record.meta.get("rows", list(range(n)))
     strange = EdgeDtmError(
         f"{path} does not belong to this bundle: give the record that verify wrote for it"
     )
     if (
-        not isinstance(noted, list)
-        or len(noted) != n
-        or not all(type(r) is int and 0 <= r < len(reference) for r in noted)
-        or len(set(noted)) != n
+        not isinstance(listed, list)
+        or len(listed) != n
+        or not all(type(r) is int and 0 <= r < len(reference) for r in listed)
+        or len(set(listed)) != n
     ):
         raise strange
-    rows = np.array(noted, dtype=np.int64)
+    rows = np.array(listed, dtype=np.int64)
     part = reference.rows(rows)
     if record.ids.shape != part.generated_ids.shape or not np.array_equal(
         record.lengths, part.generated_lengths
@@ -190,8 +185,8 @@ def _rows_of(record: Record, reference: Reference, path: Path) -> npt.NDArray[np
         counted = np.arange(there.shape[1])[None, :] < record.lengths[:, None]
         there &= counted[:, :, None]
         own = record.top_logits - record.log_normalizers[:, :, None]
-        said = np.broadcast_to(record.reference_log_probabilities[:, :, None], own.shape)
-        if not np.allclose(own[there], said[there], atol=1e-3):
+        noted = np.broadcast_to(record.reference_log_probabilities[:, :, None], own.shape)
+        if not np.allclose(own[there], noted[there], atol=1e-3):
             raise strange
     return rows
 
@@ -215,7 +210,7 @@ def _devices(bundle: Bundle, files: Sequence[Path], longest: int) -> list[Device
 
 def _others(
     devices: Sequence[Device], files: Sequence[Path], reference: Reference
-) -> tuple[list[Series], list[Measured], list[str]]:
+) -> tuple[list[Series], list[Point], list[str]]:
     """Curves and points of devices and other files, and the names of those without a curve."""
     curves = [
         Series(
@@ -226,33 +221,29 @@ def _others(
         for d in devices
     ]
     points, without = [], []
+    lengths = reference.generated_lengths.tolist()
     for path in files:
         data = read_numbers(path)
-        found, size = estimate(data, "sdt"), number(data, "size_bytes")
-        if found is None or size is None or size <= 0 or not 0 <= found[0] <= 1:
+        sdt, size = estimate(data, "sdt"), number(data, "size_bytes")
+        if sdt is None or size is None or size <= 0 or not 0 <= sdt[0] <= 1:
             raise EdgeDtmError(
                 f"{path} is no measurement: give a file that edge-dtm measure --json wrote"
             )
         name = data.get("name")
         label = name if isinstance(name, str) else path.stem
-        points.append(Measured(label, size, *found))
+        points.append(Point(label, size, *sdt))
         lists = _lists(data)
         if lists is None:
             without.append(label)
-            if number(data, "sequences") != len(reference):
-                raise _other_reference(path)
-        elif list(lists[1]) != reference.generated_lengths.tolist():
-            raise _other_reference(path)
         else:
             curves.append(Series(label, *lists))
+        same = number(data, "sequences") == len(lengths) if lists is None else lists[1] == lengths
+        if not same:
+            raise EdgeDtmError(
+                f"{path} was measured on other sequences: run edge-dtm measure with this bundle as "
+                "--reference"
+            )
     return curves, points, without
-
-
-def _other_reference(path: Path) -> EdgeDtmError:
-    return EdgeDtmError(
-        f"{path} was measured on other sequences: run edge-dtm measure with this bundle as "
-        "--reference"
-    )
 
 
 def _lists(data: object) -> tuple[list[int], list[int]] | None:
@@ -264,9 +255,8 @@ def _lists(data: object) -> tuple[list[int], list[int]] | None:
         return None
     if len(first) != len(lengths) or not all(type(v) is int for v in (*first, *lengths)):
         return None
-    return (
-        (first, lengths) if all(0 <= f <= n for f, n in zip(first, lengths, strict=True)) else None
-    )
+    fitting = all(0 <= f <= n for f, n in zip(first, lengths, strict=True))
+    return (first, lengths) if fitting else None
 
 
 def _plan(bundle: Bundle) -> tuple[Plan | None, object]:
@@ -294,8 +284,8 @@ def _costs(plan: object) -> dict[str, dict[str, float]]:
     for entry in listed if isinstance(listed, list) else []:
         if not isinstance(entry, dict) or not isinstance(entry.get("costs"), dict):
             continue
-        found = {k: number(v) for k, v in entry["costs"].items()}
-        out[str(entry.get("name"))] = {k: v for k, v in found.items() if v is not None and v >= 0}
+        costs = {text: number(cost) for text, cost in entry["costs"].items()}
+        out[str(entry.get("name"))] = {k: v for k, v in costs.items() if v is not None and v >= 0}
     return out
 
 

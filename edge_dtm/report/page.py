@@ -1,72 +1,74 @@
-"""The page: what a bundle is worth, the verdict first. Pure: a Report in, HTML out."""
+"""The HTML page of a bundle: what data/report.html is filled with. Pure: a Report in, text out."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
+from functools import cache
 from typing import Any
 
-from edge_dtm import __version__
-from edge_dtm.formats.plan import Plan
-from edge_dtm.report import charts, examples, maps
-from edge_dtm.report.gather import Report
-from edge_dtm.report.tags import Child, Markup, join, tag
-from edge_dtm.report.words import (
-    NOTHING,
-    interval,
-    megabytes,
-    number,
-    plain,
-    plural,
-    share,
-    short,
-    spelled,
-)
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-# Whatever slips through the escaping loads nothing and runs nothing.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-_MEANING = (
-    "SDT is the share of positions at which this file would choose another token than the original "
-    "model, after reading the same text: 0 % is perfect. FDT is how many tokens of an answer stay "
-    "the same until the first other one, a mean over the prompts; the noise floor is what the "
-    "uncompressed model itself loses by running in llama.cpp."
+from edge_dtm import __version__
+from edge_dtm.report import charts, numbers
+from edge_dtm.report.charts import Chart, Point
+from edge_dtm.report.gather import Report
+from edge_dtm.report.layer_map import ColourMap, chosen_costs, cost_cells, treatment_cells
+from edge_dtm.report.numbers import NOTHING, between, interval, number, plain, plural, share, short
+
+# Control characters, surrogates, and those that turn the direction of what follows.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
+)
+Cell = tuple[str, str]  # what a cell says, and in small letters below
+_SPEEDS = (
+    # name, key in the verdict, digits, scale
+    ("prompt, tokens/s", "prefill_tokens_per_s", 1, 1.0),
+    ("decoding, tokens/s", "decode_tokens_per_s", 1, 1.0),
+    ("time to first token, s", "time_to_first_token_s", 2, 1.0),
+    ("one token, median, ms", "p50_ms", 1, 1.0),
+    ("one token, 95th percentile, ms", "p95_ms", 1, 1.0),
+    ("peak memory, MB", "peak_rss_bytes", 0, 1e-6),
 )
 
 
 def page(report: Report) -> str:
-    """One self-contained HTML document."""
-    title = _title(report)
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        # Before anything it is to govern.
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="referrer", content="no-referrer"),
-        tag("meta", name="generator", content=f"edge-dtm {__version__}"),
-        tag("title", title),
-        tag("style", _css()),
+    """One self-contained HTML document. Nothing of the report becomes an element of it."""
+    plan = report.plan
+    costs = {} if plan is None else chosen_costs(plan, report.costs)
+    document = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            report=report,
+            version=__version__,
+            title=_title(report),
+            tiles=_tiles(report),
+            survival=_survival(report),
+            histogram=_histogram(report),
+            frontier=_frontier(report),
+            figures=_figures(report),
+            types=[] if plan is None else plan.type_counts().items(),
+            treatment_map=None if plan is None else ColourMap.of(treatment_cells(plan), "blue"),
+            cost_map=ColourMap.of(cost_cells(costs), "orange") if costs else None,
+            total_cost=sum(costs.values()),
+        )
     )
-    body = tag(
-        "body",
-        tag(
-            "main",
-            tag("h1", title),
-            _verdicts(report),
-            tag("p", _MEANING),
-            _tiles(report),
-            tag("div", _survival(report), _histogram(report), _frontier(report), class_="figures"),
-            _figures(report),
-            _texts(report),
-            _maps(report),
-            _provenance(report),
-        ),
-    )
-    return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
+    return _UNSEEN.sub("\ufffd", document)
 
 
-def _css() -> Markup:
-    return Markup(resources.files("edge_dtm.data").joinpath("report.css").read_text("utf-8"))
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("edge_dtm", "data"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters = (numbers.megabytes, plain, plural, share, short, numbers.spelled)
+    environment.filters |= {f.__name__: f for f in filters}
+    return environment
 
 
 def _title(report: Report) -> str:
@@ -77,223 +79,98 @@ def _title(report: Report) -> str:
     return f"{model} for {profile}" if isinstance(profile, str) else model
 
 
-def _section(title: str, *children: Child) -> Markup:
-    return tag("section", tag("h2", title), *children)
-
-
-# --- the verdict ------------------------------------------------------------------------------
-
-
-def _verdicts(report: Report) -> Markup:
-    if not report.devices:
-        return tag(
-            "div",
-            tag("p", "Not yet verified on a device", class_="word"),
-            tag(
-                "p",
-                f"On the host that made it the file differs from the original at "
-                f"{share(report.host.sdt.value)} of the positions, and "
-                f"{plain(report.host.fdt.value)} tokens stay the same on average. What a device "
-                "makes of it, edge-dtm verify says there.",
-            ),
-            class_="verdict open",
-        )
-    passed = sum(bool(d.verdict["passed"]) for d in report.devices)
-    total = len(report.devices)
-    words = (
-        tag("p", tag("b", f"Passed on {passed} of {plural(total, 'device')}."))
-        if total > 1
-        else None
-    )
-    return join(words, [_verdict(d.label, d.verdict) for d in report.devices])
-
-
-def _verdict(label: str, verdict: Mapping[str, Any]) -> Markup:
-    passed = verdict["passed"]
-    lines = [tag("li", reason) for reason in verdict["reasons"]]
-    early = verdict["stopped_early"]
-    covered = (
-        f"{verdict['sequences']} of {plural(verdict['sequences_in_bundle'], 'sequence')}, "
-        + ("generated by itself" if verdict["mode"] == "generate" else "fed the original's text")
-        + (f"; stopped early at {early['certainty']:.0%} certainty" if early else "")
-    )
-    notes = [tag("p", f"Note: {note}.", class_="soft") for note in verdict["notes"]]
-    return tag(
-        "div",
-        tag("p", "Passed" if passed else "Failed", class_="word"),
-        tag("p", f"{label}: {covered}.", class_="where"),
-        None if passed else tag("p", tag("b", verdict["diagnosis"]["words"])),
-        tag("details", tag("summary", "What was checked"), tag("ul", lines), notes)
-        if passed
-        else join(tag("ul", lines), notes),
-        class_=f"verdict {'pass' if passed else 'fail'}",
-    )
-
-
-# --- figures ----------------------------------------------------------------------------------
-
-
-def _tiles(report: Report) -> Markup:
+def _tiles(report: Report) -> list[tuple[str, str, list[str]]]:
+    """(name, figure, lines below)."""
     host = report.host
     measured = report.manifest.measured
     size = report.manifest.files["model.gguf"].size_bytes
     f16 = number(measured, "f16_bytes")
     floor = measured.get("noise_floor")
-    tiles = tag(
-        "div",
-        _tile(
-            "SDT",
-            share(host.sdt.value),
-            _range(host.sdt.low, host.sdt.high, True),
-            _floor(interval(floor, "sdt", True)[0]),
-        ),
-        _tile(
+    floors = (
+        interval(floor, "sdt", True)[0],
+        interval(floor, "fdt", False)[0],
+        share(number(floor, "identical_share"), 0),
+    )
+    noise = [[] if value == NOTHING else [f"noise floor {value}"] for value in floors]
+    sdt, fdt = (f"{between(i.low, i.high, i is host.sdt)} (95 %)" for i in (host.sdt, host.fdt))
+    return [
+        ("SDT", share(host.sdt.value), [sdt, *noise[0]]),
+        (
             f"mean FDT of at most {plain(host.largest_fdt)} tokens",
             plain(host.fdt.value),
-            _range(host.fdt.low, host.fdt.high, False),
-            _floor(interval(floor, "fdt", False)[0]),
+            [fdt, *noise[1]],
         ),
-        _tile(
+        (
             "sequences identical",
             share(host.identical_share, 0),
-            "without any other token",
-            _floor(share(number(floor, "identical_share"), 0)),
+            ["without any other token", *noise[2]],
         ),
-        _tile("file size", megabytes(size), f"{share(size / f16, 0)} of F16" if f16 else "", ""),
-        class_="tiles",
-    )
-    return join(tag("p", f"On the host, {plural(host.sequences, 'held-out sequence')}:"), tiles)
+        ("file size", numbers.megabytes(size), [f"{share(size / f16, 0)} of F16"] if f16 else []),
+    ]
 
 
-def _tile(name: str, value: str, first: str, second: str) -> Markup:
-    lines = [tag("span", line) for line in (first, second) if line]
-    return tag("div", tag("span", name, class_="name"), tag("b", value), lines, class_="tile")
-
-
-def _range(low: float, high: float, percent: bool) -> str:
-    scale, digits = (100, 2) if percent else (1, 1)
-    return f"{low * scale:.{digits}f} to {high * scale:.{digits}f} (95 %)"
-
-
-def _floor(value: str) -> str:
-    return "" if value == NOTHING else f"noise floor {value}"
-
-
-def _survival(report: Report) -> Markup:
+def _survival(report: Report) -> Chart:
     series = [report.host_answers.series(), *report.curves]
     if report.shown is not report.host_answers and not report.devices:
         series.insert(1, report.shown.series())
-    missing = (
-        tag(
-            "p",
-            f"Without a curve: {', '.join(report.without_curve)}; the lists of first divergent "
-            "tokens were not kept.",
-            class_="soft",
-        )
-        if report.without_curve
-        else None
-    )
-    return _section(
-        "How long answers stay the same",
-        tag("figure", charts.survival_curves(series)),
-        tag(
-            "p",
-            "The longer a curve stays up, the better; the area below it is about the mean FDT.",
-            class_="soft",
-        ),
-        missing,
-    )
+    return charts.survival_curves(series)
 
 
-def _histogram(report: Report) -> Markup:
+def _histogram(report: Report) -> Chart:
     shown = report.shown
     if shown.fed:
         counts, axis, zero = shown.divergent, "other tokens in a sequence", "no other token"
-        title = "Other tokens a sequence"
-        words = "Green: sequences without any other token."
     else:
         # What is generated behind the first other token is another text.
         counts, axis, zero = shown.first, "tokens until the first other one", "another first token"
-        title = "Tokens until the first other one"
-        words = "Green: sequences whose very first token is another; identical ones count whole."
-    return _section(
-        title,
-        tag("figure", charts.histogram(counts.tolist(), axis, zero)),
-        tag("p", f"{shown.label.capitalize()}. {words}", class_="soft"),
-    )
+    return charts.histogram(counts.tolist(), axis, zero)
 
 
-def _frontier(report: Report) -> Markup | None:
-    if not report.frontier and not report.measured:
+def _frontier(report: Report) -> Chart | None:
+    if not report.frontier and not report.files:
         return None
     size = report.manifest.files["model.gguf"].size_bytes
     sdt = report.host.sdt
-    ours = charts.Measured("this file, measured", size, sdt.value, sdt.low, sdt.high)
-    predicted = report.predicted_sdt
-    return _section(
-        "Size against divergence",
-        tag(
-            "figure",
-            charts.frontier(
-                report.frontier,
-                (size, predicted) if predicted is not None else None,
-                [ours, *report.measured],
-                number(report.manifest.measured, "noise_floor", "sdt", "value")
-                or number(report.manifest.measured, "noise_floor", "sdt"),
-            ),
-        ),
-        tag("p", "Lower and further left is better. Bars: 95 % intervals.", class_="soft"),
+    floor = numbers.estimate(report.manifest.measured.get("noise_floor"), "sdt")
+    return charts.frontier(
+        report.frontier,
+        None if report.predicted_sdt is None else (size, report.predicted_sdt),
+        [Point("this file, measured", size, sdt.value, sdt.low, sdt.high), *report.files],
+        floor[0] if floor else None,
     )
 
 
-def _figures(report: Report) -> Markup:
-    """Host, devices and noise floor in columns."""
+def _figures(report: Report) -> list[tuple[str, list[Cell]]]:
+    """(what, a cell for the host, for each device and for the noise floor)."""
     floor = report.manifest.measured.get("noise_floor")
     verdicts = [d.verdict for d in report.devices]
-    divergences = [report.host.to_json(), *(v["against_original"] for v in verdicts), floor]
-    rows: list[tuple[str, list[Child]]] = [
-        ("SDT against the original", [_both(d, "sdt", True) for d in divergences]),
-        ("mean FDT, tokens", [_both(d, "fdt", False) for d in divergences]),
-        ("sequences identical", [share(number(d, "identical_share"), 0) for d in divergences]),
-    ]
-    if verdicts:
-        rows += [(name, [NOTHING, *cells, NOTHING]) for name, cells in _against_host(verdicts)]
-    rows += [
-        (name, [plain(host, digits), *(plain(x, digits) for x in devices), NOTHING])
-        for name, digits, host, devices in _speeds(report, verdicts)
-    ]
-    if verdicts:
-        threads = [spelled(v["settings"].get("threads")) for v in verdicts]
-        builds = [v["runtime"]["llama_cpp_python"] for v in verdicts]
-        rows += [
-            ("threads", [NOTHING, *threads, NOTHING]),
-            ("llama-cpp-python", [NOTHING, *builds, NOTHING]),
-        ]
-    heads: list[Child] = [
-        "host",
-        *([d.name, tag("span", d.machine)] for d in report.devices),
-        "noise floor",
-    ]
-    table = tag(
-        "table",
-        tag("thead", tag("tr", tag("th"), [tag("th", head, scope="col") for head in heads])),
-        tag(
-            "tbody",
-            [
-                tag("tr", tag("th", name, scope="row"), [tag("td", cell) for cell in cells])
-                for name, cells in rows
-            ],
+    runs = [report.host.to_json(), *(v["against_original"] for v in verdicts), floor]
+    rows = [
+        ("SDT against the original", [interval(run, "sdt", True) for run in runs]),
+        ("mean FDT, tokens", [interval(run, "fdt", False) for run in runs]),
+        (
+            "sequences identical",
+            _cells([share(number(run, "identical_share"), 0) for run in runs]),
         ),
-        class_="data figure-names",
-    )
-    words = "Small: 95 % bootstrap intervals over sequences. The host is the machine that made the bundle"
+    ]
     if verdicts:
-        words += "; devices that round in other ways differ a little from it, broken ones a lot"
-    return _section(
-        "Host and devices" if verdicts else "Figures",
-        tag("div", table, class_="scroll"),
-        tag("p", f"{words}.", class_="soft"),
-    )
+        rows += [(name, _cells([NOTHING, *t, NOTHING])) for name, t in _against_host(verdicts)]
+    for name, key, digits, scale in _SPEEDS:
+        host = number(report.host_prefill_tokens_per_s) if key == "prefill_tokens_per_s" else None
+        values = [host, *(number(v, "performance", key) for v in verdicts)]
+        if any(value is not None for value in values):
+            texts = [plain(None if v is None else v * scale, digits) for v in values]
+            rows.append((name, _cells([*texts, NOTHING])))
+    if verdicts:
+        threads = [numbers.spelled(v["settings"].get("threads")) for v in verdicts]
+        builds = [v["runtime"]["llama_cpp_python"] for v in verdicts]
+        rows.append(("threads", _cells([NOTHING, *threads, NOTHING])))
+        rows.append(("llama-cpp-python", _cells([NOTHING, *builds, NOTHING])))
+    return rows
+
+
+def _cells(texts: Sequence[str]) -> list[Cell]:
+    return [(text, "") for text in texts]
 
 
 def _against_host(verdicts: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
@@ -305,135 +182,9 @@ def _against_host(verdicts: Sequence[Mapping[str, Any]]) -> list[tuple[str, list
             [share(v["decided_sdt_vs_host"]) for v in verdicts],
         ),
         ("KL of the small F16 model, nats", [short(v["kl_probe_nats"]) for v in verdicts]),
-        ("kernels that agree with numpy", [_kernels(v) for v in verdicts]),
+        ("kernels that agree with numpy", [_kernels(v["kernels"]) for v in verdicts]),
     ]
 
 
-def _speeds(
-    report: Report, verdicts: Sequence[Mapping[str, Any]]
-) -> list[tuple[str, int, float | None, list[float | None]]]:
-    """(what, digits, the host's, one a device) of what was measured anywhere."""
-    out = []
-    for name, key, digits, scale in (
-        ("prompt, tokens/s", "prefill_tokens_per_s", 1, 1.0),
-        ("decoding, tokens/s", "decode_tokens_per_s", 1, 1.0),
-        ("time to first token, s", "time_to_first_token_s", 2, 1.0),
-        ("one token, median, ms", "p50_ms", 1, 1.0),
-        ("one token, 95th percentile, ms", "p95_ms", 1, 1.0),
-        ("peak memory, MB", "peak_rss_bytes", 0, 1e-6),
-    ):
-        host = number(report.host_prefill_tokens_per_s) if key == "prefill_tokens_per_s" else None
-        found = [number(v, "performance", key) for v in verdicts]
-        devices = [None if x is None else x * scale for x in found]
-        if any(x is not None for x in (host, *devices)):
-            out.append((name, digits, host, devices))
-    return out
-
-
-def _both(data: object, name: str, percent: bool) -> list[Child]:
-    value, between = interval(data, name, percent)
-    return [value, tag("span", between) if between else None]
-
-
-def _kernels(verdict: Mapping[str, Any]) -> str:
-    kernels = verdict["kernels"]
+def _kernels(kernels: Sequence[Mapping[str, Any]]) -> str:
     return f"{sum(k['ok'] for k in kernels)} of {len(kernels)}" if kernels else NOTHING
-
-
-# --- texts, maps, provenance ------------------------------------------------------------------
-
-
-def _texts(report: Report) -> Markup:
-    fed = report.shown.fed
-    how = (
-        "Right is what the compressed model would choose at each position after the original's "
-        "text, so that one other token does not lead to the next; other tokens are underlined."
-        if fed
-        else "Right is what the compressed model generated by itself."
-    )
-    return _section(
-        "Original and compressed, side by side",
-        tag(
-            "p",
-            f"{how} The first other token is ",
-            tag("mark", "marked", class_="first"),
-            f". Shown: {report.shown.label}.",
-        ),
-        [examples.block(e, fed) for e in report.examples],
-    )
-
-
-def _maps(report: Report) -> Markup | None:
-    plan = report.plan
-    if plan is None:
-        return None
-    costs = maps.chosen_costs(plan, report.costs)
-    return join(
-        _section(
-            "What was done to each matrix",
-            tag(
-                "p", "GGML types; the stronger the colour, the fewer bits a weight.", class_="soft"
-            ),
-            _types(plan),
-            maps.table(maps.treatments(plan), "blue"),
-        ),
-        _section(
-            "What that costs",
-            tag(
-                "p",
-                "Mean-square change of the margin between the two likeliest tokens, in logits "
-                f"squared, {short(sum(costs.values()))} in all. The cells say how many percent of that "
-                "each matrix causes; the colour is the logarithm.",
-                class_="soft",
-            ),
-            maps.table(maps.cost_cells(costs), "orange"),
-        )
-        if costs
-        else None,
-    )
-
-
-def _types(plan: Plan) -> Markup:
-    total = sum(size for _, size in plan.type_counts().values()) or 1
-    rows = [
-        tag(
-            "tr",
-            tag("th", name, scope="row"),
-            [tag("td", c) for c in (n, megabytes(size), share(size / total, 0))],
-        )
-        for name, (n, size) in plan.type_counts().items()
-    ]
-    names = [tag("th", name, scope="col") for name in ("type", "matrices", "size", "share")]
-    head = tag("thead", tag("tr", names))
-    return tag("div", tag("table", head, tag("tbody", rows), class_="data"), class_="scroll")
-
-
-def _provenance(report: Report) -> Markup:
-    manifest = report.manifest
-    signed = (
-        f"signed with the key {report.key_id}; the page does not say whether you trust it"
-        if report.key_id
-        else "not signed"
-    )
-    details: list[tuple[str, Child]] = [("bundle", report.name), ("signature", signed)]
-    details += [(str(k).replace("_", " "), spelled(v)) for k, v in manifest.provenance.items()]
-    details += [
-        (f"limit {name}", short(value)) for name, value in manifest.thresholds.to_json().items()
-    ]
-    details += [
-        (name, [f"{entry.size_bytes:,} bytes, SHA-256 ", tag("code", entry.sha256)])
-        for name, entry in manifest.files.items()
-    ]
-    for device in report.devices:
-        runtime = device.verdict["runtime"]
-        details.append(
-            (
-                device.label,
-                f"{runtime['platform']}, Python {runtime['python']}, {runtime['system_info']}",
-            )
-        )
-    return _section(
-        "Provenance",
-        tag("dl", [join(tag("dt", name), tag("dd", value)) for name, value in details]),
-        tag("p", f"Made by edge-dtm {__version__}.", class_="soft"),
-    )

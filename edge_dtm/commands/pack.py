@@ -1,4 +1,4 @@
-"""Commands that carry a bundle: keygen, pack and unpack."""
+"""Commands that carry a bundle to the device: keygen, pack and unpack."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from edge_dtm.commands.common import PATH, Bytes, folder_bytes, require_outside
 @click.command()
 @click.argument("name", type=PATH)
 def keygen(name: Path) -> None:
-    """Make a key pair to sign bundles with: NAME.key, to keep secret, and NAME.pub for devices."""
+    """Make a key pair to sign bundles with.
+
+    NAME.key signs: keep it secret. NAME.pub checks: give it to the devices."""
     from edge_dtm.formats.signing import PRIVATE_SUFFIX, PUBLIC_SUFFIX, generate
 
     identity = generate(name)
@@ -24,17 +26,17 @@ def keygen(name: Path) -> None:
 @click.command()
 @click.argument("bundle", type=PATH)
 @click.option("-o", "--output", type=PATH, help="The file to write [default: BUNDLE.edge].")
-@click.option(
-    "--sign", "key_file", type=PATH, help="Sign with this key, the .key file that keygen made."
-)
+@click.option("--sign", "key_file", type=PATH, help="Sign with this .key file from keygen.")
 @click.option(
     "--for",
     "program",
     type=click.Choice(["ollama"]),
-    help="Also make a folder BUNDLE-ollama with a Modelfile, for ollama create.",
+    help="Also make a folder BUNDLE-ollama with a Modelfile, for `ollama create`.",
 )
 def pack(bundle: Path, output: Path | None, key_file: Path | None, program: str | None) -> None:
-    """Make one .edge file of a bundle; the same bundle and key always give the same bytes."""
+    """Make one .edge file of a bundle.
+
+    The same bundle and key always give the same bytes."""
     from edge_dtm.core.progress import Stages
     from edge_dtm.formats.archive import SUFFIX
     from edge_dtm.formats.archive import pack as run
@@ -44,11 +46,8 @@ def pack(bundle: Path, output: Path | None, key_file: Path | None, program: str 
     target = output or bundle.resolve().parent / f"{bundle.resolve().name}{SUFFIX}"
     require_outside(target, bundle)
     with Stages()("Packing", folder_bytes(bundle)) as advance:
-        signed = run(bundle, target, progress=advance, sign_with=key)
-    click.echo(
-        f"{target}: {target.stat().st_size:,} bytes, "
-        f"{f'signed with the key {signed}' if signed else 'not signed'}"
-    )
+        key_id = run(bundle, target, progress=advance, sign_with=key)
+    click.echo(f"{target}: {target.stat().st_size:,} bytes, {_signature(key_id)}")
     if program == "ollama":
         from edge_dtm.formats.modelfile import write_folder
 
@@ -63,7 +62,7 @@ def pack(bundle: Path, output: Path | None, key_file: Path | None, program: str 
 @click.option(
     "--trusted-keys",
     type=PATH,
-    help="Folder of .pub files: refuse what is not signed with one of these keys.",
+    help="Folder of .pub files. Refuse a file that none of these keys signed.",
 )
 @click.option(
     "--max-unpacked-bytes", type=Bytes(), help="Refuse what unpacks to more: N, NK, NM or NG."
@@ -81,9 +80,13 @@ def unpack(
     name = file.name.removesuffix(SUFFIX)
     target = output or file.resolve().parent / (name if name != file.name else f"{name}.bundle")
     with Stages()("Unpacking", 0) as advance:
-        key = run(file, target, advance, trusted, max_unpacked_bytes)
-    trust = "" if trusted is None else ", which is trusted"
-    click.echo(f"{target}: {f'signed with the key {key}{trust}' if key else 'not signed'}")
+        key_id = run(file, target, advance, trusted, max_unpacked_bytes)
+    trust = ", which is trusted" if key_id and trusted is not None else ""
+    click.echo(f"{target}: {_signature(key_id)}{trust}")
+
+
+def _signature(key_id: str | None) -> str:
+    return f"signed with the key {key_id}" if key_id else "not signed"
 
 
 COMMANDS = (keygen, pack, unpack)

@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Numbers as people read them, and numbers out of free-form JSON."""
 
 from __future__ import annotations
 
@@ -49,15 +49,18 @@ def megabytes(value: float | None, digits: int = 1) -> str:
 
 def interval(data: object, name: str, percent: bool) -> tuple[str, str]:
     """(value, `2.20 to 3.05`), the second empty where there is no interval."""
-    found = estimate(data, name)
-    if found is None:
+    figures = estimate(data, name)
+    if figures is None:
         return NOTHING, ""
-    value, low, high = found
-    scale, digits = (100, 2) if percent else (1, 1)
+    value, low, high = figures
     shown = share(value) if percent else plain(value)
-    if low is None or high is None:
-        return shown, ""
-    return shown, f"{low * scale:.{digits}f} to {high * scale:.{digits}f}"
+    return shown, "" if low is None or high is None else between(low, high, percent)
+
+
+def between(low: float, high: float, percent: bool) -> str:
+    """`2.20 to 3.05`."""
+    scale, digits = (100, 2) if percent else (1, 1)
+    return f"{low * scale:.{digits}f} to {high * scale:.{digits}f}"
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:

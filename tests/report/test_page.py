@@ -1,4 +1,4 @@
-"""The report page: what it says, that nothing of a bundle gets out of its texts, and how it looks
+"""The HTML page: what it says, that nothing of a bundle becomes an element of it, and how it looks
 in Chromium on a phone."""
 
 from __future__ import annotations
@@ -7,15 +7,11 @@ import dataclasses
 import hashlib
 import html
 import json
-import math
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +19,15 @@ import made_up
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from hypothesis import given
-from hypothesis import strategies as st
 
 from edge_dtm.cli import main
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.archive import open_bundle, pack
-from edge_dtm.formats.plan import Component, Plan, Treatment, distinct_texts
 from edge_dtm.formats.record import Record
 from edge_dtm.formats.reference import Reference
 from edge_dtm.llamacpp.vocabulary import LlamaVocab
-from edge_dtm.report import charts, examples, maps
 from edge_dtm.report.gather import gather
 from edge_dtm.report.page import page
-from edge_dtm.report.tags import join, tag, text
-from edge_dtm.search.cost_table import CostTable
 
 HOSTILE = "</div><script>alert(1)</script><img src=//x.example onerror=alert(2)>&amp;\u202e\x00"
 NORMAL_IDS = range(3 + 256, 3 + 256 + 26)  # of the tiny vocabulary, "▁a" to "▁z"
@@ -71,168 +61,6 @@ class Parsed(HTMLParser):
 
     def of_class(self, name: str) -> list[dict[str, str | None]]:
         return [a for _, a in self.elements if name in (a.get("class") or "").split()]
-
-
-# --- elements -------------------------------------------------------------------------------
-
-
-@given(st.text())
-def test_text_never_becomes_an_element(value: str) -> None:
-    parsed = Parsed(tag("p", value, title=value))
-    assert [name for name, _ in parsed.elements] == ["p"]
-    shown = html.unescape(text(value))
-    assert parsed.elements[0][1]["title"] == shown
-    # What a person can see is kept.
-    assert [c for c in shown if c != "\ufffd"] == [
-        c for c in value if c != "\ufffd" and c in html.unescape(text(c))
-    ]
-
-
-def test_elements() -> None:
-    assert join("<", None, [tag("wbr"), 1]) == "&lt;<wbr>1"
-    assert tag("th", "a", scope="col", class_="x", title=None) == '<th scope="col" class="x">a</th>'
-    assert "\u202e" not in text("\u202eevil") and "\ud800" not in text("\ud800")
-    assert text("a\nb\tc") == "a\nb\tc"
-
-
-# --- figures --------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(0, 20), min_size=1, max_size=40))
-def test_survival_of_equal_lengths_is_the_plain_share(first: list[int]) -> None:
-    found = charts.survival(first, [20] * len(first))
-    plain = [sum(f >= t for f in first) / len(first) for t in range(21)]
-    assert found == pytest.approx(plain[: len(found)])
-    assert not any(plain[len(found) :])
-    assert found[1:].sum() == pytest.approx(np.mean(first)), "the area below it is the mean FDT"
-
-
-def test_survival_where_sequences_end() -> None:
-    # Of two, one ends undiverged after 1 token; the other alone is at risk then, and diverges.
-    assert charts.survival([1, 2], [1, 4]).tolist() == [1.0, 1.0, 1.0, 0.0]
-    # The share of those that have ended is not lost: 2 of 3, then 1 of 2 of the rest.
-    assert charts.survival([0, 1, 1, 2], [2, 1, 2, 2]) == pytest.approx([1, 3 / 4, 3 / 8])
-    assert charts.survival([], []).tolist() == [1.0]
-
-
-@given(st.lists(st.integers(0, 5000), min_size=1, max_size=50))
-def test_bins_count_everything_once(counts: list[int]) -> None:
-    found = charts.bins(counts)
-    assert sum(n for *_, n in found) == len(counts)
-    assert found[0] == (0, 0, counts.count(0))
-    assert len(found) <= 12
-    assert all(a[1] + 1 == b[0] for a, b in pairwise(found))
-
-
-@given(st.floats(0, 1e6), st.floats(1e-3, 1e6))
-def test_ticks_are_few_round_and_inside(low: float, span: float) -> None:
-    found = charts.ticks(low, low + span)
-    assert 2 <= len(found) <= 7
-    assert all(low - 1e-6 * span <= t <= low + span * (1 + 1e-6) for t in found)
-
-
-def test_log_ticks() -> None:
-    assert charts.log_ticks(0.008, 0.3) == pytest.approx([0.01, 0.02, 0.05, 0.1, 0.2])
-    assert charts.log_ticks(1e-5, 1.0) == pytest.approx([10.0**p for p in range(-5, 1)])
-
-
-def test_the_frontier_without_divergence() -> None:
-    ours = charts.Measured("ours", 1e8, 0.0, 0.0, 0.0)
-    drawn = charts.frontier([(1e8, 0.0)], (1e8, 0.0), [ours], 0.0)
-    assert Parsed(drawn).of_class("dot")
-    assert "nan" not in drawn
-
-
-def test_a_frontier_of_many_points_keeps_its_ends() -> None:
-    points = [(1e6 * i, 0.5 / i) for i in range(1, 2000)]
-    drawn = charts.frontier(points, None, [], None)
-    path = next(a["d"] for n, a in Parsed(drawn).elements if n == "path")
-    assert path is not None and path.count("L") == charts.FRONTIER_POINTS - 1
-
-
-# --- maps -----------------------------------------------------------------------------------
-
-
-def test_bits() -> None:
-    part = Component("blk.0.attn_q", 64, 256)
-    # A block of 32: 16 bits of scale and 8 or 4 a weight.
-    assert maps.bits(part, Treatment("Q8_0")) == 8.5
-    assert maps.bits(part, Treatment("Q4_0")) == 4.5
-    plan = Plan(
-        (part, dataclasses.replace(part, name="b")), (Treatment("F16"), Treatment("Q4_0", 0.5)), 0
-    )
-    cells = maps.treatments(plan)
-    assert cells["blk.0.attn_q"] == maps.Cell("F16", 0.0)
-    assert cells["b"].words == "Q4_0 50%0" and 0.5 < cells["b"].strength < 0.7
-
-
-def test_costs_are_those_of_the_search() -> None:
-    part = Component("blk.0.attn_q", 64, 256)
-    treatments = tuple(Treatment("Q8_0", z) for z in (0.0, 0.25, 0.5))
-    table = CostTable((part,), (treatments,), ((1.0, 2.0, 7.0),), 0)
-    written = {part.name: {str(t): c for t, c in zip(treatments, (1.0, 2.0, 7.0), strict=True)}}
-    for zeros in (0.0, 0.25, 0.4, 0.5):
-        plan = Plan((part,), (Treatment("Q8_0", zeros),), 0)
-        assert maps.chosen_costs(plan, written)[part.name] == pytest.approx(table.cost(plan))
-    for unknown in (Treatment("Q8_0", 0.6), Treatment("Q4_0")):
-        assert maps.chosen_costs(Plan((part,), (unknown,), 0), written) == {}
-
-
-def test_shares_that_read_the_same_keep_their_costs() -> None:
-    """A share that earlier zeros hold, beside a level: distinct as plan.json spells them."""
-    part = Component("blk.0.attn_q", 64, 256)
-    for held in (0.3996, math.nextafter(0.4, 0)):
-        treatments = [Treatment("Q8_0", z) for z in (held, 0.4, 0.5)]
-        costs = dict(zip(treatments, (1.0, 2.0, 7.0), strict=True))
-        written = {part.name: {words: costs[t] for t, words in distinct_texts(treatments).items()}}
-        for treatment, cost in costs.items():
-            assert maps.chosen_costs(Plan((part,), (treatment,), 0), written) == {part.name: cost}
-    hostile = {part.name: {f"Q8_0+40.{'0' * 10**6}% zeros": 9.0} | written[part.name]}
-    plan = Plan((part,), (treatments[1],), 0)
-    assert maps.chosen_costs(plan, hostile) == {part.name: 2.0}
-
-
-def test_cost_cells() -> None:
-    cells = maps.cost_cells({"a": 0.9, "b": 0.09, "c": 0.009, "d": 0.0, "e": 0.001})
-    assert [c.words for c in cells.values()] == ["90", "9.0", ".9", "0", ".1"]
-    strengths = [cells[n].strength for n in "abce"]
-    assert strengths == sorted(strengths, reverse=True) and strengths[0] == 1
-    assert cells["d"].strength == 0
-
-
-def test_a_map_leaves_out_what_is_not_there() -> None:
-    cells = {
-        n: maps.Cell("Q8_0", 0.3) for n in ("blk.3.ffn_up", "blk.11.attn_q", "output", "blk.x.y")
-    }
-    parsed = Parsed(maps.table(cells, "blue"))
-    assert [a.get("scope") for n, a in parsed.elements if n == "th"].count("row") == 2
-    assert parsed.text.count("Q8_0") == 3
-    assert "ffn_down" not in parsed.text
-
-
-# --- texts ----------------------------------------------------------------------------------
-
-
-def test_chosen_rows() -> None:
-    first, divergent = np.array([5, 0, 9, 0, 7]), np.array([1, 4, 0, 9, 1])
-    assert examples.chosen_rows(first, divergent) == [("Best", 2), ("Median", 0), ("Worst", 3)]
-    assert examples.chosen_rows(first[:1], divergent[:1]) == [("Best", 0)]
-    assert examples.chosen_rows(first[:0], divergent[:0]) == []
-
-
-def test_what_is_marked() -> None:
-    shown = examples.Example("Worst", 0, HOSTILE, ["a", " b", "\n", "d"], ["a", " x", " ", "d"],
-                             [False, True, True, False])  # fmt: skip
-    marks = re.compile(r'<mark class="(\w+)">(.*?)</mark>', re.DOTALL)
-    assert marks.findall(examples.block(shown, fed=True)) == [
-        ("own", "b"), ("first", "x"), ("other", "␣"),
-    ]  # fmt: skip
-    # What is generated behind the first other token is another text, no mistake.
-    assert marks.findall(examples.block(shown, fed=False)) == [("own", "b"), ("first", "x")]
-    assert "script" not in [n for n, _ in Parsed(examples.block(shown, True)).elements]
-
-
-# --- pages ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -296,24 +124,17 @@ def _refused(result: Result, words: str) -> None:
 
 
 def test_a_bundle_with_hardly_anything_in_it(tiny_bundle: Path) -> None:
-    result = _run(tiny_bundle)
-    assert result.exit_code == 0, result.output
-    target = tiny_bundle.with_name("tiny-bundle-report.html")
-    parsed = Parsed(target.read_text())
-    assert parsed.open == []
-    assert "Not yet verified on a device" in parsed.text
-    assert "Without a curve: the noise floor" in parsed.text
-    assert "Size against divergence" not in parsed.text
-    assert not parsed.of_class("map")
-    with open_bundle(tiny_bundle) as opened:
-        opened.check()
-
-
-def test_a_packed_bundle(tiny_bundle: Path) -> None:
     packed = tiny_bundle.with_name("small.edge")
     pack(tiny_bundle, packed)
-    assert _run(packed).exit_code == 0
-    assert "Not yet verified" in packed.with_name("small-report.html").read_text()
+    for bundle, name in ((tiny_bundle, "tiny-bundle"), (packed, "small")):
+        result = _run(bundle)
+        assert result.exit_code == 0, result.output
+        parsed = Parsed(bundle.with_name(f"{name}-report.html").read_text())
+        assert parsed.open == []
+        assert "Not yet verified on a device" in parsed.text
+        assert "Without a curve: the noise floor" in parsed.text
+        assert "Size against divergence" not in parsed.text
+        assert not parsed.of_class("map")
 
 
 def test_the_page_does_not_go_into_the_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -462,7 +283,7 @@ def test_a_measurement_without_its_lists(full: Path, reference: Reference, tmp_p
 def test_a_record_of_some_sequences(full: Path, reference: Reference, tmp_path: Path) -> None:
     host = Record.load(full / "host.npz")
     rows = np.array([7, 2, 11, 4])
-    path = tmp_path / "quick.npz"
+    path = tmp_path / "part.npz"
     host.rows(rows).save(path)
     with open_bundle(full) as opened:
         with pytest.raises(EdgeDtmError, match="does not belong"):
@@ -511,19 +332,6 @@ def test_the_texts_are_those_of_the_tokens(
             assert e.different == [a != b for a, b in zip(own, there, strict=True)]
     titles = {e.title: e.first for e in found.examples}
     assert titles["Worst"] == found.shown.first.min()
-
-
-def test_no_torch_is_needed() -> None:
-    code = "import sys, edge_dtm.report.page, edge_dtm.compare_table\nprint(*sys.modules)"
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert not {"torch", "transformers", "llama_cpp"} & set(done.stdout.split())
 
 
 # --- in a browser ---------------------------------------------------------------------------

@@ -1,0 +1,85 @@
+"""Maps layer by component: bits, costs, and the shape of the tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from edge_dtm.formats.plan import Component, Plan, Treatment, distinct_texts
+from edge_dtm.report.layer_map import (
+    Cell,
+    ColourMap,
+    bits,
+    chosen_costs,
+    cost_cells,
+    text_rows,
+    treatment_cells,
+)
+from edge_dtm.search.cost_table import CostTable
+
+
+def test_bits() -> None:
+    part = Component("blk.0.attn_q", 64, 256)
+    # A block of 32: 16 bits of scale and 8 or 4 a weight.
+    assert bits(part, Treatment("Q8_0")) == 8.5
+    assert bits(part, Treatment("Q4_0")) == 4.5
+    plan = Plan(
+        (part, dataclasses.replace(part, name="b")), (Treatment("F16"), Treatment("Q4_0", 0.5)), 0
+    )
+    cells = treatment_cells(plan)
+    assert cells["blk.0.attn_q"] == Cell("F16", 0.0)
+    assert cells["b"].words == "Q4_0 50%0" and 0.5 < cells["b"].strength < 0.7
+
+
+def test_costs_are_those_of_the_search() -> None:
+    part = Component("blk.0.attn_q", 64, 256)
+    treatments = tuple(Treatment("Q8_0", z) for z in (0.0, 0.25, 0.5))
+    table = CostTable((part,), (treatments,), ((1.0, 2.0, 7.0),), 0)
+    written = {part.name: {str(t): c for t, c in zip(treatments, (1.0, 2.0, 7.0), strict=True)}}
+    for zeros in (0.0, 0.25, 0.4, 0.5):
+        plan = Plan((part,), (Treatment("Q8_0", zeros),), 0)
+        assert chosen_costs(plan, written)[part.name] == pytest.approx(table.cost(plan))
+    for unknown in (Treatment("Q8_0", 0.6), Treatment("Q4_0")):
+        assert chosen_costs(Plan((part,), (unknown,), 0), written) == {}
+
+
+def test_shares_that_read_the_same_keep_their_costs() -> None:
+    """A share that earlier zeros hold, beside a level: distinct as plan.json spells them."""
+    part = Component("blk.0.attn_q", 64, 256)
+    for held in (0.3996, math.nextafter(0.4, 0)):
+        treatments = [Treatment("Q8_0", z) for z in (held, 0.4, 0.5)]
+        costs = dict(zip(treatments, (1.0, 2.0, 7.0), strict=True))
+        written = {part.name: {words: costs[t] for t, words in distinct_texts(treatments).items()}}
+        for treatment, cost in costs.items():
+            assert chosen_costs(Plan((part,), (treatment,), 0), written) == {part.name: cost}
+    hostile = {part.name: {f"Q8_0+40.{'0' * 10**6}% zeros": 9.0} | written[part.name]}
+    plan = Plan((part,), (treatments[1],), 0)
+    assert chosen_costs(plan, hostile) == {part.name: 2.0}
+
+
+def test_cost_cells() -> None:
+    cells = cost_cells({"a": 0.9, "b": 0.09, "c": 0.009, "d": 0.0, "e": 0.001})
+    assert [c.words for c in cells.values()] == ["90", "9.0", ".9", "0", ".1"]
+    strengths = [cells[n].strength for n in "abce"]
+    assert strengths == sorted(strengths, reverse=True) and strengths[0] == 1
+    assert cells["d"].strength == 0
+
+
+def test_a_map_leaves_out_what_is_not_there() -> None:
+    names = ("blk.11.attn_q", "blk.3.ffn_up", "output", "blk.x.y")
+    cell = Cell("Q8_0", 0.3)
+    table = ColourMap.of(dict.fromkeys(names, cell), "blue")
+    assert table.outside == {"output": cell}
+    assert table.parts == ["attn_q", "ffn_up"]
+    assert table.rows == [(3, [None, cell]), (11, [cell, None])]
+    texts = text_rows(dict.fromkeys(names, "F16"))
+    assert [layer for layer, _ in texts] == ["output", "3", "11"]
+    assert texts[1][1] == ["", "", "", "", "", "F16", ""]
+
+
+def test_no_colour_lies_where_neither_ink_is_read() -> None:
+    percents = [Cell("", i / 100).percent for i in range(-10, 120)]
+    assert percents == sorted(percents) and (percents[0], percents[-1]) == (8, 100)
+    assert not any(70 < p < 82 for p in percents)
