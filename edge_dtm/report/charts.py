@@ -37,7 +37,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Point:
+class MeasuredFile:
     """A file's size in bytes and SDT, a share, with its interval where known."""
 
     label: str
@@ -149,7 +149,7 @@ def survival_curves(series: Sequence[Series]) -> Chart:
 def frontier(
     points: Sequence[tuple[float, float]],
     chosen: tuple[float, float] | None,
-    files: Sequence[Point],
+    files: Sequence[MeasuredFile],
     floor: float | None,
 ) -> Chart:
     """File size in bytes against SDT, log scale.

@@ -14,7 +14,7 @@ from edge_dtm.formats.verdict_file import device_name
 if TYPE_CHECKING:
     from rich.table import Table
 
-Verdict = Mapping[str, Any]
+VerdictJson = Mapping[str, Any]
 
 # A robust z-score above 3.5 is an outlier: Iglewicz and Hoaglin, How to Detect and Handle
 # Outliers, 1993; 1.4826 makes the MAD of a normal distribution its standard deviation.
@@ -80,7 +80,7 @@ class Comparison:
         }
 
 
-def compare(verdicts: Sequence[tuple[Path, Verdict]]) -> Comparison:
+def compare(verdicts: Sequence[tuple[Path, VerdictJson]]) -> Comparison:
     """Verdicts as verdict_file.read_verdict gives them. EdgeDtmError when they are of different
     bundles, one is given twice, or there is only one."""
     if len(verdicts) < 2:
@@ -102,7 +102,7 @@ def compare(verdicts: Sequence[tuple[Path, Verdict]]) -> Comparison:
     )
 
 
-def _require_one_bundle(verdicts: Sequence[tuple[Path, Verdict]]) -> None:
+def _require_one_bundle(verdicts: Sequence[tuple[Path, VerdictJson]]) -> None:
     by_bundle: dict[str, list[str]] = {}
     for path, data in verdicts:
         by_bundle.setdefault(data["bundle"]["manifest_sha256"], []).append(str(path))
@@ -115,7 +115,7 @@ def _require_one_bundle(verdicts: Sequence[tuple[Path, Verdict]]) -> None:
         )
 
 
-def _row(name: str, v: Verdict) -> Row:
+def _row(name: str, v: VerdictJson) -> Row:
     kernels, performance = v["kernels"], v["performance"]
     return Row(
         file=name,
@@ -183,7 +183,7 @@ def _words(rows: Sequence[Row], odd: Sequence[Odd]) -> str:
     return f"Odd one out: {'; '.join(o.words for o in odd) or 'none'}."
 
 
-def _notes(verdicts: Sequence[Verdict]) -> list[str]:
+def _notes(verdicts: Sequence[VerdictJson]) -> list[str]:
     notes = []
     if len({v["mode"] for v in verdicts}) > 1:
         notes.append("the modes differ, so compare FDT only within one mode")

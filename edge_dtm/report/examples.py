@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from edge_dtm.formats.record import Record
+from edge_dtm.formats.reference import Reference
 from edge_dtm.llamacpp.token_text import TokenTexts
 from edge_dtm.report.numbers import plural
 
@@ -105,24 +108,33 @@ def chosen_rows(
     return [(title, row) for row, title in chosen.items()]
 
 
-def example(
-    title: str,
-    row: int,
-    prompt: str,
-    original: Sequence[int],
-    compressed: Sequence[int],
-    vocabulary: TokenTexts,
-    fed: bool,
-) -> Example:
-    """The texts of token ids; see Example."""
-    different = [a != b for a, b in zip(original, compressed, strict=True)]
-    own = vocabulary.texts(original)
-    if not fed:
-        other = vocabulary.texts(compressed)
-    else:
-        # A token alone may be part of a character; where it is the original's, so is its text.
-        other = [
-            vocabulary.texts([b])[0] if d else a
-            for a, b, d in zip(own, compressed, different, strict=True)
-        ]
-    return Example(title, row, prompt, own, other, different, fed)
+def chosen(
+    model: Path,
+    reference: Reference,
+    record: Record,
+    first: npt.NDArray[np.int64],
+    divergent: npt.NDArray[np.int64],
+) -> list[Example]:
+    """Examples of chosen_rows, with the vocabulary of a GGUF file.
+
+    record: the answers to reference; first, divergent: as in chosen_rows.
+    """
+    vocabulary = TokenTexts(model)
+    fed = record.mode == "teacher_forced"
+    examples = []
+    for title, row in chosen_rows(first, divergent if fed else np.zeros_like(divergent)):
+        ids = reference.generated(row)
+        other_ids = [int(i) for i in record.ids[row, : len(ids)]]
+        different = [a != b for a, b in zip(ids, other_ids, strict=True)]
+        texts = vocabulary.texts(ids)
+        if not fed:
+            others = vocabulary.texts(other_ids)
+        else:
+            # A token alone may be part of a character; where it is the original's, so is its text.
+            others = [
+                vocabulary.texts([b])[0] if d else text
+                for text, b, d in zip(texts, other_ids, different, strict=True)
+            ]
+        prompt = str(reference.texts[row])
+        examples.append(Example(title, row, prompt, texts, others, different, fed))
+    return examples

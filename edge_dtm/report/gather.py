@@ -19,9 +19,8 @@ from edge_dtm.formats.plan import Plan
 from edge_dtm.formats.record import Record
 from edge_dtm.formats.reference import HELD_OUT, Reference
 from edge_dtm.formats.verdict_file import device_name, read_numbers, read_verdict
-from edge_dtm.llamacpp.token_text import TokenTexts
 from edge_dtm.report import examples
-from edge_dtm.report.charts import Point, Series
+from edge_dtm.report.charts import MeasuredFile, Series
 from edge_dtm.report.numbers import estimate, number
 
 PLAN = "plan.json"
@@ -77,7 +76,7 @@ class Report:
     host_answers: Answers
     shown: Answers
     curves: Sequence[Series]
-    files: Sequence[Point]
+    files: Sequence[MeasuredFile]
     without_curve: Sequence[str]
     plan: Plan | None
     predicted_sdt: float | None
@@ -95,10 +94,7 @@ def gather(
     """bundle: checked. EdgeDtmError when a file is damaged or belongs to another bundle."""
     reference = Reference.load(bundle.path(bundles.REFERENCE)).part(HELD_OUT)
     host = Record.load(bundle.path(bundles.HOST_RECORD))
-    if not len(reference) or not (
-        host.ids.shape == reference.generated_ids.shape
-        and np.array_equal(host.lengths, reference.generated_lengths)
-    ):
+    if not len(reference) or not _same_shape(host, reference):
         raise EdgeDtmError(
             f"{bundle.source}: its host record does not belong to its reference; make it again"
         )
@@ -139,7 +135,9 @@ def gather(
         predicted_sdt=number(plan_json, "predicted", "sdt"),
         frontier=_frontier(plan_json),
         costs=_costs(plan_json),
-        examples=_examples(bundle.path(bundles.MODEL), part, record, shown),
+        examples=examples.chosen(
+            bundle.path(bundles.MODEL), part, record, shown.first, shown.divergent
+        ),
     )
 
 
@@ -176,9 +174,7 @@ def _rows_of(record: Record, reference: Reference, path: Path) -> npt.NDArray[np
         raise strange
     rows = np.array(listed, dtype=np.int64)
     part = reference.rows(rows)
-    if record.ids.shape != part.generated_ids.shape or not np.array_equal(
-        record.lengths, part.generated_lengths
-    ):
+    if not _same_shape(record, part):
         raise strange
     if record.mode == "teacher_forced":
         there = record.top_ids == part.generated_ids[:, :, None]
@@ -189,6 +185,12 @@ def _rows_of(record: Record, reference: Reference, path: Path) -> npt.NDArray[np
         if not np.allclose(own[there], noted[there], atol=1e-3):
             raise strange
     return rows
+
+
+def _same_shape(record: Record, reference: Reference) -> bool:
+    return record.ids.shape == reference.generated_ids.shape and np.array_equal(
+        record.lengths, reference.generated_lengths
+    )
 
 
 def _devices(bundle: Bundle, files: Sequence[Path], longest: int) -> list[Device]:
@@ -210,7 +212,7 @@ def _devices(bundle: Bundle, files: Sequence[Path], longest: int) -> list[Device
 
 def _others(
     devices: Sequence[Device], files: Sequence[Path], reference: Reference
-) -> tuple[list[Series], list[Point], list[str]]:
+) -> tuple[list[Series], list[MeasuredFile], list[str]]:
     """Curves and points of devices and other files, and the names of those without a curve."""
     curves = [
         Series(
@@ -231,7 +233,7 @@ def _others(
             )
         name = data.get("name")
         label = name if isinstance(name, str) else path.stem
-        points.append(Point(label, size, *sdt))
+        points.append(MeasuredFile(label, size, *sdt))
         lists = _lists(data)
         if lists is None:
             without.append(label)
@@ -259,18 +261,18 @@ def _lists(data: object) -> tuple[list[int], list[int]] | None:
     return (first, lengths) if fitting else None
 
 
-def _plan(bundle: Bundle) -> tuple[Plan | None, object]:
+def _plan(bundle: Bundle) -> tuple[Plan | None, dict[str, Any]]:
     """The plan and its file's JSON; (None, {}) for a bundle without one."""
     if PLAN not in bundle.manifest.files:
         return None, {}
     data = read_numbers(bundle.path(PLAN))
-    if not isinstance(data, dict) or "components" not in data:
-        return None, data
-    return Plan.from_json(data), data
+    if not isinstance(data, dict):
+        return None, {}
+    return Plan.from_json(data) if "components" in data else None, data
 
 
-def _frontier(plan: object) -> list[tuple[float, float]]:
-    points = plan.get("frontier") if isinstance(plan, dict) else None
+def _frontier(plan: Mapping[str, Any]) -> list[tuple[float, float]]:
+    points = plan.get("frontier")
     pairs = [
         (number(p, "size_bytes"), number(p, "sdt"))
         for p in (points if isinstance(points, list) else [])
@@ -278,8 +280,8 @@ def _frontier(plan: object) -> list[tuple[float, float]]:
     return [(size, sdt) for size, sdt in pairs if size is not None and sdt is not None]
 
 
-def _costs(plan: object) -> dict[str, dict[str, float]]:
-    listed = plan.get("costs") if isinstance(plan, dict) else None
+def _costs(plan: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    listed = plan.get("costs")
     out: dict[str, dict[str, float]] = {}
     for entry in listed if isinstance(listed, list) else []:
         if not isinstance(entry, dict) or not isinstance(entry.get("costs"), dict):
@@ -287,22 +289,3 @@ def _costs(plan: object) -> dict[str, dict[str, float]]:
         costs = {text: number(cost) for text, cost in entry["costs"].items()}
         out[str(entry.get("name"))] = {k: v for k, v in costs.items() if v is not None and v >= 0}
     return out
-
-
-def _examples(
-    model: Path, reference: Reference, record: Record, shown: Answers
-) -> list[examples.Example]:
-    vocabulary = TokenTexts(model)
-    divergent = shown.divergent if shown.fed else np.zeros_like(shown.divergent)
-    return [
-        examples.example(
-            title,
-            row,
-            str(reference.texts[row]),
-            reference.generated(row),
-            [int(i) for i in record.ids[row, : reference.generated_lengths[row]]],
-            vocabulary,
-            shown.fed,
-        )
-        for title, row in examples.chosen_rows(shown.first, divergent)
-    ]

@@ -55,7 +55,7 @@ def text_table(texts: Mapping[str, str]) -> Table:
 
 
 @dataclass(frozen=True)
-class Cell:
+class MapCell:
     """words: what it says; strength: 0 to 1, of the colour."""
 
     words: str
@@ -81,12 +81,12 @@ class ColourMap:
     """A table of the page. hue: a class of report.css; rows: (layer, a cell or None a part)."""
 
     hue: str
-    outside: Mapping[str, Cell]
+    outside: Mapping[str, MapCell]
     parts: Sequence[str]
-    rows: Sequence[tuple[int, Sequence[Cell | None]]]
+    rows: Sequence[tuple[int, Sequence[MapCell | None]]]
 
     @classmethod
-    def of(cls, cells: Mapping[str, Cell], hue: str) -> ColourMap:
+    def of(cls, cells: Mapping[str, MapCell], hue: str) -> ColourMap:
         """cells: by component; parts that no layer has get no column."""
         layers = by_layer(cells)
         parts = [p for p in PARTS if any(p in row for row in layers.values())]
@@ -103,13 +103,13 @@ def bits(component: Component, treatment: Treatment) -> float:
     return component.size_bytes(treatment) * 8 / max(component.weights, 1)
 
 
-def treatment_cells(plan: Plan) -> dict[str, Cell]:
+def treatment_cells(plan: Plan) -> dict[str, MapCell]:
     """By component. The fewer bits, the stronger the colour: 16 bits have none, 2 have all."""
     cells = {}
     for c, t in zip(plan.components, plan.treatments, strict=True):
         strength = (4 - math.log2(min(max(bits(c, t), 2.0), 16.0))) / 3
         words = f"{t.type} {t.zero_share:.0%}0" if t.zero_share else t.type
-        cells[c.name] = Cell(words, strength)
+        cells[c.name] = MapCell(words, strength)
     return cells
 
 
@@ -149,14 +149,14 @@ def _parsed(text: str) -> tuple[str, float]:
     return (match[1], float(match[2] or 0) / 100) if match else (text, math.nan)
 
 
-def cost_cells(costs: Mapping[str, float]) -> dict[str, Cell]:
+def cost_cells(costs: Mapping[str, float]) -> dict[str, MapCell]:
     """Percent of all costs together; colour by the logarithm, a cost of 0 has none."""
     total = sum(costs.values()) or 1.0
     logs = [math.log(v) for v in costs.values() if v > 0]
     low, high = min(logs, default=0.0), max(logs, default=0.0)
     span = (high - low) or 1.0
     return {
-        name: Cell(_percent(100 * v / total), (math.log(v) - low) / span if v > 0 else 0.0)
+        name: MapCell(_percent(100 * v / total), (math.log(v) - low) / span if v > 0 else 0.0)
         for name, v in costs.items()
     }
 

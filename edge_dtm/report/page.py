@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from edge_dtm import __version__
 from edge_dtm.report import charts, numbers
-from edge_dtm.report.charts import Chart, Point
+from edge_dtm.report.charts import Chart, MeasuredFile
 from edge_dtm.report.gather import Report
 from edge_dtm.report.layer_map import ColourMap, chosen_costs, cost_cells, treatment_cells
 from edge_dtm.report.numbers import NOTHING, between, interval, number, plain, plural, share, short
@@ -20,7 +20,7 @@ from edge_dtm.report.numbers import NOTHING, between, interval, number, plain, p
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
 )
-Cell = tuple[str, str]  # what a cell says, and in small letters below
+TableCell = tuple[str, str]  # what a cell says, and in small letters below
 _SPEEDS = (
     # name, key in the verdict, digits, scale
     ("prompt, tokens/s", "prefill_tokens_per_s", 1, 1.0),
@@ -135,12 +135,12 @@ def _frontier(report: Report) -> Chart | None:
     return charts.frontier(
         report.frontier,
         None if report.predicted_sdt is None else (size, report.predicted_sdt),
-        [Point("this file, measured", size, sdt.value, sdt.low, sdt.high), *report.files],
+        [MeasuredFile("this file, measured", size, sdt.value, sdt.low, sdt.high), *report.files],
         floor[0] if floor else None,
     )
 
 
-def _figures(report: Report) -> list[tuple[str, list[Cell]]]:
+def _figures(report: Report) -> list[tuple[str, list[TableCell]]]:
     """(what, a cell for the host, for each device and for the noise floor)."""
     floor = report.manifest.measured.get("noise_floor")
     verdicts = [d.verdict for d in report.devices]
@@ -169,7 +169,7 @@ def _figures(report: Report) -> list[tuple[str, list[Cell]]]:
     return rows
 
 
-def _cells(texts: Sequence[str]) -> list[Cell]:
+def _cells(texts: Sequence[str]) -> list[TableCell]:
     return [(text, "") for text in texts]
 
 

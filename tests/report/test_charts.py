@@ -52,7 +52,7 @@ def test_log_ticks() -> None:
 
 
 def test_the_frontier_without_divergence() -> None:
-    ours = charts.Point("ours", 1e8, 0.0, 0.0, 0.0)
+    ours = charts.MeasuredFile("ours", 1e8, 0.0, 0.0, 0.0)
     drawn = charts.frontier([(1e8, 0.0)], (1e8, 0.0), [ours], 0.0).drawing
     assert 'class="dot"' in drawn and "nan" not in drawn
 

@@ -9,8 +9,8 @@ import pytest
 
 from edge_dtm.formats.plan import Component, Plan, Treatment, distinct_texts
 from edge_dtm.report.layer_map import (
-    Cell,
     ColourMap,
+    MapCell,
     bits,
     chosen_costs,
     cost_cells,
@@ -29,7 +29,7 @@ def test_bits() -> None:
         (part, dataclasses.replace(part, name="b")), (Treatment("F16"), Treatment("Q4_0", 0.5)), 0
     )
     cells = treatment_cells(plan)
-    assert cells["blk.0.attn_q"] == Cell("F16", 0.0)
+    assert cells["blk.0.attn_q"] == MapCell("F16", 0.0)
     assert cells["b"].words == "Q4_0 50%0" and 0.5 < cells["b"].strength < 0.7
 
 
@@ -69,7 +69,7 @@ def test_cost_cells() -> None:
 
 def test_a_map_leaves_out_what_is_not_there() -> None:
     names = ("blk.11.attn_q", "blk.3.ffn_up", "output", "blk.x.y")
-    cell = Cell("Q8_0", 0.3)
+    cell = MapCell("Q8_0", 0.3)
     table = ColourMap.of(dict.fromkeys(names, cell), "blue")
     assert table.outside == {"output": cell}
     assert table.parts == ["attn_q", "ffn_up"]
@@ -80,6 +80,6 @@ def test_a_map_leaves_out_what_is_not_there() -> None:
 
 
 def test_no_colour_lies_where_neither_ink_is_read() -> None:
-    percents = [Cell("", i / 100).percent for i in range(-10, 120)]
+    percents = [MapCell("", i / 100).percent for i in range(-10, 120)]
     assert percents == sorted(percents) and (percents[0], percents[-1]) == (8, 100)
     assert not any(70 < p < 82 for p in percents)
