@@ -204,8 +204,8 @@ class Made:
     def __init__(self, folder: Path, work: Path) -> None:
         import torch
 
+        from edge_dtm.host.blocks.activations import Activations
         from edge_dtm.host.blocks.calibration import Calibration
-        from edge_dtm.host.blocks.sensitivity import Activations
         from edge_dtm.host.checkpoint.checkpoint import open_checkpoint
         from edge_dtm.host.checkpoint.model import load_model
         from edge_dtm.host.trajectory.generate import generate_reference

@@ -35,6 +35,8 @@ from rich.table import Table
 # The script also runs from a checkout where the package is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from edge_dtm.host.blocks.encoded import EncodedStore
+
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.paths import default_model_dir
 from edge_dtm.core.progress import Stages
@@ -42,11 +44,13 @@ from edge_dtm.formats.plan import Component, Treatment
 from edge_dtm.formats.profile import load_profile
 from edge_dtm.formats.reference import Reference
 from edge_dtm.host.blocks.capture import BATCH_SEQUENCES
-from edge_dtm.host.blocks.sensitivity import Activations, component_costs
-from edge_dtm.host.blocks.shipped import Shipped
+from edge_dtm.host.blocks.sensitivity import component_costs
+from edge_dtm.host.blocks.activations import Activations
 from edge_dtm.host.checkpoint.checkpoint import _to_hf_rows
 from edge_dtm.host.checkpoint.model import load_model, module_name
-from edge_dtm.host.compress import Pipeline, Settings, calibration_rows
+from edge_dtm.host.compress import Pipeline
+from edge_dtm.host.settings import Settings
+from edge_dtm.host.trajectory.reference import calibration_rows
 from edge_dtm.host.quantize.activations import activation_kind, round_activations
 from edge_dtm.host.quantize.equalize import EqualizedCheckpoint
 from edge_dtm.host.quantize.treat import treated_values
@@ -89,7 +93,7 @@ def sample(components: Sequence[Component], count: int, seed: int) -> list[Compo
 
 
 def shipped_values(
-    shipped: Shipped, component: Component, treatment: Treatment
+    shipped: EncodedStore, component: Component, treatment: Treatment
 ) -> npt.NDArray[np.float32] | None:
     """What the blocks that ship stand for, float32 (rows, row_length), rows in HF's order; None
     where there are no blocks, since no plan can choose that treatment."""

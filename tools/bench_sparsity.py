@@ -20,6 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from edge_dtm.host.bought import ROUNDS, Weighed, weigh
+from edge_dtm.host.stage_remove import measured_units, unit_options
+
 from edge_dtm.core.digest import digest_of
 from edge_dtm.core.metrics import perplexity
 from edge_dtm.core.paths import default_model_dir
@@ -29,10 +32,9 @@ from edge_dtm.formats.profile import load_profile
 from edge_dtm.formats.reference import HELD_OUT, Reference
 from edge_dtm.formats.transfer import packed_bytes
 from edge_dtm.host import export, removal
-from edge_dtm.host.bought import ROUNDS, Weighed, weigh
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
-from edge_dtm.host.compress import Pipeline, Settings
-from edge_dtm.host.stage_remove import measured_units, unit_options
+from edge_dtm.host.compress import Pipeline
+from edge_dtm.host.settings import Settings
 from edge_dtm.report.summary import interval
 from edge_dtm.search.allocation import least_divergent_share, search
 from edge_dtm.search.structure import remove_share

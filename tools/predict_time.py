@@ -31,11 +31,13 @@ from edge_dtm.formats import ggml_types
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from edge_dtm.host.blocks.encoded import takes_feedback
+
 from edge_dtm.formats.plan import CANDIDATE_TYPES, Component, Treatment, candidate_treatments
-from edge_dtm.host.blocks.sensitivity import ROW_STEP, SIGN_DRAWS
-from edge_dtm.host.blocks.shipped import takes_feedback
-from edge_dtm.host.distill.distill import RecoverSettings
-from edge_dtm.host.distill.distill import recovery_bytes as needed_bytes
+from edge_dtm.host.blocks.fit import ROW_STEP
+from edge_dtm.host.blocks.activations import SIGN_DRAWS
+from edge_dtm.host.distill.distill import DistillSettings
+from edge_dtm.host.distill.trained import distillation_bytes as needed_bytes
 from edge_dtm.host.quantize.activations import activation_kind
 from edge_dtm.host.quantize.error_feedback import DESCENT_SWEEPS, ROW_GROUPS
 from edge_dtm.llamacpp import ggml
@@ -132,11 +134,11 @@ def stages(args: Any, t: Tokens, m: Machine) -> dict[str, float]:
         # Forward, backward for inputs and weights, and forward again where activations are not
         # kept; the heads of both models, and the way back through the student's.
         each = 8 * block_weights + 6 * head
-        counted["Recovery"] = args.recover * RecoverSettings(1).batch_tokens * each / rate
+        counted["Recovery"] = args.recover * DistillSettings(1).batch_tokens * each / rate
     return {k: v * FACTORS[k] for k, v in counted.items()}
 
 
-def recovery_bytes(args: Any, quantized: bool) -> int:
+def distillation_bytes(args: Any, quantized: bool) -> int:
     block_weights = args.layers * sum(c.weights for c in blocks_of(args))
     return needed_bytes(block_weights, args.vocab * args.hidden, quantized)
 
@@ -226,8 +228,8 @@ def main() -> None:
     )
     if args.recover:
         console.print(
-            f"Recovery takes {recovery_bytes(args, False) / 1e9:.0f} GB, with grids other than F16 "
-            f"{recovery_bytes(args, True) / 1e9:.0f} GB, besides activations."
+            f"Recovery takes {distillation_bytes(args, False) / 1e9:.0f} GB, with grids other than F16 "
+            f"{distillation_bytes(args, True) / 1e9:.0f} GB, besides activations."
         )
 
 

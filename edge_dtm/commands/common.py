@@ -59,25 +59,6 @@ class Types(click.ParamType[tuple[str, ...]]):
         return names
 
 
-class Removal(click.ParamType[float]):
-    """A share, or `auto`, which is the share 0: the search decides."""
-
-    name = "share"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        if value == "auto":
-            return 0.0
-        try:
-            share = float(value)
-        except ValueError:
-            share = -1.0
-        if not 0 < share < 1:
-            self.fail(f"{value!r} is no share: write auto or a number such as 0.1", param, ctx)
-        return share
-
-
 def folder_bytes(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.glob("*") if p.is_file())
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import click
 
-from edge_dtm.commands.common import PATH, Bytes, Removal, Types, read_json, require_folder_of
+from edge_dtm.commands.common import PATH, Bytes, Types, read_json, require_folder_of
 from edge_dtm.core.errors import EdgeDtmError
 
 
@@ -34,11 +34,6 @@ from edge_dtm.core.errors import EdgeDtmError
     help="Smallest file with at least this mean FDT, in tokens.",
 )
 @click.option(
-    "--max-transfer",
-    type=Bytes(),
-    help="Limit of the model's bytes after zstd, where zeros count: N, NM or NG.",
-)
-@click.option(
     "--sparsity",
     type=click.FloatRange(0, 0.94),  # 95 % is the most a row may have, rounded to whole weights
     default=0.0,
@@ -47,7 +42,7 @@ from edge_dtm.core.errors import EdgeDtmError
 @click.option(
     "--sparsity-steps",
     type=click.IntRange(1, 50),
-    help="Reach --sparsity in so many steps, with --recover after each [default: 1].",
+    help="Reach --sparsity in so many steps, with --distill after each [default: 1].",
 )
 @click.option(
     "--mask-score",
@@ -57,17 +52,13 @@ from edge_dtm.core.errors import EdgeDtmError
     help="Which weights of a row become zero first.",
 )
 @click.option(
-    "--remove",
-    type=Removal(),
-    help="Share of the block matrices to remove whole (KV groups, neurons), or `auto`: what the "
-    "search finds worth it.",
-)
-@click.option(
+    "--distill",
     "--recover",
-    "recover_steps",
+    "distill_steps",
     type=click.IntRange(0),
     metavar="STEPS",
-    help="Train what is left, with zeros and grids held, on the original's own text [default: 0].",
+    help="Train the compressed model on the original's own text, with masks and grids held "
+    "[default: 0].",
 )
 @click.option(
     "--preset",
@@ -112,13 +103,15 @@ from edge_dtm.core.errors import EdgeDtmError
     "--feedback/--no-feedback",
     default=True,
     show_default=True,
-    help="Let each block make up for the rounding errors of the others.",
+    help="Error feedback: each rounding makes up for the errors of those before it.",
 )
 @click.option(
+    "--sequential-pruning/--no-sequential-pruning",
     "--in-order/--no-in-order",
+    "sequential_pruning",
     default=True,
     show_default=True,
-    help="Fit matrices with zeros again in the order of the layers, each making up for all before.",
+    help="Fit matrices with zeros again, layer by layer, each to what the layers before it left.",
 )
 @click.option(
     "--equalize/--no-equalize",
@@ -128,85 +121,124 @@ from edge_dtm.core.errors import EdgeDtmError
 )
 def compress(
     model: Path | None,
-    profile: str,
     output: Path,
+    profile: str,
+    max_bytes: int | None,
+    max_sdt: float | None,
+    min_fdt: float | None,
     sparsity: float,
-    types: tuple[str, ...] | None,
+    sparsity_steps: int | None,
+    mask_score: str,
+    distill_steps: int | None,
     preset: str | None,
-    **options: Any,
+    int8_share: float | None,
+    types: tuple[str, ...] | None,
+    prompts: Path | None,
+    tokens: int,
+    device: str,
+    seed: int,
+    resume: bool,
+    imatrix: Path | None,
+    feedback: bool,
+    sequential_pruning: bool,
+    equalize: bool,
 ) -> None:
     """Measure MODEL (an HF folder or a GGUF), choose a treatment for every matrix, export one
     GGUF, check it in llama.cpp and leave a bundle. Without MODEL: SmolLM2-135M-Instruct, as
     tools/make_smollm2.py makes it."""
-    from edge_dtm.core.paths import default_model_dir
     from edge_dtm.core.progress import Stages
     from edge_dtm.formats.plan import CANDIDATE_TYPES
     from edge_dtm.formats.profile import load_profile
 
-    types, sparsity = _preset(preset, types, sparsity, options)
-    targets = options["max_sdt"] is not None or options["min_fdt"] is not None
-    if sparsity and targets:
+    asked = Asked(types, sparsity, sparsity_steps, distill_steps, int8_share, feedback, equalize)
+    if preset is not None and (max_sdt is not None or min_fdt is not None):
+        raise click.UsageError("--preset sets the types; it takes no --types and no target")
+    asked = _with_preset(preset, asked)
+    if asked.sparsity and (max_sdt is not None or min_fdt is not None):
         raise click.UsageError("--sparsity goes with a size, not with --max-sdt or --min-fdt")
-    if options["max_transfer"] is not None and (sparsity or targets):
-        raise click.UsageError(
-            "with --max-transfer the search decides on zeros: it goes with --max-bytes only"
-        )
-    options["sparsity_steps"] = options["sparsity_steps"] or 1
-    options["recover_steps"] = options["recover_steps"] or 0
-    if options["sparsity_steps"] > 1 and not (sparsity and options["recover_steps"]):
-        raise click.UsageError("--sparsity-steps needs --sparsity and --recover")
+    steps = asked.sparsity_steps or 1
+    if steps > 1 and not (asked.sparsity and asked.distill_steps):
+        raise click.UsageError("--sparsity-steps needs --sparsity and --distill")
     device_profile = load_profile(profile)
-    if model is None:
-        model = default_model_dir()
-        if not model.is_dir():
-            raise EdgeDtmError(
-                f"no MODEL given and {model} is not there: run python tools/make_smollm2.py, or "
-                "give an HF checkpoint folder or a .gguf file"
-            )
-    from edge_dtm.host.compress import Settings
+    model = model or _default_model()
+    # torch is imported only now, after all that can be wrong in the command line.
     from edge_dtm.host.compress import compress as run
+    from edge_dtm.host.settings import Goal, Method, Settings, Source
 
+    goal = Goal(
+        profile=device_profile,
+        max_bytes=max_bytes,
+        unlimited=preset is not None and max_bytes is None,
+        max_sdt=max_sdt,
+        min_fdt=min_fdt,
+        types=asked.types or CANDIDATE_TYPES,
+        sparsity=asked.sparsity,
+        int8_share=asked.int8_share,
+    )
+    method = Method(
+        device=device,
+        feedback=asked.feedback,
+        equalize=asked.equalize,
+        mask_score=mask_score,
+        sequential_pruning=sequential_pruning,
+        sparsity_steps=steps,
+        distill_steps=asked.distill_steps or 0,
+    )
     run(
-        Settings(
-            model=model,
-            out=output,
-            profile=device_profile,
-            types=types or CANDIDATE_TYPES,
-            zero_share=sparsity,
-            **options,
-        ),
+        Settings(output, Source(model, prompts, tokens, seed, imatrix), goal, method, resume),
         Stages(),
     )
 
 
-def _preset(
-    preset: str | None,
-    types: tuple[str, ...] | None,
-    sparsity: float,
-    options: dict[str, Any],
-) -> tuple[tuple[str, ...] | None, float]:
-    """Types and sparsity, and in `options` the rest of what a preset asks for."""
-    if options["int8_share"] is not None and preset != "paper-int8":
+def _default_model() -> Path:
+    from edge_dtm.core.paths import default_model_dir
+
+    model = default_model_dir()
+    if not model.is_dir():
+        raise EdgeDtmError(
+            f"no MODEL given and {model} is not there: run python tools/make_smollm2.py, or "
+            "give an HF checkpoint folder or a .gguf file"
+        )
+    return model
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options that a preset sets. None: not given."""
+
+    types: tuple[str, ...] | None
+    sparsity: float
+    sparsity_steps: int | None
+    distill_steps: int | None
+    int8_share: float | None
+    feedback: bool
+    equalize: bool
+
+
+def _with_preset(preset: str | None, asked: Asked) -> Asked:
+    """The options with what an experiment of arXiv 2311.01544 sets."""
+    if asked.int8_share is not None and preset != "paper-int8":
         raise click.UsageError("--int8-share goes with --preset paper-int8")
     if preset is None:
-        return types, sparsity
-    targets = ("max_sdt", "min_fdt", "max_transfer")
-    if types or any(options[t] is not None for t in targets):
+        return asked
+    if asked.types:
         raise click.UsageError("--preset sets the types; it takes no --types and no target")
-    options["unlimited"] = options["max_bytes"] is None
     if preset == "paper-int8":
-        if sparsity:
+        if asked.sparsity:
             raise click.UsageError("--sparsity goes with --preset paper-sparse")
-        if options["int8_share"] is None:
-            options["int8_share"] = 0.8
+        share = 0.8 if asked.int8_share is None else asked.int8_share
         # As the paper rounds: neither scales nor feedback.
-        options["equalize"] = options["feedback"] = False
-        return ("F16", "Q8_0"), 0.0
-    if options["recover_steps"] is None:
-        options["recover_steps"] = 500
-    if options["sparsity_steps"] is None:
-        options["sparsity_steps"] = 4 if options["recover_steps"] else 1
-    return ("F16",), sparsity or 0.75
+        return replace(
+            asked, types=("F16", "Q8_0"), int8_share=share, feedback=False, equalize=False
+        )
+    steps = 500 if asked.distill_steps is None else asked.distill_steps
+    return replace(
+        asked,
+        types=("F16",),
+        sparsity=asked.sparsity or 0.75,
+        distill_steps=steps,
+        sparsity_steps=asked.sparsity_steps or (4 if steps else 1),
+    )
 
 
 @click.command()
@@ -263,10 +295,10 @@ def recipe(bundle: Path, output: Path | None) -> None:
     plan = Plan.from_json(read_json(bundle / "plan.json"))
     manifest = read_json(bundle / "manifest.json")
     measured = manifest.get("measured", {})
-    if (measured.get("removal") or {}).get("kept") or measured.get("recovery"):
+    if measured.get("recovery"):
         raise EdgeDtmError(
-            f"{bundle} is no recipe's: --remove or --recover changed the model, and llama-quantize "
-            "would start from the original; use the bundle's own model.gguf"
+            f"{bundle} is no recipe's: --distill changed the model, and llama-quantize would start "
+            "from the original; use the bundle's own model.gguf"
         )
     key = manifest.get("provenance", {}).get("work_key")
     path = bundle / "work" / f"imatrix-{key}.npz"

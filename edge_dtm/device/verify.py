@@ -27,6 +27,7 @@ from edge_dtm.formats import bundle as bundles
 from edge_dtm.formats.archive import open_bundle
 from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.formats.reference import Reference
+from edge_dtm.formats.thresholds import Thresholds
 from edge_dtm.formats.verdict import (
     Evidence,
     KernelCheck,
@@ -214,7 +215,7 @@ def _replay(
     llama: LlamaRunner,
     reference: Reference,
     host: Record,
-    thresholds: bundles.Thresholds,
+    thresholds: Thresholds,
     options: Options,
     progress: Progress | None,
 ) -> _Replayed:
@@ -250,7 +251,7 @@ def _replay_quickly(
     llama: LlamaRunner,
     reference: Reference,
     host: Record,
-    thresholds: bundles.Thresholds,
+    thresholds: Thresholds,
     progress: Progress | None,
 ) -> _Replayed:
     """Some sequences at a time in random order, until the verdict of all is certain."""
@@ -312,7 +313,7 @@ def _evidence(
     kl_probe: float | None,
     checked: list[KernelCheck],
     noise_floor: Mapping[str, Any],
-    thresholds: bundles.Thresholds,
+    thresholds: Thresholds,
 ) -> Evidence:
     mode = replayed.record.mode
     lengths = part.generated_lengths
@@ -350,8 +351,8 @@ def _notes(
     options: Options,
     replayed: _Replayed,
     in_bundle: int,
-    asked: bundles.Thresholds,
-    applied: bundles.Thresholds,
+    asked: Thresholds,
+    applied: Thresholds,
 ) -> list[str]:
     """asked: the thresholds for all sequences; applied: those for the ones replayed."""
     notes = []
@@ -371,7 +372,7 @@ def _notes(
     return notes
 
 
-def _which_moved(mode: Mode, asked: bundles.Thresholds, applied: bundles.Thresholds) -> str:
+def _which_moved(mode: Mode, asked: Thresholds, applied: Thresholds) -> str:
     judged = {"min_fdt": "FDT"} | ({"max_sdt": "SDT"} if mode == "teacher_forced" else {})
     stayed = [
         word for name, word in judged.items() if getattr(asked, name) == getattr(applied, name)

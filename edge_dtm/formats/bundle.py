@@ -27,6 +27,8 @@ MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 MODEL, REFERENCE, HOST_RECORD = "model.gguf", "reference.npz", "host.npz"
 PROBE_RECORD = "probe.npz"  # what device/probe_model.py's small F16 model said on the host
 REQUIRED_FILES = (MODEL, REFERENCE, HOST_RECORD, PROBE_RECORD)
+PLAN, REPORT = "plan.json", "report.md"
+LISTED_FILES = (*REQUIRED_FILES, PLAN, REPORT)  # what compress puts into a manifest
 # What edge-dtm makes of a bundle and may lie in its folder: never listed, packed or read.
 TOLERATED_FILES = ("report.html", "frontier.png")
 

@@ -99,7 +99,7 @@ def make_profile(**changes: object) -> DeviceProfile:
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
-# Shipped profiles
+# EncodedStore profiles
 
 
 def test_the_shipped_profiles_are_listed_by_name() -> None:

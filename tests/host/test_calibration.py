@@ -21,7 +21,7 @@ from edge_dtm.host.blocks import calibration as module
 from edge_dtm.host.blocks.calibration import SIGN_DRAWS, Calibration
 from edge_dtm.host.blocks.capture import BATCH_SEQUENCES, input_key
 from edge_dtm.host.checkpoint.model import module_name
-from edge_dtm.host.compress import MEASURED_SEQUENCES, calibration_rows
+from edge_dtm.host.trajectory.reference import COST_SEQUENCES, calibration_rows
 
 OUTPUTS = 5  # sequences whose output gradients are kept: not a whole number of batches
 CALIBRATION_SEED = SEED + 2
@@ -229,7 +229,7 @@ def test_half_removed_is_not_taken_for_whole(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """Killed while the folder was being removed: what is left must not vouch for what is gone."""
-    from edge_dtm.host.blocks.sensitivity import Activations
+    from edge_dtm.host.blocks.activations import Activations
 
     few = made.reference.rows(np.arange(2))
     kind: Any = Calibration if stage == "calibration" else Activations
@@ -298,7 +298,7 @@ def test_what_is_fitted_to_is_not_measured(split: list[int]) -> None:
     assert measured and fitted
     assert measured <= own and fitted <= own | extra
     assert measured | fitted == own | extra  # none is wasted
-    assert len(measured) <= MEASURED_SEQUENCES
+    assert len(measured) <= COST_SEQUENCES
     if len(own | extra) > 1:
         assert not measured & fitted
     else:

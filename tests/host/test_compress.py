@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,18 +25,20 @@ from click.testing import CliRunner, Result
 from conftest import load_script
 
 from edge_dtm.cli import main
+from edge_dtm.core.work import Work
 from edge_dtm.formats.imatrix import read_imatrix
 from edge_dtm.formats.plan import Plan
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.formats.reference import PACKAGED, Reference, load_imatrix
-from edge_dtm.host import compress as module
-from edge_dtm.host.blocks import sensitivity
-from edge_dtm.host.blocks.sensitivity import read_costs
-from edge_dtm.host.blocks.shipped import Shipped
+from edge_dtm.host.blocks import jobs
+from edge_dtm.host.blocks.encoded import EncodedStore
+from edge_dtm.host.blocks.jobs import read_costs
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from edge_dtm.host.measure import RECORD, noise_floor
 from edge_dtm.host.quantize.equalize import EqualizedCheckpoint, load_scales
 from edge_dtm.host.quantize.treat import treat
 from edge_dtm.host.trajectory import generate
+from edge_dtm.host.trajectory import reference as trajectory
 from edge_dtm.host.trajectory.prompts import packaged_prompts
 from edge_dtm.llamacpp.runner import LlamaRunner
 from edge_dtm.llamacpp.tensors import describe
@@ -72,9 +75,9 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _small_runs() -> Iterator[None]:
     """Few prompts, several batches of them, and one thread, as _PROGRAM has it too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "SAMPLED_PROMPTS", 4)
-        patch.setattr(module, "EXTRA_PROMPTS", 4)
-        patch.setattr(module, "PACKAGED_PROMPTS", 6)
+        patch.setattr(trajectory, "SAMPLED_PROMPTS", 4)
+        patch.setattr(trajectory, "EXTRA_PROMPTS", 4)
+        patch.setattr(trajectory, "PACKAGED_PROMPTS", 6)
         patch.setattr(generate, "BATCH_SEQUENCES", 4)
         patch.setattr(os, "sched_getaffinity", lambda _: {0})
         yield
@@ -159,21 +162,22 @@ def test_the_noise_floors_near_ties_are_those_at_its_margin(tmp_path: Path) -> N
     ids = reference.generated_ids.copy()
     for at in ((0, 0), (0, 3), (1, 2)):
         ids[at] += 1
-    dataclasses.replace(record, ids=ids, lengths=reference.generated_lengths).save(
-        tmp_path / "floor-key.npz"
-    )
-    run = module.Pipeline.__new__(module.Pipeline)
-    run.work, run.key = tmp_path, "key"
-    run.run_settings = RunSettings.from_json(record.settings)
-    floor = run.noise_floor(reference)
+    settings = RunSettings.from_json(record.settings)
+    work = Work(tmp_path, print)
+    path = work.path_of(RECORD, ["noise floor", "key", settings.to_json()])
+    dataclasses.replace(record, ids=ids, lengths=reference.generated_lengths).save(path)
+    run: Any = SimpleNamespace(work=work, key="key", run_settings=settings)
+    floor = noise_floor(run, reference)
     # The 95th percentile of 0.1, 0.2 and 5 lies between the last two.
-    assert 0.2 < floor["near_tie_margin"] < 5
-    assert floor["divergent_tokens"] == 3 and floor["tokens"] == 8
-    assert floor["near_tie_share"] == 2 / 8
-    assert run.floor.divergence.near_tie_share == 2 / 8
-    # Said with other settings, it is not what this run would hear.
-    run.run_settings = dataclasses.replace(run.run_settings, batch_tokens=32)
-    assert run._known(tmp_path / "floor-key.npz") is None
+    assert 0.2 < floor.near_tie_margin < 5
+    divergence = floor.measurement.divergence
+    assert divergence.divergent_tokens == 3 and divergence.tokens == 8
+    assert divergence.near_tie_share == 2 / 8
+    # What was answered with other settings is not taken.
+    run.run_settings = dataclasses.replace(settings, batch_tokens=32)
+    run.checkpoint = None
+    with pytest.raises(AttributeError):
+        noise_floor(run, reference)
 
 
 def test_verify_passes(bundle: Path, tmp_path: Path) -> None:
@@ -235,8 +239,8 @@ def test_two_runs_make_the_same_bytes(
     _same(bundle, tmp_path / "b")
     # Again in the same folder: everything is there already.
     text = _run(*_arguments(trained_folder, prompts_file, tmp_path / "b")).stderr
-    assert "Greedy reference: taken from the work folder" in text
-    assert "Sensitivity: taken from the work folder" in text
+    assert "reference: taken from the work folder" in text
+    assert "costs: taken from the work folder" in text
     _same(bundle, tmp_path / "b")
 
 
@@ -246,8 +250,8 @@ def test_sparsity_is_the_average_asked_for(
     options = ("--sparsity", "0.25", "--max-bytes", "6M")
     text = _run(*_arguments(trained_folder, prompts_file, measured, *options)).stderr
     # Costs of zeros were not measured before, hence all are measured again.
-    assert "Greedy reference: taken from the work folder" in text
-    assert "Sensitivity: taken from the work folder" not in text
+    assert "reference: taken from the work folder" in text
+    assert "costs: taken from the work folder" not in text
     assert len(list((measured / "work").glob("costs-*.jsonl"))) == 2
     plan = _plan(measured)
     assert plan.zero_share == pytest.approx(0.25, abs=1e-3)
@@ -278,9 +282,9 @@ def test_target_makes_a_smaller_file_that_meets_it(
 # --- error feedback, equalization, importance -----------------------------------------------
 
 
-def _shipped(folder: Path, checkpoint: Checkpoint) -> Shipped:
-    (only,) = (folder / "work").glob("shipped-*")
-    return Shipped(only, checkpoint)
+def _shipped(folder: Path, checkpoint: Checkpoint) -> EncodedStore:
+    (only,) = (folder / "work").glob("encoded-*")
+    return EncodedStore(only, checkpoint)
 
 
 def _equalized(folder: Path, model: Path) -> Checkpoint:
@@ -309,7 +313,7 @@ def test_the_file_holds_the_measured_blocks(bundle: Path, trained_folder: Path) 
     assert set(tensors) == set(plan.by_name())
     files = 0
     for component, treatment in zip(plan.components, plan.treatments, strict=True):
-        expected = shipped.blocks(component, treatment)
+        expected = shipped.encoded(component, treatment)
         assert np.array_equal(tensors[component.name], expected), component.name
         path = shipped.folder / f"{component.name}.{treatment.type}.npy"
         if path.exists():
@@ -328,8 +332,7 @@ def test_the_file_holds_the_measured_blocks(bundle: Path, trained_folder: Path) 
 
 def test_stages_leave_their_files(bundle: Path) -> None:
     left = {p.name.split("-")[0] for p in (bundle / "work").iterdir()}
-    assert left == {"reference", "scales", "imatrix", "costs", "shipped", "floor", "host",
-                    "packaged", "model.json"}  # fmt: skip
+    assert left == {"reference", "scales", "imatrix", "costs", "encoded", "record", "model.json"}  # fmt: skip
     provenance = _manifest(bundle)["provenance"]
     assert provenance["error_feedback"] is True and provenance["equalization"] is True
     assert provenance["imatrix"] == "our own"
@@ -374,11 +377,11 @@ def test_packaged_prompts_are_measured_too(
 def test_plain_rounding(
     measured: Path, bundle: Path, trained_folder: Path, prompts_file: Path
 ) -> None:
-    shutil.rmtree(next((measured / "work").glob("shipped-*")))
+    shutil.rmtree(next((measured / "work").glob("encoded-*")))
     options = ("--no-feedback", "--no-equalize")
     text = _run(*_arguments(trained_folder, prompts_file, measured, *options)).stderr
-    assert "Greedy reference: taken from the work folder" in text
-    assert "Sensitivity: taken from the work folder" not in text
+    assert "reference: taken from the work folder" in text
+    assert "costs: taken from the work folder" not in text
     provenance = _manifest(measured)["provenance"]
     assert provenance["error_feedback"] is False and provenance["equalization"] is False
     checkpoint, plan = open_checkpoint(trained_folder), _plan(measured)
@@ -415,7 +418,7 @@ def test_recipe_and_imatrix(
         assert np.array_equal(vectors[name], vector), name
     lines = types.read_text().splitlines()
     assert all(any(c.name.split(".")[-1] in line for line in lines) for c in plan.components)
-    shutil.rmtree(next((measured / "work").glob("shipped-*")))
+    shutil.rmtree(next((measured / "work").glob("encoded-*")))
     options = ("--imatrix", str(matrix), "--no-feedback", "--no-equalize", "--types", "Q4_0,Q8_0")
     _run(*_arguments(trained_folder, prompts_file, measured, *options))
     assert _manifest(measured)["provenance"]["imatrix"] == "imatrix.gguf"
@@ -428,7 +431,7 @@ def test_recipe_and_imatrix(
 
 
 def test_lost_blocks_are_one_line(measured: Path, trained_folder: Path, prompts_file: Path) -> None:
-    for path in (measured / "work").glob("shipped-*/*.npy"):
+    for path in (measured / "work").glob("encoded-*/*.npy"):
         path.write_bytes(path.read_bytes()[:-7])
     before = (measured / "manifest.json").read_bytes()
     options = ("--max-bytes", str(MAX_BYTES - 50_000))
@@ -477,16 +480,18 @@ _MOMENTS = {
     "reference": "patch(generate, '_decode', 2)",
     "gradients": "patch(calibration.Calibration, '_take', 1)",
     "calibration": "patch(calibration.Calibration, '_take', 2)",
-    "scales found": "patch(compress, 'save_scales', 1)",
-    "costs": "patch(sensitivity, 'component_costs', 6)",
-    "blocks shipped": "patch(shipped.Shipped, 'save_component', 3)",
-    "plan exported": "patch(compress, 'tokenization_mismatches', 1)",
-    "bundle half moved": "patch(compress.bundle, 'write_manifest', 1)",
+    "scales found": "patch(costs, 'save_scales', 1)",
+    "costs": "patch(jobs, 'component_costs', 6)",
+    "matrices encoded": "patch(encoded.EncodedStore, 'save_component', 3)",
+    "plan exported": "patch(measure, 'tokenization_mismatches', 1)",
+    "bundle half moved": "patch(finish.bundle, 'write_manifest', 1)",
 }
 _PROGRAM = """
 import os, signal, sys
 from edge_dtm.cli import main
-from edge_dtm.host import calibration, compress, generate, sensitivity, shipped
+from edge_dtm.host import finish, measure
+from edge_dtm.host.blocks import calibration, costs, encoded, jobs
+from edge_dtm.host.trajectory import generate, reference
 
 def patch(owner, name, call):
     real, count = getattr(owner, name), 0
@@ -499,7 +504,7 @@ def patch(owner, name, call):
     setattr(owner, name, replaced)
 
 os.sched_getaffinity = lambda _: [0]
-compress.SAMPLED_PROMPTS, compress.EXTRA_PROMPTS, compress.PACKAGED_PROMPTS = 4, 4, 6
+reference.SAMPLED_PROMPTS, reference.EXTRA_PROMPTS, reference.PACKAGED_PROMPTS = 4, 4, 6
 generate.BATCH_SEQUENCES = 4
 {patch}
 main(sys.argv[1:])
@@ -533,7 +538,7 @@ def test_a_run_killed_at_every_stage_ends_in_the_same_bytes(
         "gradients": "activations-*/state.json",
         "calibration": "calibration-*/sums.npz",
         "costs": "costs-*.jsonl",
-        "blocks shipped": "shipped-*/token_embd.npz",
+        "matrices encoded": "encoded-*/token_embd.npz",
         "plan exported": "model.gguf",
     }
     for moment in _MOMENTS:
@@ -548,9 +553,9 @@ def test_a_run_killed_at_every_stage_ends_in_the_same_bytes(
         assert not (out / "manifest.json").exists()
     assert (out / "model.gguf").exists() and (out / "report.md").exists()
     measured: list[str] = []
-    real = sensitivity.component_costs
+    real = jobs.component_costs
     monkeypatch.setattr(
-        sensitivity,
+        jobs,
         "component_costs",
         lambda activations, component, *rest: (
             measured.append(component.name) or real(activations, component, *rest)
@@ -558,10 +563,10 @@ def test_a_run_killed_at_every_stage_ends_in_the_same_bytes(
     )
     text = _run(*arguments).stderr
     assert measured == []
-    assert "Greedy reference: taken from the work folder" in text
-    assert "Sensitivity: taken from the work folder" in text
+    assert "reference: taken from the work folder" in text
+    assert "costs: taken from the work folder" in text
     _same(bundle, out)
-    one, two = (next((f / "work").glob("shipped-*")) for f in (bundle, out))
+    one, two = (next((f / "work").glob("encoded-*")) for f in (bundle, out))
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
     for path in one.glob("*.npy"):
         assert path.read_bytes() == (two / path.name).read_bytes(), path.name

@@ -20,10 +20,9 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import uniform
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.formats.reference import CALIBRATION, Reference, save_npz
-from edge_dtm.host.blocks.calibration import Calibration
+from edge_dtm.host.blocks.costs import SAME_LOGITS
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint, ModelConfig, open_checkpoint
 from edge_dtm.host.checkpoint.model import load_model
-from edge_dtm.host.compress import SAME_LOGITS
 from edge_dtm.host.export import export_gguf, fixed_bytes
 from edge_dtm.host.quantize import equalize as module
 from edge_dtm.host.quantize.activations import round_activations
@@ -43,7 +42,6 @@ from edge_dtm.host.quantize.equalize import (
     sites,
     top_logits,
 )
-from edge_dtm.host.removal import measure_units, reduce
 from edge_dtm.host.trajectory.generate import generate_reference
 from edge_dtm.host.trajectory.prompts import Prompt
 from edge_dtm.llamacpp import ggml
@@ -226,54 +224,6 @@ def test_every_scale_is_needed_on_both_sides(checkpoints: dict[str, Checkpoint],
         assert float((_logits(half) - expected).abs().max()) > 1e-3, (site, which)
 
 
-@pytest.fixture(scope="module")
-def reduced(made: Made, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Calibration]:
-    """The tiny model with other heads and neurons in each layer, one without attention."""
-    folder = tmp_path_factory.mktemp("reduced")
-    kept: Any = {(0, "attn"): 1, (0, "ffn"): 480, (1, "attn"): 0, (1, "ffn"): 32}
-    units = measure_units(
-        made.checkpoint, made.activations, made.calibration, CPU, 32, folder / "units.jsonl"
-    )
-    checkpoint = reduce(
-        made.checkpoint, units, kept, made.calibration, {}, folder / "m.safetensors"
-    )
-    calibration = Calibration(folder / "calibration", made.reference, checkpoint.components())
-    calibration.capture(load_model(checkpoint, CPU), 1)
-    return checkpoint, calibration
-
-
-def test_scales_of_a_reduced_model_leave_it_alone(
-    made: Made,
-    reduced: tuple[Checkpoint, Calibration],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    checkpoint, calibration = reduced
-    monkeypatch.setattr(module, "STRENGTHS", (0.5,))
-    scales = find_scales(calibration, checkpoint)
-    lengths = {n: len(s) for n, s in scales.items()}
-    assert list(lengths) == sites(checkpoint.config)
-    assert lengths["blk.0.attn_output"] == 128 and lengths["blk.2.attn_output"] == 256
-    assert lengths["blk.0.ffn_down"] == 480 and lengths["blk.1.ffn_down"] == 32
-    assert {n for n in lengths if n.startswith("blk.1.")} == {"blk.1.ffn_gate", "blk.1.ffn_down"}
-    assert all(np.abs(np.log(s)).max() > 0.1 for s in scales.values())
-    for c in checkpoint.components():
-        own, out = input_scale(scales, c.name), output_scale(scales, c.name, checkpoint.config)
-        assert own is None or len(own) == c.row_length, c.name
-        assert out is None or len(out) == c.rows, c.name
-    equalized = EqualizedCheckpoint(checkpoint, scales)
-    before, after = load_model(checkpoint, CPU), load_model(equalized, CPU)
-    original = top_logits(before, made.reference)
-    assert logit_difference(after, made.reference, original) < SAME_LOGITS
-    # It is held against the reduced model, not against the whole one.
-    assert logit_difference(before, made.reference, original) < 1e-6
-    assert logit_difference(after, made.reference) > 10 * SAME_LOGITS
-    save_scales(tmp_path / "s.npz", scales)
-    assert load_scales(tmp_path / "s.npz", checkpoint.config).keys() == scales.keys()
-    with pytest.raises(EdgeDtmError):
-        load_scales(tmp_path / "s.npz", made.checkpoint.config)
-
-
 def test_top_logits_are_the_models(made: Made) -> None:
     found = top_logits(made.model, made.reference)
     for row, count in enumerate(made.reference.generated_lengths):
@@ -300,15 +250,14 @@ def test_sites_are_those_of_the_model(checkpoints: dict[str, Checkpoint]) -> Non
 
 def test_activations_are_told_the_scales(made: Made, scales: Scales) -> None:
     """Inputs times and gradients by the scales are those of the equalized model."""
-    from edge_dtm.host.blocks.sensitivity import Activations
+    from edge_dtm.host.blocks.activations import Activations
 
     config = made.checkpoint.config
     model = load_model(EqualizedCheckpoint(made.checkpoint, scales), CPU)
     folder = made.activations.folder
     theirs = Activations(folder.with_name("equalized"), made.reference, made.components)
     theirs.capture(model, 3)
-    ours = Activations(folder, made.reference, made.components)
-    ours.scales, ours.config = scales, config
+    ours = Activations(folder, made.reference, made.components).equalized(scales, config)
     for c in made.components:
         x, expected = ours.inputs(c.name), theirs.inputs(c.name)
         # An embedding that is no head too has no inputs.

@@ -12,26 +12,24 @@ import gguf
 import numpy as np
 import pytest
 import torch
-import zstandard
 from conftest import SEED, STARTS, Made
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.formats.archive import COMPRESSION_LEVEL
 from edge_dtm.formats.plan import Component, Treatment
-from edge_dtm.host.blocks import sensitivity as module
-from edge_dtm.host.blocks.sensitivity import (
-    SIGN_DRAWS,
-    Activations,
-    component_costs,
-    component_importance,
-    edge_costs,
-    edge_feedback,
-    fit_component,
-    fit_zeros,
+from edge_dtm.host.blocks import fit
+from edge_dtm.host.blocks import jobs as jobs_module
+from edge_dtm.host.blocks.activations import SIGN_DRAWS, Activations
+from edge_dtm.host.blocks.capture import BATCH_SEQUENCES
+from edge_dtm.host.blocks.encoded import EncodedStore
+from edge_dtm.host.blocks.fit import component_importance, edge_feedback, fit_component
+from edge_dtm.host.blocks.jobs import (
+    CostJobs,
+    MaskJobs,
+    encode_masks,
+    measure_components,
     read_costs,
-    sensitivity,
 )
-from edge_dtm.host.blocks.shipped import Shipped
+from edge_dtm.host.blocks.sensitivity import component_costs, edge_costs
 from edge_dtm.host.checkpoint.model import module_name
 from edge_dtm.host.quantize.activations import activation_kind, round_activations
 from edge_dtm.host.quantize.equalize import EqualizedCheckpoint, input_scale
@@ -170,7 +168,7 @@ def test_capture_goes_on_where_it_stopped(made: Made, tmp_path: Path) -> None:
     done: list[int] = []
     third = Activations(tmp_path / "a", made.reference, made.components)
     third.capture(made.model, SEED, done.append)
-    assert done == [module.BATCH_SEQUENCES, len(STARTS) - module.BATCH_SEQUENCES]
+    assert done == [BATCH_SEQUENCES, len(STARTS) - BATCH_SEQUENCES]
     for c in made.components:
         assert np.array_equal(third.inputs(c.name), made.activations.inputs(c.name))
         if c.name != "output":
@@ -323,7 +321,9 @@ def test_a_cut_results_file_is_gone_on_with(
     components = sorted(made.components[:8], key=lambda c: -c.weights)
     choices = [[Treatment("Q8_0"), Treatment("Q4_0")] for _ in components]
     results = tmp_path / "costs.jsonl"
-    whole = sensitivity(made.activations, components, choices, get, CPU, False, results)
+    whole = measure_components(
+        CostJobs(made.activations, get, CPU, False), components, choices, results
+    )
     assert read == [c.name for c in components]
     assert all(len(costs) == 2 and min(costs) > 0 for costs in whole)
     text = results.read_text()
@@ -333,15 +333,20 @@ def test_a_cut_results_file_is_gone_on_with(
         results.write_text(kept)
         read.clear()
         done: list[int] = []
-        again = sensitivity(
-            made.activations, components, choices, get, CPU, False, results, done.append
+        again = measure_components(
+            CostJobs(made.activations, get, CPU, False), components, choices, results, done.append
         )
         assert again == whole
         assert read == [c.name for c in components[3:]]
         assert done[0] == sum(c.weights for c in components[:3])
         assert done[1:] == [c.weights for c in components[3:]]
         read.clear()
-        assert sensitivity(made.activations, components, choices, get, CPU, False, results) == whole
+        assert (
+            measure_components(
+                CostJobs(made.activations, get, CPU, False), components, choices, results
+            )
+            == whole
+        )
         assert read == []
 
 
@@ -352,21 +357,23 @@ def test_processes_measure_the_same(
     choices = [[Treatment("Q8_0"), Treatment("Q4_0")] for _ in components]
     found, blocks = [], []
     for least in (10**9, 0):
-        monkeypatch.setattr(module, "SMALL_WEIGHTS", least)
+        monkeypatch.setattr(jobs_module, "SMALL_WEIGHTS", least)
         folder = tmp_path / str(least)
         folder.mkdir()
-        shipped = Shipped(folder / "shipped", made.checkpoint)
+        shipped = EncodedStore(folder / "shipped", made.checkpoint)
         found.append(
-            sensitivity(
-                made.activations,
+            measure_components(
+                CostJobs(
+                    made.activations,
+                    made.checkpoint.hf_tensor,
+                    CPU,
+                    False,
+                    calibration=made.calibration,
+                    encoded=shipped,
+                ),
                 components,
                 choices,
-                made.checkpoint.hf_tensor,
-                CPU,
-                False,
                 folder / "costs.jsonl",
-                calibration=made.calibration,
-                shipped=shipped,
             )
         )
         blocks.append(
@@ -383,8 +390,12 @@ def test_other_choices_are_measured_anew(
     components, results = made.components[2:4], tmp_path / "costs.jsonl"
     one = [[Treatment("Q8_0")]] * 2
     two = [[Treatment("Q8_0"), Treatment("Q4_0")]] * 2
-    first = sensitivity(made.activations, components, one, get, CPU, False, results)
-    second = sensitivity(made.activations, components, two, get, CPU, False, results)
+    first = measure_components(
+        CostJobs(made.activations, get, CPU, False), components, one, results
+    )
+    second = measure_components(
+        CostJobs(made.activations, get, CPU, False), components, two, results
+    )
     # One treatment and two are multiplied in products of other shapes, which float32 rounds apart.
     alike = pytest.approx([costs[0] for costs in first], rel=1e-5)
     assert [costs[0] for costs in second] == alike
@@ -410,20 +421,15 @@ def test_costs_of_shipped_blocks_are_the_margins_real_change(
     made: Made, blocks: list[Component], tmp_path: Path
 ) -> None:
     """The bytes that export would write, put into the model for real."""
-    shipped = Shipped(tmp_path / "shipped", made.checkpoint)
+    shipped = EncodedStore(tmp_path / "shipped", made.checkpoint)
     types = [Treatment(t) for t in ("Q8_0", "Q5_K", "Q4_0")]
     results = tmp_path / "costs.jsonl"
     read = made.checkpoint.hf_tensor
-    costs = sensitivity(
-        made.activations,
+    costs = measure_components(
+        CostJobs(made.activations, read, CPU, False, calibration=made.calibration, encoded=shipped),
         blocks,
         [types] * len(blocks),
-        read,
-        CPU,
-        False,
         results,
-        calibration=made.calibration,
-        shipped=shipped,
     )
     known = read_costs(results)
     assert [known[c.name]["costs"] for c in blocks] == costs
@@ -440,7 +446,7 @@ def test_costs_of_shipped_blocks_are_the_margins_real_change(
         importance = made.activations.importance(name)
         rounded = component_costs(made.activations, component, types, weights, CPU, importance)
         for j in hull:
-            data = shipped.blocks(component, types[j])
+            data = shipped.encoded(component, types[j])
             new = ggml.dequantize(types[j].type, data, component.row_length)
             if "attn_q" in name:
                 new = _hf_rows(new, made.checkpoint.config.heads)
@@ -468,22 +474,24 @@ def test_a_sparse_plan_finds_its_dense_blocks(
     need not be the best choice of its size; its blocks have to be there all the same."""
     component = made.component("blk.1.ffn_gate")
     choices = [Treatment("Q8_0"), Treatment("Q6_K"), Treatment("F16"), Treatment("Q8_0", 0.1)]
-    monkeypatch.setattr(module, "component_costs", lambda *_: [0.3, 0.2, 0.1, 0.4])
-    shipped, results = Shipped(tmp_path / "shipped", made.checkpoint), tmp_path / "costs.jsonl"
-    sensitivity(
-        made.activations,
+    monkeypatch.setattr(jobs_module, "component_costs", lambda *_: [0.3, 0.2, 0.1, 0.4])
+    shipped, results = EncodedStore(tmp_path / "shipped", made.checkpoint), tmp_path / "costs.jsonl"
+    measure_components(
+        CostJobs(
+            made.activations,
+            made.checkpoint.hf_tensor,
+            CPU,
+            False,
+            calibration=made.calibration,
+            encoded=shipped,
+        ),
         [component],
         [choices],
-        made.checkpoint.hf_tensor,
-        CPU,
-        False,
         results,
-        calibration=made.calibration,
-        shipped=shipped,
     )
     assert json.loads(results.read_text())["feedback"] == [True, True, False, True]
     for treatment in choices[:3]:
-        assert shipped.blocks(component, treatment).shape[0] == component.rows
+        assert shipped.encoded(component, treatment).shape[0] == component.rows
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -502,29 +510,30 @@ def test_zeros_are_made_again_as_they_were_measured(
     }
     activations = Activations(made.activations.folder, made.reference, made.components)
     if scaled:
-        activations.scales, activations.config = scales, made.checkpoint.config
+        activations = activations.equalized(scales, made.checkpoint.config)
     checkpoint = EqualizedCheckpoint(made.checkpoint, activations.scales)
     vectors = {c.name: random.uniform(0.1, 3, c.row_length).astype(np.float32) for c in components}
-    shipped = Shipped(tmp_path / "shipped", checkpoint)
-    sensitivity(
-        activations,
+    shipped = EncodedStore(tmp_path / "shipped", checkpoint)
+    measure_components(
+        CostJobs(
+            activations,
+            checkpoint.hf_tensor,
+            CPU,
+            False,
+            calibration=made.calibration,
+            encoded=shipped,
+            imatrix=vectors if given else None,
+        ),
         components,
         [choices] * 2,
-        checkpoint.hf_tensor,
-        CPU,
-        False,
         tmp_path / "costs.jsonl",
-        calibration=made.calibration,
-        shipped=shipped,
-        imatrix=vectors if given else None,
     )
     pairs = [(c, t) for c in components for t in choices]
     assert all(shipped.is_fitted(c, t) and not shipped.has(c, t) for c, t in pairs)
     with pytest.raises(EdgeDtmError, match="--no-resume"):
-        shipped.blocks(*pairs[0])
+        shipped.encoded(*pairs[0])
     weighed: list[int] = []
-    fit_zeros(
-        pairs,
+    jobs = MaskJobs(
         made.calibration,
         activations.scales,
         activations.config,
@@ -532,8 +541,8 @@ def test_zeros_are_made_again_as_they_were_measured(
         CPU,
         shipped,
         vectors if given else None,
-        progress=weighed.append,
     )
+    encode_masks(jobs, pairs, weighed.append)
     assert sum(weighed) == len(choices) * sum(c.weights for c in components)
     for c in components:
         vector = None
@@ -543,43 +552,10 @@ def test_zeros_are_made_again_as_they_were_measured(
         weights = checkpoint.hf_tensor(c.name + ".weight")
         _, kept = fit_component(made.calibration, activations, c, choices, weights, CPU, vector)
         for t in choices:
-            found = shipped.blocks(c, t)
+            found = shipped.encoded(c, t)
             if "attn_q" in c.name:
                 found = _hf_rows(found, made.checkpoint.config.heads)
             assert np.array_equal(found, kept[t][0]), (c.name, t)
-
-
-def test_what_travels_is_estimated_for_what_is_shipped(made: Made, tmp_path: Path) -> None:
-    component, results = made.component("blk.1.ffn_gate"), tmp_path / "costs.jsonl"
-    choices = [Treatment("F16"), Treatment("Q4_0"), Treatment("Q8_0"), Treatment("Q8_0", 0.5)]
-    shipped = Shipped(tmp_path / "shipped", made.checkpoint)
-    sensitivity(
-        made.activations,
-        [component],
-        [choices],
-        made.checkpoint.hf_tensor,
-        CPU,
-        False,
-        results,
-        calibration=made.calibration,
-        shipped=shipped,
-        transfer=True,
-    )
-    record = json.loads(results.read_text())
-    assert record["feedback"] == [False, True, True, True]
-    fit_zeros(
-        [(component, choices[3])],
-        made.calibration,
-        {},
-        None,
-        made.checkpoint.hf_tensor,
-        CPU,
-        shipped,
-    )
-    for treatment, found in zip(choices, record["transfer_bytes"], strict=True):
-        blocks = shipped.blocks(component, treatment).tobytes()
-        packed = len(zstandard.ZstdCompressor(level=COMPRESSION_LEVEL).compress(blocks))
-        assert found == packed, treatment  # a matrix this small is taken whole
 
 
 class _Foreign:
@@ -638,12 +614,12 @@ def test_feedback_is_kept_where_the_local_error_is_smaller(
         tried.update(zip(treatments, out, strict=True))
         return out
 
-    monkeypatch.setattr(module, "compensate", recorded)
-    monkeypatch.setattr(module, "fit_masks", recorded_masks)
-    monkeypatch.setattr(module, "JUDGED_STEP", 1)
+    monkeypatch.setattr(fit, "compensate", recorded)
+    monkeypatch.setattr(fit, "fit_masks", recorded_masks)
+    monkeypatch.setattr(fit, "JUDGED_STEP", 1)
     calibration: Any = made.calibration
     if foreign:
-        monkeypatch.setattr(module, "damping_for", lambda *_: 0.01)  # trust them fully
+        monkeypatch.setattr(fit, "damping_for", lambda *_: 0.01)  # trust them fully
         calibration = _Foreign(made, component)
     importance, kept = fit_component(
         calibration, made.activations, component, FOREIGN, weights, CPU
@@ -690,19 +666,21 @@ def test_else_costs_and_blocks_are_plain_roundings(
 ) -> None:
     component, results = made.component("blk.1.ffn_gate"), tmp_path / "costs.jsonl"
     weights = made.weights(component.name)
-    monkeypatch.setattr(module, "compensate", _worse)
-    monkeypatch.setattr(module, "fit_masks", _worse_masks)
-    shipped = Shipped(tmp_path / "shipped", made.checkpoint)
-    (costs,) = sensitivity(
-        made.activations,
+    monkeypatch.setattr(fit, "compensate", _worse)
+    monkeypatch.setattr(fit, "fit_masks", _worse_masks)
+    shipped = EncodedStore(tmp_path / "shipped", made.checkpoint)
+    (costs,) = measure_components(
+        CostJobs(
+            made.activations,
+            made.checkpoint.hf_tensor,
+            CPU,
+            False,
+            calibration=made.calibration,
+            encoded=shipped,
+        ),
         [component],
         [FOREIGN],
-        made.checkpoint.hf_tensor,
-        CPU,
-        False,
         results,
-        calibration=made.calibration,
-        shipped=shipped,
     )
     assert json.loads(results.read_text())["feedback"] == [False] * len(FOREIGN)
     importance, kept = fit_component(
@@ -712,7 +690,7 @@ def test_else_costs_and_blocks_are_plain_roundings(
     expected = component_costs(made.activations, component, FOREIGN, weights, CPU, importance)
     assert costs == expected
     for treatment in FOREIGN:
-        found = shipped.blocks(component, treatment)
+        found = shipped.encoded(component, treatment)
         assert np.array_equal(found, treat(weights, treatment, importance))
 
 
@@ -761,7 +739,7 @@ def test_feedback_of_the_ends_that_does_not_help_is_not_taken(
     choices = [Treatment("Q8_0"), Treatment("Q4_0")]
     given = made.activations, component, choices, weights, None, False
     plain = edge_costs(*given)[0]
-    monkeypatch.setattr(module, "compensate", _worse)
+    monkeypatch.setattr(fit, "compensate", _worse)
     feedback = edge_feedback(made.calibration, {}, component, False)
     assert edge_costs(*given, feedback) == (plain, [False, False])
 
@@ -774,21 +752,23 @@ def test_given_importance_takes_the_place_of_our_own(made: Made, tmp_path: Path)
     scale = np.random.default_rng(3).uniform(0.5, 2, 256).astype(np.float32)
     for scales, effective in (({}, vector), ({"blk.1.ffn_gate": scale}, vector * scale * scale)):
         activations = Activations(made.activations.folder, made.reference, made.components)
-        activations.scales, activations.config = scales, made.checkpoint.config
+        activations = activations.equalized(scales, made.checkpoint.config)
         for calibration in (None, made.calibration):
             results = tmp_path / f"{len(scales)}-{calibration is None}.jsonl"
-            shipped = Shipped(results.with_suffix(""), made.checkpoint)
-            (costs,) = sensitivity(
-                activations,
+            shipped = EncodedStore(results.with_suffix(""), made.checkpoint)
+            (costs,) = measure_components(
+                CostJobs(
+                    activations,
+                    made.checkpoint.hf_tensor,
+                    CPU,
+                    False,
+                    calibration=calibration,
+                    encoded=shipped,
+                    imatrix={component.name: vector},
+                ),
                 [component],
                 [choices],
-                made.checkpoint.hf_tensor,
-                CPU,
-                False,
                 results,
-                calibration=calibration,
-                shipped=shipped,
-                imatrix={component.name: vector},
             )
             with np.load(shipped.folder / f"{component.name}.npz") as head:
                 assert np.allclose(head["importance"], effective, rtol=1e-6)

@@ -1,5 +1,5 @@
-"""Zeros, removal, recovery and limits of what travels, from the command line to the bundle, on a
-tiny trained model; and killed runs gone on with."""
+"""Sparsity and distillation from the command line to the bundle, on a tiny trained model; and
+killed runs gone on with."""
 
 from __future__ import annotations
 
@@ -24,29 +24,26 @@ from click.testing import CliRunner, Result
 from test_compress import LINES, _manifest, _plan, _same, _tensors
 
 from edge_dtm.cli import main
-from edge_dtm.formats.plan import Plan, Treatment
-from edge_dtm.formats.transfer import packed_bytes
+from edge_dtm.formats.plan import Plan
 from edge_dtm.host.checkpoint.checkpoint import open_checkpoint
 from edge_dtm.host.checkpoint.edited import EditedCheckpoint
-from edge_dtm.host.distill.distill import Recovered
+from edge_dtm.host.distill.result import Distilled
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS, HEAD_DIM = 24, 64
 LEVELS = (0.25, 0.5, 0.75, 0.9)
 # Little of everything, in this process and in those that are killed.
 SMALL: dict[str, Any] = {
-    "edge_dtm.host.compress.SAMPLED_PROMPTS": 4,
-    "edge_dtm.host.compress.EXTRA_PROMPTS": 4,
-    "edge_dtm.host.compress.PACKAGED_PROMPTS": 6,
-    "edge_dtm.host.compress.SPARSE_LEVELS": LEVELS,
+    "edge_dtm.host.trajectory.reference.SAMPLED_PROMPTS": 4,
+    "edge_dtm.host.trajectory.reference.EXTRA_PROMPTS": 4,
+    "edge_dtm.host.trajectory.reference.PACKAGED_PROMPTS": 6,
+    "edge_dtm.host.blocks.costs.SPARSE_LEVELS": LEVELS,
     "edge_dtm.formats.plan.SPARSE_LEVELS": LEVELS,
     "edge_dtm.host.trajectory.generate.BATCH_SEQUENCES": 4,
     "edge_dtm.host.distill.teacher.BATCH_SEQUENCES": 4,
-    "edge_dtm.host.distill.retrain.SAMPLED_TEXTS": 8,
-    "edge_dtm.host.distill.retrain.FEWEST_TEXTS": 8,
-    "edge_dtm.host.distill.retrain.SAMPLED_TOKENS": 32,
-    "edge_dtm.host.compress.ROUNDS": 1,
-    "edge_dtm.host.bought.ROUNDS": 1,
+    "edge_dtm.host.distill.inputs.SAMPLED_TEXTS": 8,
+    "edge_dtm.host.distill.inputs.FEWEST_TEXTS": 8,
+    "edge_dtm.host.distill.inputs.SAMPLED_TOKENS": 32,
 }
 
 
@@ -110,8 +107,7 @@ def runs(
     return found
 
 
-SPARSE = ("--sparsity", "0.85", "--recover", "6")
-REMOVED = ("--remove", "0.2", "--sparsity", "0.8", "--recover", "20")
+SPARSE = ("--sparsity", "0.85", "--distill", "6")
 
 
 @pytest.fixture(scope="module")
@@ -121,15 +117,7 @@ def sparse(runs: Runs) -> Path:
 
 @pytest.fixture(scope="module")
 def stepped(runs: Runs) -> Path:
-    return runs("--sparsity", "0.8", "--sparsity-steps", "2", "--recover", "4")[0]
-
-
-@pytest.fixture(scope="module")
-def removed(runs: Runs) -> Path:
-    """With everything in it: removal and its recovery, zeros fitted in order, recovery."""
-    out = runs.folder / "removed"
-    _run(*runs.arguments(out, *REMOVED))
-    return out
+    return runs("--sparsity", "0.8", "--sparsity-steps", "2", "--distill", "4")[0]
 
 
 def _strict(path: Path) -> Any:
@@ -181,11 +169,11 @@ def _sections(folder: Path) -> set[str]:
     return {line[3:] for line in lines if line.startswith("## ")}
 
 
-def _recovered(folder: Path, curve: list[dict[str, Any]]) -> Recovered:
+def _recovered(folder: Path, curve: list[dict[str, Any]]) -> Distilled:
     """The one in the work folder with that curve."""
     found = []
-    for path in (folder / "work").glob("recover-*"):
-        result = Recovered.load(path)
+    for path in (folder / "work").glob("distilled-*"):
+        result = Distilled.load(path)
         if [p["sdt"] for p in result.curve] == [p["sdt"] for p in curve] and [
             p["perplexity"] for p in result.curve
         ] == [p["perplexity"] for p in curve]:
@@ -231,18 +219,10 @@ def test_zeros_of_the_file_are_the_plans(sparse: Path) -> None:
 
 
 def test_report_and_manifest_tell_it(sparse: Path) -> None:
-    assert {"Zeros", "What the zeros bought", "Recovery"} <= _sections(sparse)
-    assert "Removal" not in _sections(sparse)
+    assert {"Zeros", "Recovery"} <= _sections(sparse)
     for path in sparse.glob("*.json"):
         _strict(path)
     measured = _manifest(sparse)["measured"]
-    zeros = measured["zeros"]
-    assert zeros["words"] in (sparse / "report.md").read_text()
-    assert zeros["with"]["file_bytes"] == zeros["without"]["file_bytes"]
-    assert zeros["with"]["packed_bytes"] == pytest.approx(
-        packed_bytes(sparse / "model.gguf"), rel=0.01
-    )
-    assert zeros["with"]["packed_bytes"] < 0.75 * zeros["without"]["packed_bytes"]
     assert set(measured["recovery"]) == {"of the plan"}
     stage = measured["recovery"]["of the plan"]
     assert [p["step"] for p in stage["curve"]] == list(range(7)) and stage["steps"] == 6
@@ -262,7 +242,7 @@ def test_what_was_trained_is_what_is_exported(runs: Runs, sparse: Path) -> None:
 
 def test_zeros_were_fitted_in_order(sparse: Path) -> None:
     """All that has zeros was, and it was decided whether that is better."""
-    (folder,) = (sparse / "work").glob("in-order-*")
+    (folder,) = (sparse / "work").glob("sequential-pruning-*")
     assert (folder / "judged").read_text() in ("better", "worse")
     stored = {p.name.rsplit(".", 2)[0] for p in folder.glob("*.npy")}
     assert stored == set(_least_zeros(_plan(sparse)))
@@ -271,11 +251,11 @@ def test_zeros_were_fitted_in_order(sparse: Path) -> None:
 @pytest.mark.slow
 def test_the_same_again_elsewhere(runs: Runs, sparse: Path) -> None:
     other, text = runs(*SPARSE)
-    assert "Sensitivity: taken" not in text
+    assert "costs: taken" not in text
     _same(sparse, other)
     # And in the same folder, where all is there already.
     again = _run(*runs.arguments(other, *SPARSE)).stderr
-    for done in ("Recovery of the plan: ", "Sampling texts", "Fitting the zeros in order: "):
+    for done in ("Distillation of the plan: ", "Sampling texts", "Sequential pruning: "):
         assert done in text and done not in again, done
     _same(sparse, other)
 
@@ -299,110 +279,17 @@ def test_zeros_of_the_first_step_stay(runs: Runs, stepped: Path) -> None:
     _run("verify", "--threads", "1", stepped)
 
 
-def test_zeros_are_weighed_against_a_model_without_any(sparse: Path, stepped: Path) -> None:
-    """Not against the base that has those of the first step."""
-    ratios = []
-    for folder in (sparse, stepped):
-        zeros = _manifest(folder)["measured"]["zeros"]
-        ratios.append(zeros["without"]["packed_bytes"] / zeros["without"]["file_bytes"])
-    assert min(ratios) > 0.85  # 0.64 with the zeros of the first step
-
-
 @pytest.mark.slow
 def test_the_papers_sparse_experiment(runs: Runs) -> None:
     options = ("--preset", "paper-sparse", "--sparsity", "0.7", "--sparsity-steps", "2")
-    out, _ = runs(*options, "--recover", "4")
+    out, _ = runs(*options, "--distill", "4")
     _zeros_are_the_plans(out, 0.7)
     assert {t.type for t in _plan(out).treatments} == {"F16"}
     assert "Budget: none" in (out / "report.md").read_text()
     assert set(_manifest(out)["measured"]["recovery"]) == {"at 45.2% zeros", "of the plan"}
 
 
-# --- removal --------------------------------------------------------------------------------
-
-
-def _whole_size(plan: Plan, whole: Plan) -> int:
-    """Bytes of the plan's treatments on the whole components."""
-    kinds = plan.by_name()
-    return whole.fixed_bytes + sum(
-        c.size_bytes(kinds.get(c.name, Treatment("F16"))) for c in whole.components
-    )
-
-
-def test_removal_makes_a_smaller_dense_model(runs: Runs, removed: Path) -> None:
-    reader = gguf.GGUFReader(removed / "model.gguf")
-    architecture = reader.get_field("general.architecture")
-    assert architecture is not None and architecture.contents() == "deci"
-    plan, whole = _plan(removed), _plan(runs.folder / "plain")
-    size = (removed / "model.gguf").stat().st_size
-    assert size == plan.size_bytes < _whole_size(plan, whole)
-    blocks = [sum(c.weights for c in p.components if c.in_block) for p in (plan, whole)]
-    removal = _manifest(removed)["measured"]["removal"]
-    gone = 1 - blocks[0] / blocks[1]
-    assert gone == pytest.approx(removal["removed_share"]) and 0.2 <= gone < 0.35
-    for name, kept in removal["kept"].items():
-        layer, part = name.split(".")
-        key = {"ffn": "deci.feed_forward_length", "attn": "deci.attention.head_count_kv"}[part]
-        field = reader.get_field(key)
-        assert field is not None and field.contents()[int(layer)] == kept
-    _zeros_are_the_plans(removed, 0.8)
-    _run("verify", "--threads", "1", removed)
-
-
-def test_removal_is_recovered_and_told(runs: Runs, removed: Path, tmp_path: Path) -> None:
-    assert {"Removal", "Recovery", "Zeros", "What the zeros bought"} <= _sections(removed)
-    measured = _strict(removed / "manifest.json")["measured"]
-    assert set(measured["recovery"]) == {"after removal", "of the plan"}
-    _exported_is_recovered(runs, removed)
-    assert "blk." in _run("inspect", removed).output or "attn_q" in _run("inspect", removed).output
-    _run("frontier", removed, "--png", tmp_path / "f.png")
-    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_nothing_is_removed_where_it_does_not_pay(runs: Runs) -> None:
-    out, text = runs("--remove", "auto")
-    assert "Removal: at this size it buys nothing" in text
-    _same(runs.folder / "plain", out)
-    assert _manifest(out)["measured"]["removal"]["kept"] == {}
-    assert "nothing was removed" in (out / "report.md").read_text()
-    _run("recipe", out)  # of the original model, as ever
-
-
-def test_removal_fits_what_types_cannot(runs: Runs) -> None:
-    plain = _plan(runs.folder / "plain")
-    least = plain.fixed_bytes + sum(c.size_bytes(Treatment("Q8_0")) for c in plain.components)
-    limit = round(0.8 * least)
-    _, text = runs("--max-bytes", str(limit), status=1)
-    assert text.splitlines()[-1].startswith("error: the smallest plan takes")
-    out, _ = runs("--max-bytes", str(limit), "--remove", "auto")
-    assert 0.9 * limit < (out / "model.gguf").stat().st_size <= limit
-    assert _manifest(out)["measured"]["removal"]["kept"]
-    _run("verify", "--threads", "1", out)
-
-
-def test_removal_leaves_rows_that_a_type_divides(runs: Runs) -> None:
-    """One of two KV groups would leave rows of 128, which no K-quant divides."""
-    out, _ = runs("--types", "Q4_K,Q6_K", "--max-bytes", "3M", "--remove", "0.5")
-    plan = _plan(out)
-    assert {t.type for t in plan.treatments} <= {"Q4_K", "Q6_K"}
-    assert all(c.row_length % 256 == 0 for c in plan.components)
-    parts = {c.name.split(".")[1] for c in plan.components if "attn_output" in c.name}
-    assert len(parts) < 3  # whole attentions went
-    assert plan.size_bytes == (out / "model.gguf").stat().st_size
-    _run("verify", "--threads", "1", out)
-
-
-# --- what travels, and the paper's int8 ------------------------------------------------------
-
-
-@pytest.mark.parametrize("limit", [1_500_000, 2_400_000])
-def test_both_limits_hold(runs: Runs, limit: int) -> None:
-    options = ("--types", "F16,Q8_0,Q4_0", "--max-bytes", "3M", "--max-transfer", str(limit))
-    out, _ = runs(*options)
-    path = out / "model.gguf"
-    assert path.stat().st_size <= 3_000_000
-    assert 0.9 * limit < packed_bytes(path) < 1.02 * limit  # it is an estimate
-    _run("verify", "--threads", "1", out)
+# --- the paper's int8 -----------------------------------------------------------------------
 
 
 def test_a_share_of_the_components_in_int8(runs: Runs) -> None:
@@ -443,41 +330,29 @@ def test_errors_before_the_long_run(runs: Runs) -> None:
         assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
-def test_a_changed_model_has_no_recipe(
-    runs: Runs, sparse: Path, removed: Path, tmp_path: Path
-) -> None:
-    for folder in (sparse, removed):
-        result = _run("recipe", folder, "-o", tmp_path / "recipe", status=1)
-        (line,) = result.stderr.splitlines()
-        assert line.startswith("error: ") and "--remove or --recover changed the model" in line
-        assert not (tmp_path / "recipe").exists()
-    # Whichever of the two it was.
-    for key in ("recovery", "removal"):
-        shutil.copytree(removed, tmp_path / key, ignore=shutil.ignore_patterns("work"))
-        data = _manifest(removed)
-        del data["measured"][key]
-        (tmp_path / key / "manifest.json").write_text(json.dumps(data))
-        _run("recipe", tmp_path / key, "-o", tmp_path / "recipe", status=1)
+def test_a_changed_model_has_no_recipe(runs: Runs, sparse: Path, tmp_path: Path) -> None:
+    result = _run("recipe", sparse, "-o", tmp_path / "recipe", status=1)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and "--distill changed the model" in line
+    assert not (tmp_path / "recipe").exists()
     _run("recipe", runs.folder / "plain", "-o", tmp_path / "recipe")
 
 
 # --- killed runs ----------------------------------------------------------------------------
 
-# The first recovery is that after removal, the second, in `best kept`, that of the plan.
 _MOMENTS = {
-    "units measured": "patch(removal, '_measure', 4)",
+    "matrix pruned": "patch(sequential_pruning, '_fit', 5)",
+    "pruned matrices kept": "patch(prune.SequentiallyPruned, 'save', 3)",
     "texts sampled": "patch(teacher, '_sample', 2)",
-    "between two checks": "patch(recover._Run, '_step', 4)",
-    "state saved": "patch(recover._Run, '_save', 3, after=True)",
-    "fitting in order": "patch(in_order, '_fit', 5)",
-    "fitted in order": "patch(stage_zeros.InOrder, 'save', 3)",
-    "best kept": "patch(recover._Run, '_keep', 2, after=True)",
-    "zeros weighed": "patch(compress, 'weigh', 1)",
+    "between two checks": "patch(distill._Run, '_step', 4)",
+    "state saved": "patch(distill._Run, '_save', 3, after=True)",
+    "best kept": "patch(distill._Run, '_keep', 2, after=True)",
 }
 _PROGRAM = """
 import importlib, os, signal, sys
 from edge_dtm.cli import main
-from edge_dtm.host import compress, in_order, recover, removal, stage_zeros, teacher
+from edge_dtm.host.blocks import prune, sequential_pruning
+from edge_dtm.host.distill import distill, teacher
 
 def patch(owner, name, call, after=False):
     real, count = getattr(owner, name), 0
@@ -512,27 +387,22 @@ def _killed(moment: str, arguments: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_every_new_stage_ends_in_the_same_bytes(runs: Runs, removed: Path) -> None:
+def test_a_run_killed_in_every_new_stage_ends_in_the_same_bytes(runs: Runs, sparse: Path) -> None:
     out = runs.folder / "killed"
-    arguments = runs.arguments(out, *REMOVED)
+    arguments = runs.arguments(out, *SPARSE)
     left = {
-        "units measured": "units-*.jsonl",
+        "pruned matrices kept": "sequential-pruning-*/*.npy",
         "texts sampled": "text-*/sampled/000000.json",
-        "between two checks": "recover-*/state.safetensors",
-        "fitted in order": "in-order-*/*.npy",
-        "zeros weighed": "twin.gguf",
+        "state saved": "distilled-*/state.safetensors",
     }
     for moment in _MOMENTS:
         _killed(moment, arguments)
         if moment in left:
             assert list((out / "work").glob(left[moment])), moment
         assert not (out / "manifest.json").exists()
-    assert len(list((out / "work").glob("recover-*/recovered.json"))) == 2
-    text = _run(*arguments).stderr
-    assert "Recovery of the plan: " not in text and "Recovery after removal: " not in text
-    _same(removed, out)
-    stories = [_manifest(f)["measured"]["recovery"] for f in (removed, out)]
+    _run(*arguments)
+    _same(sparse, out)
+    stories = [_manifest(f)["measured"]["recovery"] for f in (sparse, out)]
     for name in stories[0]:
         assert stories[0][name]["curve"] == stories[1][name]["curve"]
-    assert not (out / "work" / "twin.gguf").exists()
     _run("verify", "--threads", "1", out)

@@ -256,7 +256,7 @@ def test_ours_holds_the_shipped_blocks(
         if name not in plan.by_name():
             continue
         assert t.tensor_type.name == plan[name].type
-        # Read without Shipped, which export used.
+        # Read without EncodedStore, which export used.
         file = shipped.folder / f"{name}.{plan[name].type}.npy"
         if file.is_file():
             blocks = np.load(file)
@@ -323,7 +323,7 @@ def test_sensitivity(
 
 @pytest.mark.slow
 def test_direct_measurement(made: tuple[Path, Path]) -> None:
-    """Shipped blocks come in HF's order; embedding and head can be measured alone too."""
+    """EncodedStore blocks come in HF's order; embedding and head can be measured alone too."""
     run, reference = _reopened(made)
     table, shipped = run.costs(reference)
     part = reference.part(CALIBRATION)

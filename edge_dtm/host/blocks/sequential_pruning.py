@@ -120,7 +120,7 @@ class _Stream:
 
 
 @torch.no_grad()
-def fit_in_order(
+def prune_sequentially(
     original: Any,
     student: Any,
     pruned: Mapping[str, Pruned],

@@ -1,4 +1,4 @@
-"""Recovery: a compressed Llama is trained to say again what the original says.
+"""Distillation: a compressed Llama is trained to say again what the original says.
 
 Logits are distilled on the original's own text (teacher.py). What runs in training are the values
 that would be shipped: masks held, rounded to the grids of the plan by ggml's own quantizer. Their
@@ -11,13 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,48 +24,35 @@ import torch
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.files import write_whole
-from edge_dtm.core.metrics import (
-    divergent_mask,
-    first_divergent_tokens,
-    perplexity,
-    share_of_divergent_tokens,
-)
-from edge_dtm.formats.plan import Treatment
+from edge_dtm.core.machine import peak_rss_bytes
 from edge_dtm.formats.reference import Reference
 from edge_dtm.host.checkpoint.model import module_name
+from edge_dtm.host.distill.evaluate import check, divergence_and_gradient
+from edge_dtm.host.distill.result import (
+    Distilled,
+    Point,
+    load_tensors,
+    plain_point,
+    point_from_json,
+    save_tensors,
+)
 from edge_dtm.host.distill.teacher import TeacherText, batches_by_length, padded
+from edge_dtm.host.distill.trained import HALF_TYPES, Trained, TrainedGain, TrainedMatrix
 from edge_dtm.llamacpp import ggml
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
-Point = dict[str, float]  # of the curve: step, loss, sdt, fdt, perplexity, tokens
 
 BETAS = (0.9, 0.95)  # runs are short: 0.999 would remember the whole of them
 LARGEST_GRADIENT = 1.0  # norm over all that is trained
-CHUNK_LOGITS = 2**23  # logits at a time, 32 MiB each for teacher, student and difference
 CHECKPOINTING_BYTES = 2 * 2**30
 LARGEST_WEIGHT = 65504.0
 STATE = "state.safetensors"
 PRECISIONS = ("auto", "float32", "bfloat16")
-_HALF = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A component as it would be shipped without recovery.
-
-    importance: float32 (row_length,), what ggml's quantizer weighs columns with, or None; start:
-    float32 (rows, row_length) in Hugging Face layout, masked and on the grid. Zeros of the start
-    are held where the treatment has a zero_share.
-    """
-
-    treatment: Treatment
-    importance: FloatArray | None
-    start: FloatArray
-
-
-@dataclass(frozen=True)
-class RecoverSettings:
+class DistillSettings:
     """learning_rate: at its highest, a share of every weight's size, see unit_sizes. batch_tokens
     count padding. round_every: steps between two roundings; check_every: None for
     a tenth of the steps; patience: checks without a better SDT before it stops early; back_off: what
@@ -92,9 +76,13 @@ class RecoverSettings:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.round_every < 1 or self.batch_tokens < 1 or self.patience < 1:
-            raise EdgeDtmError("recovery needs at least one step, batch token, check and rounding")
+            raise EdgeDtmError(
+                "distillation needs at least one step, batch token, check and rounding"
+            )
         if self.back_off_after < 1 or not 0 < self.back_off <= 1:
-            raise EdgeDtmError("recovery backs off after one check or more, to a share of the rate")
+            raise EdgeDtmError(
+                "distillation backs off after one check or more, to a share of the rate"
+            )
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise EdgeDtmError(f"a learning rate of {self.learning_rate} trains nothing: use 3e-3")
         if self.precision not in PRECISIONS:
@@ -113,192 +101,6 @@ class RecoverSettings:
             return self.learning_rate * (step + 1) / (warmup + 1)
         done = (step - warmup) / max(1, self.steps - warmup)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-
-
-@dataclass(frozen=True)
-class Recovered:
-    """The best that was checked.
-
-    values: of every trained component float32 (rows, row_length), Hugging Face layout; blocks:
-    the bytes that decode to exactly these, uint8 (rows, row_bytes), Hugging Face's row order. At
-    best_step 0 nothing beat the start: values are the start's and there are no blocks, since the
-    start's may have been made in another way (error feedback) and are at hand. vectors: norm
-    gains by full GGUF name. steps: those done. tokens_per_s: training only, padding not counted.
-    """
-
-    best_step: int
-    steps: int
-    curve: list[Point]
-    types: dict[str, str]
-    values: dict[str, FloatArray] = field(repr=False)
-    blocks: dict[str, ByteArray] = field(repr=False)
-    vectors: dict[str, FloatArray] = field(repr=False)
-    tokens_per_s: float
-    peak_rss_bytes: int
-
-    def save(self, folder: Path) -> None:
-        """`recovered.safetensors` and, last, `recovered.json`."""
-        tensors = {f"vector.{n}": torch.from_numpy(v) for n, v in self.vectors.items()}
-        tensors |= {f"blocks.{n}": torch.from_numpy(b) for n, b in self.blocks.items()}
-        tensors |= {
-            f"values.{n}": torch.from_numpy(v)
-            for n, v in self.values.items()
-            if n not in self.blocks
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        _save_tensors(folder / "recovered.safetensors", tensors, {})
-        names = ("best_step", "steps", "curve", "types", "tokens_per_s", "peak_rss_bytes")
-        head = {name: getattr(self, name) for name in names}
-        head["curve"] = [plain_point(p) for p in self.curve]
-        head["row_lengths"] = {n: v.shape[1] for n, v in self.values.items()}
-        write_whole(folder / "recovered.json", json.dumps(head).encode())
-
-    @classmethod
-    def load(cls, folder: Path) -> Recovered:
-        """EdgeDtmError when the folder holds no whole result."""
-        try:
-            head = json.loads((folder / "recovered.json").read_text(encoding="utf-8"))
-            tensors, _ = _load_tensors(folder / "recovered.safetensors")
-            kinds: dict[str, dict[str, npt.NDArray[Any]]] = {"vector": {}, "blocks": {}}
-            kinds["values"] = {}
-            for key, tensor in tensors.items():
-                kind, _, name = key.partition(".")
-                kinds[kind][name] = tensor.numpy()
-            types, lengths = head["types"], head.pop("row_lengths")
-            head["curve"] = [_point(p) for p in head["curve"]]
-            for name, data in kinds["blocks"].items():
-                kinds["values"][name] = ggml.dequantize(types[name], data, lengths[name])
-            return cls(
-                values=kinds["values"], blocks=kinds["blocks"], vectors=kinds["vector"], **head
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise EdgeDtmError(
-                f"{folder} holds no readable recovery ({error}): run edge-dtm compress again with "
-                "--no-resume"
-            ) from None
-
-
-def unit_sizes(start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a weight is measured in, its row's size times its column's over the matrix's: float32
-    (rows, 1) and (1, row_length), root mean squares of what is not zero.
-
-    AdamW moves every weight by about the same. Equalization has channels of very different sizes,
-    and a step that is small for one is large for another; counted in these units a step is the
-    same share of every weight, however channels are scaled.
-    """
-    there = (start != 0).float()
-
-    def size(dim: int) -> torch.Tensor:
-        sums, counts = start.square().sum(dim, keepdim=True), there.sum(dim, keepdim=True)
-        return (sums / counts.clamp(min=1)).sqrt()
-
-    rows, columns = size(1), size(0)
-    whole = (start.square().sum() / there.sum().clamp(min=1)).sqrt()
-    least = whole * 1e-4 + torch.finfo(torch.float32).tiny
-    return rows.clamp(min=least), columns.clamp(min=least) / whole.clamp(min=least)
-
-
-class _Gain:
-    """A norm's gains: the module's `parameter`, and `latent`, what the optimizer updates, in units
-    of their sizes at the start."""
-
-    def __init__(self, parameter: torch.nn.Parameter) -> None:
-        self.parameter = parameter
-        start = parameter.detach()
-        least = start.square().mean().sqrt() * 1e-3 + torch.finfo(torch.float32).tiny
-        self.unit = start.abs().clamp(min=least)
-        self.latent = torch.nn.Parameter(start / self.unit)
-
-    def take_gradient(self) -> None:
-        if self.parameter.grad is not None:  # a removed attention's norm has none
-            self.latent.grad = self.parameter.grad * self.unit
-            self.parameter.grad = None
-
-    @torch.no_grad()
-    def follow(self) -> None:
-        self.parameter.copy_(self.latent * self.unit)
-
-    @torch.no_grad()
-    def restart(self, values: FloatArray) -> None:
-        """Gains and latent are these."""
-        self.parameter.copy_(torch.from_numpy(values))
-        self.latent.copy_(self.parameter / self.unit)
-
-
-class _Matrix:
-    """A trained component: `parameter`, the module's weight, holds the effective values; `latent`,
-    float32 of the same shape, is what the optimizer updates, in `unit_sizes`."""
-
-    def __init__(self, name: str, trained: Trained, parameter: torch.nn.Parameter) -> None:
-        self.name, self.type = name, trained.treatment.type
-        self.importance, self.parameter = trained.importance, parameter
-        start = torch.tensor(trained.start, dtype=torch.float32, device=parameter.device)
-        if start.shape != parameter.shape:
-            raise ValueError(f"{name} is {tuple(parameter.shape)}, not {tuple(start.shape)}")
-        parameter.data = start
-        self.rows, self.columns = unit_sizes(start)
-        self.latent = torch.nn.Parameter(start / self.rows / self.columns)
-        # Latents of zeros that are held get no gradient and no decay, so they stay exactly 0.
-        self.mask = start != 0 if trained.treatment.zero_share else None
-        # rounded = weights + offset until the next rounding. At the start it is zero: the start
-        # is on the grid, though not always where the quantizer itself would put it.
-        self.offset: torch.Tensor | None = None
-
-    def take_gradient(self) -> None:
-        """The effective values' gradient is the latent's, except at held zeros."""
-        gradient = self.parameter.grad
-        assert gradient is not None
-        if self.mask is not None:
-            gradient.mul_(self.mask)
-        self.latent.grad = gradient.mul_(self.rows).mul_(self.columns)
-        self.parameter.grad = None
-
-    def weights(self) -> torch.Tensor:
-        """What the latent stands for."""
-        return self.latent.detach() * self.rows * self.columns
-
-    @torch.no_grad()
-    def follow(self) -> None:
-        """Effective values after an update of the latent, with the roundings as they are known."""
-        self.parameter.copy_(self.weights())
-        if self.type in _HALF:
-            self.parameter.copy_(self.parameter.to(_HALF[self.type]).float())
-        elif self.offset is not None:
-            self.parameter.add_(self.offset)
-
-    @torch.no_grad()
-    def restart(self, values: FloatArray) -> None:
-        """Effective values and latent are these, which lie on the grid."""
-        self.parameter.copy_(torch.from_numpy(values))
-        self.latent.copy_(self.parameter / self.rows / self.columns)
-        self.offset = None
-
-    @torch.no_grad()
-    def round(self) -> ByteArray:
-        """Effective values on the grid again; returns the blocks they are decoded from, uint8
-        (rows, row_bytes). Needs a finite latent."""
-        wanted = self.weights()
-        weights = wanted.cpu().numpy()
-        blocks = ggml.quantize(self.type, weights, self.importance)
-        values = torch.from_numpy(ggml.dequantize(self.type, blocks, weights.shape[1]))
-        self.parameter.copy_(values)
-        if self.mask is not None and bool((self.parameter[~self.mask] != 0).any()):
-            raise EdgeDtmError(
-                f"{self.name}: {self.type} cannot hold zeros: recover a plan whose zeros are in "
-                "Q8_0 or F16"
-            )
-        if self.type not in _HALF:
-            if self.offset is None:
-                self.offset = torch.empty_like(self.latent)
-            torch.sub(self.parameter.detach(), wanted, out=self.offset)
-        return blocks
-
-
-def recovery_bytes(block_weights: int, edge_weights: int, quantized: bool) -> int:
-    """Peak memory besides activations: of each weight of a block the latent and the running value,
-    the gradient and AdamW's two moments, with a grid other than F16's also what rounding moves it
-    by, in float32; the embedding and two heads, edge_weights being those of one."""
-    return (24 if quantized else 20) * block_weights + 12 * edge_weights
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -320,86 +122,16 @@ def epoch_batches(lengths: Sequence[int], tokens: int, seed: int, epoch: int) ->
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-@torch.no_grad()
-def divergence_and_gradient(
-    student: torch.Tensor, student_head: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor
-) -> tuple[float, torch.Tensor]:
-    """Mean of KL(teacher || student) over positions, in nats, and its gradient at the student's
-    hidden states.
-
-    student: float32 (positions, hidden) final hidden states; student_head: (vocab, hidden), does
-    not learn; teacher and head: the original's. The gradient at the student's logits is softmax
-    (student) - softmax(teacher); computed here, a chunk of positions at a time, so that no more
-    than CHUNK_LOGITS logits are ever held.
-    """
-    count, chunk = len(student), max(1, CHUNK_LOGITS // len(head))
-    gradient, total = torch.empty_like(student), 0.0
-    for start in range(0, count, chunk):
-        part = slice(start, start + chunk)
-        ours = (student[part] @ student_head.T).log_softmax(-1)
-        theirs = (teacher[part] @ head.T).log_softmax(-1)
-        shares = theirs.exp()
-        total += float((shares * theirs.sub_(ours)).sum(-1, dtype=torch.float64).sum())
-        gradient[part] = ours.exp_().sub_(shares) @ student_head
-    return total / count, gradient / count
-
-
-@dataclass(frozen=True)
-class Check:
-    """SDT (a share), mean FDT in tokens, perplexity on the original's answers."""
-
-    sdt: float
-    fdt: float
-    perplexity: float
-
-
-@torch.no_grad()
-def check(model: Any, validation: Reference, batch_tokens: int = 2048) -> Check:
-    """Teacher-forced, in float32: what the model would say where the original said its tokens."""
-    device = next(model.parameters()).device
-    head = model.lm_head.weight
-    s, n = validation.generated_ids.shape
-    said, log_probability = np.full((s, n), -1, dtype=np.int64), np.zeros((s, n))
-    lengths = (validation.prompt_lengths + validation.generated_lengths - 1).tolist()
-    order = sorted(range(s), key=lambda row: (lengths[row], row))
-    for rows in batches_by_length(lengths, order, batch_tokens):
-        texts = [(validation.prompt(r) + validation.generated(r))[:-1] for r in rows]
-        states = model.model(input_ids=padded(texts).to(device), use_cache=False).last_hidden_state
-        at = torch.cat(
-            [states[i, validation.prompt_lengths[r] - 1 : lengths[r]] for i, r in enumerate(rows)]
-        ).float()
-        targets = torch.tensor([t for r in rows for t in validation.generated(r)], device=device)
-        best, logs = [], []
-        chunk = max(1, CHUNK_LOGITS // len(head))
-        for start in range(0, len(at), chunk):
-            logits = at[start : start + chunk] @ head.T
-            best.append(logits.argmax(-1).cpu())
-            target = targets[start : start + chunk, None]
-            logs.append((logits.gather(1, target)[:, 0] - logits.logsumexp(-1)).cpu())
-        first = 0
-        for row in rows:
-            count = int(validation.generated_lengths[row])
-            said[row, :count] = torch.cat(best)[first : first + count].numpy()
-            log_probability[row, :count] = torch.cat(logs)[first : first + count].numpy()
-            first += count
-    mask = divergent_mask(validation.generated_ids, said, validation.generated_lengths)
-    return Check(
-        share_of_divergent_tokens(mask, validation.generated_lengths),
-        float(first_divergent_tokens(mask, validation.generated_lengths).mean()),
-        perplexity(log_probability, validation.generated_lengths),
-    )
-
-
-def recover(
+def distill(
     model: Any,
     components: Mapping[str, Trained],
     head: torch.Tensor,
     text: TeacherText,
     validation: Reference,
-    settings: RecoverSettings,
+    settings: DistillSettings,
     folder: Path,
     progress: Callable[[int, float, float], None] | None = None,
-) -> Recovered:
+) -> Distilled:
     """Train the student, keep the best that was checked; the start counts, so it never gets worse
     on `validation`.
 
@@ -420,12 +152,12 @@ class _Run:
         head: torch.Tensor,
         text: TeacherText,
         validation: Reference,
-        settings: RecoverSettings,
+        settings: DistillSettings,
         folder: Path,
         progress: Callable[[int, float, float], None] | None,
     ) -> None:
         if not len(validation):
-            raise EdgeDtmError("there is no text to check the recovery on: give more prompts")
+            raise EdgeDtmError("there is no text to check the distillation on: give more prompts")
         if not text.captured:
             raise EdgeDtmError(f"{text.folder} is not complete: run edge-dtm compress again")
         self.model, self.text, self.validation = model, text, validation
@@ -438,7 +170,7 @@ class _Run:
         self.student_head = model.lm_head.weight.detach()
         modules = dict(model.named_modules())
         self.matrices = [
-            _Matrix(name, trained, modules[module_name(name)].weight)
+            TrainedMatrix(name, trained, modules[module_name(name)].weight)
             for name, trained in components.items()
             if name.startswith("blk.")
         ]
@@ -455,7 +187,7 @@ class _Run:
         for parameter in [*(m.parameter for m in self.matrices), *self.norms.values()]:
             parameter.requires_grad_(True)
         self.trained = {f"latent.{m.name}": m.latent for m in self.matrices}
-        self.gains = {name: _Gain(parameter) for name, parameter in self.norms.items()}
+        self.gains = {name: TrainedGain(parameter) for name, parameter in self.norms.items()}
         self.trained |= {f"vector.{name}": gain.latent for name, gain in self.gains.items()}
         self.optimizer = torch.optim.AdamW(
             list(self.trained.values()),
@@ -509,8 +241,8 @@ class _Run:
         numbers += 4 * sum(len(gain) for gain in self.norms.values())
         return 4 * numbers * max(self.settings.batch_tokens, max(self.text.lengths))
 
-    def run(self) -> Recovered:
-        """See recover()."""
+    def run(self) -> Distilled:
+        """See distill()."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._resume():
             self._check(math.nan)
@@ -543,7 +275,7 @@ class _Run:
                 parameter.grad = None
         return self._leave(self._result())
 
-    def _leave(self, result: Recovered) -> Recovered:
+    def _leave(self, result: Distilled) -> Distilled:
         """The model as what is returned, not as what was trained last."""
         with torch.no_grad():
             for matrix in self.matrices:
@@ -597,7 +329,7 @@ class _Run:
     def _need_finite(self, value: float) -> None:
         if not math.isfinite(value):
             raise EdgeDtmError(
-                f"recovery has no finite loss any more at step {self.step + 1}: lower the learning "
+                f"distillation has no finite loss any more at step {self.step + 1}: lower the learning "
                 f"rate of {self.settings.learning_rate:g}"
             )
 
@@ -606,12 +338,12 @@ class _Run:
         for gain in self.gains.values():
             gain.follow()
         for matrix in self.matrices:
-            if fresh and matrix.type not in _HALF and matrix.type != "F32":
+            if fresh and matrix.type not in HALF_TYPES and matrix.type != "F32":
                 self._round(matrix)
             else:
                 matrix.follow()
 
-    def _round(self, matrix: _Matrix) -> ByteArray:
+    def _round(self, matrix: TrainedMatrix) -> ByteArray:
         # What float16, in which scales are stored too, cannot hold would come back as infinite.
         if not float(matrix.weights().abs().max()) < LARGEST_WEIGHT:
             self._need_finite(math.inf)
@@ -681,7 +413,7 @@ class _Run:
         tensors = {f"blocks.{n}": torch.from_numpy(b) for n, b in blocks.items()}
         tensors |= {f"vector.{n}": gain.detach().cpu() for n, gain in self.norms.items()}
         self.best_step = self.step
-        _save_tensors(self._best_file(self.step), tensors, {})
+        save_tensors(self._best_file(self.step), tensors, {})
 
     def _save(self) -> None:
         tensors = {name: t.detach().cpu() for name, t in self.trained.items()}
@@ -698,7 +430,7 @@ class _Run:
             "scale": self.scale,
             "since": self.since,
         }
-        _save_tensors(self.folder / STATE, tensors, {"state": json.dumps(head)})
+        save_tensors(self.folder / STATE, tensors, {"state": json.dumps(head)})
         for file in self.folder.glob("best-*.safetensors"):
             if file != self._best_file(self.best_step):
                 file.unlink(missing_ok=True)
@@ -712,7 +444,7 @@ class _Run:
         if not path.is_file():
             return False
         try:
-            tensors, text = _load_tensors(path)
+            tensors, text = load_tensors(path)
             state = json.loads(text["state"])
             if state["key"] != self.key:
                 return False
@@ -727,7 +459,7 @@ class _Run:
                     }
             self.step, self.best_step = state["step"], state["best_step"]
             self.seconds, self.tokens = state["seconds"], state["tokens"]
-            self.curve = [_point(p) for p in state["curve"]]
+            self.curve = [point_from_json(p) for p in state["curve"]]
             self.scale, self.since = float(state["scale"]), int(state["since"])
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise EdgeDtmError(
@@ -742,14 +474,14 @@ class _Run:
             matrix.round()
         return True
 
-    def _result(self) -> Recovered:
+    def _result(self) -> Distilled:
         types = {m.name: m.type for m in self.matrices}
         blocks: dict[str, ByteArray] = {}
         vectors: dict[str, FloatArray] = {}
         if self.best_step:
             path = self._best_file(self.best_step)
             try:
-                tensors, _ = _load_tensors(path)
+                tensors, _ = load_tensors(path)
             except (OSError, ValueError) as error:
                 raise EdgeDtmError(
                     f"{path} is damaged ({error}): run edge-dtm compress again with --no-resume"
@@ -763,7 +495,7 @@ class _Run:
         else:
             vectors = self.first_gains
         lengths = {m.name: m.parameter.shape[1] for m in self.matrices}
-        return Recovered(
+        return Distilled(
             best_step=self.best_step,
             steps=self.step,
             curve=self.curve,
@@ -790,45 +522,3 @@ def _checkpointing(model: Any, on: bool) -> None:
         getattr(model, f"gradient_checkpointing_{state}")(**arguments)
     else:
         switch()  # not reentrant by default
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process has had resident so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
-
-
-def plain_point(point: Point) -> dict[str, float | None]:
-    """JSON has no NaN; the step before the first has no loss."""
-    return {key: value if math.isfinite(value) else None for key, value in point.items()}
-
-
-def _point(data: Mapping[str, float | None]) -> Point:
-    return {key: math.nan if value is None else value for key, value in data.items()}
-
-
-def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: dict[str, str]) -> None:
-    """safetensors with text beside the tensors, under a temporary name until complete."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata=meta)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise EdgeDtmError(f"{path} could not be written ({error}): free some space") from None
-
-
-def _load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """ValueError or OSError when it is no whole safetensors file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(str(error)) from None

@@ -14,8 +14,9 @@ from conftest import Made
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats import ggml_types
 from edge_dtm.formats.plan import CANDIDATE_TYPES, Plan, Treatment
-from edge_dtm.host.blocks.sensitivity import component_importance, edge_costs, edge_feedback
-from edge_dtm.host.blocks.shipped import Shipped, takes_feedback
+from edge_dtm.host.blocks.encoded import EncodedStore, takes_feedback
+from edge_dtm.host.blocks.fit import component_importance, edge_feedback
+from edge_dtm.host.blocks.sensitivity import edge_costs
 from edge_dtm.host.checkpoint.checkpoint import open_checkpoint
 from edge_dtm.host.export import export_gguf, fixed_bytes
 from edge_dtm.host.quantize.equalize import EqualizedCheckpoint, sites
@@ -43,12 +44,12 @@ def _blocks(made: Made, name: str, kind: str = "Q4_0") -> tuple[Array, Array]:
 
 
 @pytest.fixture
-def shipped(made: Made, tmp_path: Path) -> Shipped:
-    return Shipped(tmp_path / "shipped", made.checkpoint)
+def shipped(made: Made, tmp_path: Path) -> EncodedStore:
+    return EncodedStore(tmp_path / "shipped", made.checkpoint)
 
 
 @pytest.fixture
-def kept(made: Made, shipped: Shipped) -> Shipped:
+def kept(made: Made, shipped: EncodedStore) -> EncodedStore:
     """With blocks of one matrix in it."""
     component = made.component("blk.0.ffn_up")
     shipped.save(component, KIND, _blocks(made, component.name)[0])
@@ -67,20 +68,22 @@ def _rotated(data: Array, heads: int) -> Array:
     ("name", "heads"), [("blk.0.attn_q", 4), ("blk.1.attn_k", 2), ("blk.2.attn_v", 0)]
 )
 def test_what_is_saved_is_what_comes_out(
-    made: Made, shipped: Shipped, name: str, heads: int
+    made: Made, shipped: EncodedStore, name: str, heads: int
 ) -> None:
     data, _ = _blocks(made, name)
     component = made.component(name)
     shipped.save(component, KIND, data)
     shipped.save_component(name, _vector(component.row_length), ["Q4_0"])
-    found = shipped.blocks(component, KIND)
+    found = shipped.encoded(component, KIND)
     assert found.dtype == np.uint8
     assert np.array_equal(found, _rotated(data, heads) if heads else data)
     assert not list(shipped.folder.glob("*.tmp"))
 
 
-def test_the_exported_file_holds_the_values(made: Made, shipped: Shipped, tmp_path: Path) -> None:
-    """Every matrix through Shipped and export, read back by the GGUF reader in HF's order."""
+def test_the_exported_file_holds_the_values(
+    made: Made, shipped: EncodedStore, tmp_path: Path
+) -> None:
+    """Every matrix through EncodedStore and export, read back by the GGUF reader in HF's order."""
     values, treatments = {}, []
     for c in made.components:
         if c.in_block:
@@ -102,30 +105,30 @@ def test_the_exported_file_holds_the_values(made: Made, shipped: Shipped, tmp_pa
     "treatment", [Treatment("Q5_1"), Treatment("F16"), Treatment("Q8_0", 0.3), Treatment("Q4_K")]
 )
 def test_types_without_feedback_are_rounded_plainly(
-    made: Made, shipped: Shipped, treatment: Treatment, importance: bool
+    made: Made, shipped: EncodedStore, treatment: Treatment, importance: bool
 ) -> None:
     component = made.component("blk.1.attn_q")
     vector = _vector(component.row_length) if importance else None
     # Q8_0 was measured with feedback, but not with zeros.
     shipped.save_component(component.name, vector, ["Q8_0", "Q4_0"])
     expected = treat(_rotated(made.weights(component.name), 4), treatment, vector)
-    assert np.array_equal(shipped.blocks(component, treatment), expected)
+    assert np.array_equal(shipped.encoded(component, treatment), expected)
 
 
 def test_weights_are_the_equalized_ones(made: Made, tmp_path: Path) -> None:
     config = made.checkpoint.config
     scales = {n: 1 + _vector(config.ffn if "down" in n else config.hidden) for n in sites(config)}
     equalized = EqualizedCheckpoint(made.checkpoint, scales)
-    shipped = Shipped(tmp_path / "shipped", equalized)
+    shipped = EncodedStore(tmp_path / "shipped", equalized)
     component, vector = made.component("blk.0.ffn_gate"), _vector(256)
     shipped.save_component(component.name, vector, [])
     w = made.weights(component.name) / scales["blk.0.ffn_gate"]
-    assert np.array_equal(shipped.blocks(component, KIND), treat(w, KIND, vector))
+    assert np.array_equal(shipped.encoded(component, KIND), treat(w, KIND, vector))
 
 
 @pytest.mark.parametrize(("name", "is_tied"), [("output", False), ("token_embd", True)])
 def test_of_the_ends_the_measured_rows_are_shipped(
-    made: Made, shipped: Shipped, name: str, is_tied: bool
+    made: Made, shipped: EncodedStore, name: str, is_tied: bool
 ) -> None:
     """Costs are measured on the rows that occur, export makes all of them from the moments."""
     component, weights = made.component(name), made.weights(name)
@@ -141,10 +144,10 @@ def test_of_the_ends_the_measured_rows_are_shipped(
     rows = np.random.default_rng(0).permutation(len(weights))[:300]  # any, cut otherwise
     measured = compensate(torch.from_numpy(weights[rows]), types, feedback)
     for kind, (data, _) in zip(types, measured, strict=True):
-        found = shipped.blocks(component, Treatment(kind))
+        found = shipped.encoded(component, Treatment(kind))
         assert found.shape == (component.rows, ggml_types.row_bytes(kind, component.row_length))
         assert np.array_equal(found[rows], data), (kind, (found[rows] != data).mean())
-    plain = shipped.blocks(component, Treatment("F16"))
+    plain = shipped.encoded(component, Treatment("F16"))
     assert np.array_equal(plain, treat(weights, Treatment("F16"), None))
 
 
@@ -153,7 +156,7 @@ def test_which_treatments_take_feedback() -> None:
     assert not takes_feedback(Treatment("F16")) and not takes_feedback(Treatment("Q8_0", 0.1))
 
 
-def test_which_treatments_with_zeros_are_fitted(made: Made, shipped: Shipped) -> None:
+def test_which_treatments_with_zeros_are_fitted(made: Made, shipped: EncodedStore) -> None:
     """Between two measured levels the upper one decides."""
     component = made.component("blk.0.ffn_up")
     levels = {("Q8_0", 0.25): False, ("Q8_0", 0.5): True, ("F16", 0.25): True, ("F16", 0.5): False}
@@ -170,21 +173,21 @@ def test_which_treatments_with_zeros_are_fitted(made: Made, shipped: Shipped) ->
         shipped.is_fitted(component, Treatment("Q8_0", 0.25))
 
 
-def test_blocks_with_zeros_are_the_stored_ones(made: Made, shipped: Shipped) -> None:
+def test_blocks_with_zeros_are_the_stored_ones(made: Made, shipped: EncodedStore) -> None:
     component = made.component("blk.1.attn_q")
     fitted, plain = Treatment("Q8_0", 0.25), Treatment("Q8_0", 0.5)
     vector = _vector(component.row_length)
     shipped.save_component(component.name, vector, ["Q8_0"], None, {fitted: True, plain: False})
     assert not shipped.has(component, fitted)
     with pytest.raises(EdgeDtmError, match="--no-resume"):
-        shipped.blocks(component, fitted)
+        shipped.encoded(component, fitted)
     data = treat(made.weights(component.name), fitted, None)
     shipped.save(component, fitted, data)
     assert shipped.has(component, fitted) and not shipped.has(component, plain)
-    assert np.array_equal(shipped.blocks(component, fitted), _rotated(data, 4))
+    assert np.array_equal(shipped.encoded(component, fitted), _rotated(data, 4))
     assert np.array_equal(shipped.load(component, fitted), _rotated(data, 4))
     expected = treat(_rotated(made.weights(component.name), 4), plain, vector)
-    assert np.array_equal(shipped.blocks(component, plain), expected)
+    assert np.array_equal(shipped.encoded(component, plain), expected)
     with pytest.raises(EdgeDtmError, match="cannot be read.*--no-resume"):
         shipped.load(component, plain)
     assert np.array_equal(shipped.importance(component.name), vector)
@@ -195,18 +198,20 @@ def test_blocks_with_zeros_are_the_stored_ones(made: Made, shipped: Shipped) -> 
 # --- what was lost --------------------------------------------------------------------------
 
 
-def _lost(shipped: Shipped, made: Made) -> None:
+def _lost(shipped: EncodedStore, made: Made) -> None:
     with pytest.raises(EdgeDtmError, match="--no-resume") as caught:
-        shipped.blocks(made.component("blk.0.ffn_up"), KIND)
+        shipped.encoded(made.component("blk.0.ffn_up"), KIND)
     text = str(caught.value)
     assert "\n" not in text and "blk.0.ffn_up as Q4_0" in text and str(shipped.folder) in text
 
 
 @pytest.mark.parametrize("name", ["blk.0.ffn_up.npz", "blk.0.ffn_up.Q4_0.npy"])
 @pytest.mark.parametrize("left", [None, 0, 5, 0.5, 0.99])
-def test_lost_and_truncated_files(made: Made, kept: Shipped, name: str, left: float | None) -> None:
+def test_lost_and_truncated_files(
+    made: Made, kept: EncodedStore, name: str, left: float | None
+) -> None:
     path = kept.folder / name
-    assert kept.blocks(made.component("blk.0.ffn_up"), KIND).any()
+    assert kept.encoded(made.component("blk.0.ffn_up"), KIND).any()
     whole = path.read_bytes()
     if left is None:
         path.unlink()
@@ -214,16 +219,16 @@ def test_lost_and_truncated_files(made: Made, kept: Shipped, name: str, left: fl
         path.write_bytes(whole[: round(left * len(whole)) if left < 1 else round(left)])
     _lost(kept, made)
     path.write_bytes(whole)
-    assert kept.blocks(made.component("blk.0.ffn_up"), KIND).any()
+    assert kept.encoded(made.component("blk.0.ffn_up"), KIND).any()
 
 
-def test_a_type_that_was_not_kept(made: Made, kept: Shipped) -> None:
+def test_a_type_that_was_not_kept(made: Made, kept: EncodedStore) -> None:
     with pytest.raises(EdgeDtmError, match="lost blk.0.ffn_up as Q8_0.*--no-resume"):
-        kept.blocks(made.component("blk.0.ffn_up"), Treatment("Q8_0"))
+        kept.encoded(made.component("blk.0.ffn_up"), Treatment("Q8_0"))
 
 
 def test_a_full_disk_is_one_line(
-    made: Made, kept: Shipped, monkeypatch: pytest.MonkeyPatch
+    made: Made, kept: EncodedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import errno
 

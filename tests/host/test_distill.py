@@ -19,20 +19,16 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import Treatment, zeros_per_row
 from edge_dtm.host.checkpoint.model import load_model, module_name
 from edge_dtm.host.distill import distill as module
-from edge_dtm.host.distill.distill import (
-    Recovered,
-    RecoverSettings,
-    Trained,
-    check,
-    divergence_and_gradient,
-    epoch_batches,
-    recover,
-)
+from edge_dtm.host.distill import evaluate
+from edge_dtm.host.distill.distill import DistillSettings, distill, epoch_batches
+from edge_dtm.host.distill.evaluate import check, divergence_and_gradient
+from edge_dtm.host.distill.result import Distilled
 from edge_dtm.host.distill.teacher import TeacherText, reference_sequences
+from edge_dtm.host.distill.trained import Trained
 from edge_dtm.host.quantize.treat import treated_values
 from edge_dtm.llamacpp import ggml
 
-SETTINGS = RecoverSettings(
+SETTINGS = DistillSettings(
     steps=12, learning_rate=1e-3, batch_tokens=128, check_every=4, precision="float32"
 )
 
@@ -69,17 +65,17 @@ def _components(made: Made, type_: str, share: float, damage: float = 0.0) -> di
     return out
 
 
-Recover = Callable[..., tuple[Recovered, Any]]
+Recover = Callable[..., tuple[Distilled, Any]]
 
 
 @pytest.fixture
 def run(made: Made, text: TeacherText, tmp_path: Path) -> Recover:
     def go(
-        components: dict[str, Trained], settings: RecoverSettings = SETTINGS, **options: Any
-    ) -> tuple[Recovered, Any]:
+        components: dict[str, Trained], settings: DistillSettings = SETTINGS, **options: Any
+    ) -> tuple[Distilled, Any]:
         student = load_model(made.checkpoint, torch.device("cpu"))
         folder = options.pop("folder", tmp_path / "run")
-        found = recover(
+        found = distill(
             student,
             components,
             made.model.lm_head.weight,
@@ -94,7 +90,7 @@ def run(made: Made, text: TeacherText, tmp_path: Path) -> Recover:
     return go
 
 
-def _same(a: Recovered, b: Recovered) -> None:
+def _same(a: Distilled, b: Distilled) -> None:
     assert (a.best_step, a.steps, a.types) == (b.best_step, b.steps, b.types)
     assert np.array_equal(
         [list(p.values()) for p in a.curve], [list(p.values()) for p in b.curve], equal_nan=True
@@ -140,10 +136,10 @@ def test_recovery_of_a_pruned_model(made: Made, run: Recover, tmp_path: Path) ->
     lines = (tmp_path / "run" / "curve.jsonl").read_text().splitlines()
     assert [json.loads(line)["sdt"] for line in lines] == [p["sdt"] for p in curve]
     found.save(tmp_path / "saved")
-    _same(Recovered.load(tmp_path / "saved"), found)
+    _same(Distilled.load(tmp_path / "saved"), found)
     (tmp_path / "saved" / "recovered.safetensors").write_bytes(b"x")
     with pytest.raises(EdgeDtmError, match="no readable recovery"):
-        Recovered.load(tmp_path / "saved")
+        Distilled.load(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(("type_", "share"), [("Q4_0", 0.0), ("Q8_0", 0.5), ("Q4_K", 0.0)])
@@ -179,7 +175,7 @@ def test_a_type_without_a_zero_holds_none(made: Made, run: Recover) -> None:
 
 
 def test_loss_and_gradient_against_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_LOGITS", 7 * 50)  # chunks of 7 positions, the last of 2
+    monkeypatch.setattr(evaluate, "CHUNK_LOGITS", 7 * 50)  # chunks of 7 positions, the last of 2
     random = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 23, 16, generator=random)
     head, other = torch.randn(2, 50, 16, generator=random)
@@ -225,7 +221,7 @@ def test_never_worse_than_the_start(made: Made, run: Recover, tmp_path: Path, ty
     for name, value in found.vectors.items():
         assert np.array_equal(value, made.checkpoint.hf_tensor(name))
     found.save(tmp_path / "saved")
-    _same(Recovered.load(tmp_path / "saved"), found)
+    _same(Distilled.load(tmp_path / "saved"), found)
 
 
 @pytest.mark.parametrize("type_", ["F16", "Q4_K"])
@@ -307,7 +303,7 @@ def test_batches_follow_from_seed_and_epoch() -> None:
 
 
 def test_learning_rate_rises_and_falls() -> None:
-    settings = RecoverSettings(steps=100, learning_rate=1.0)
+    settings = DistillSettings(steps=100, learning_rate=1.0)
     rates = [settings.rate(i) for i in range(100)]
     assert 0 < rates[0] < rates[4] < 1 and rates[5] == 1
     assert all(a > b for a, b in pairwise(rates[5:])) and 0 < rates[-1] < 0.01
@@ -344,7 +340,7 @@ def test_a_tied_head_is_the_embedding(tied: Made, tmp_path: Path) -> None:
     text.capture(tied.model)
     start = treated_values(tied.weights("token_embd"), Treatment("Q4_0"), None)
     student = load_model(tied.checkpoint, torch.device("cpu"))
-    recover(
+    distill(
         student,
         {"token_embd": Trained(Treatment("Q4_0"), None, start)},
         tied.model.lm_head.weight,

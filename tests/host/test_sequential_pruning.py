@@ -17,7 +17,7 @@ from conftest import Made
 
 from edge_dtm.formats.plan import Treatment
 from edge_dtm.host.blocks import sequential_pruning as module
-from edge_dtm.host.blocks.sequential_pruning import Pruned, fit_in_order
+from edge_dtm.host.blocks.sequential_pruning import Pruned, prune_sequentially
 from edge_dtm.host.checkpoint.model import NoAttention, load_model, module_name
 from edge_dtm.host.distill.teacher import reference_sequences
 from edge_dtm.host.quantize.error_feedback import Feedback, damping_for, effective_tokens
@@ -100,7 +100,7 @@ def _streams(model: Any, sequences: Sequence[Sequence[int]]) -> list[torch.Tenso
 def test_nothing_pruned_gives_the_weights(made: Made, sequences: list[list[int]]) -> None:
     names = _blocks(made)
     pruned = _pruned(made, names, 0.0)
-    fitted = fit_in_order(_model(made), _model(made), pruned, sequences)
+    fitted = prune_sequentially(_model(made), _model(made), pruned, sequences)
     assert set(fitted) == set(names)
     for name, (_, values) in fitted.items():
         weights = pruned[name].weights
@@ -116,7 +116,7 @@ def test_zeros_blocks_and_what_is_left_alone(
     pruned = _pruned(made, names, 0.7, type_name)
     original, student = _model(made), _with_zeros(made, pruned)
     progress: list[int] = []
-    fitted = fit_in_order(original, student, pruned, sequences, progress.append)
+    fitted = prune_sequentially(original, student, pruned, sequences, progress.append)
     assert progress == [1] * made.checkpoint.config.layers
     assert set(fitted) == set(names)
     for name, (blocks, values) in fitted.items():
@@ -150,7 +150,7 @@ def test_residual_streams_are_nearer_than_with_each_matrix_fitted_alone(
         assert torch.equal(made_alone[0][1] != 0, item.kept)
         _weight(alone, name).copy_(made_alone[0][1])
     student = _with_zeros(made, pruned)
-    fit_in_order(original, student, pruned, sequences)
+    prune_sequentially(original, student, pruned, sequences)
     wanted = _streams(original, sequences)
 
     def distances(model: Any) -> list[float]:
@@ -220,7 +220,7 @@ def test_one_matrix_against_least_squares(
     assert float((was[0] - now[0]).norm() / was[0].norm()) > 0.02
     _weight(student, name).mul_(item.kept)  # comes after its inputs
     wanted = _least_squares(item, was[0], now[0], None if norm is None else was[1] - now[1])
-    fitted = fit_in_order(original, student, {name: item}, sequences)[name][1]
+    fitted = prune_sequentially(original, student, {name: item}, sequences)[name][1]
     moved = float((wanted - item.weights * item.kept).norm())
     assert moved > 0.05 * float(wanted.norm())
     assert float((fitted - wanted).norm()) < 0.01 * moved + 1e-3 * float(wanted.norm())
@@ -251,7 +251,7 @@ def test_rows_make_up_for_each_other(
     r, c = kept.nonzero(as_tuple=True)
     system = g[r][:, r] * h[c][:, c]
     solved = torch.linalg.solve(system, (g @ right)[r, c])
-    fitted = fit_in_order(original, student, {name: item}, sequences)[name][1]
+    fitted = prune_sequentially(original, student, {name: item}, sequences)[name][1]
     assert float((fitted[r, c] - solved).norm() / solved.norm()) < 5e-3
     alone = _least_squares(item, was, now, None)[r, c]
     assert float((alone - solved).norm() / solved.norm()) > 0.1
@@ -259,7 +259,7 @@ def test_rows_make_up_for_each_other(
 
 def _all(made: Made, sequences: list[list[int]], weights: torch.Tensor | None = None) -> Values:
     pruned = _pruned(made, _blocks(made), 0.6, "Q8_0", token_weights=weights)
-    fitted = fit_in_order(_model(made), _with_zeros(made, pruned), pruned, sequences)
+    fitted = prune_sequentially(_model(made), _with_zeros(made, pruned), pruned, sequences)
     return {name: values for name, (_, values) in fitted.items()}
 
 
@@ -280,7 +280,7 @@ def test_padding_and_batches_do_not_matter(made: Made, monkeypatch: pytest.Monke
     results = []
     for tokens in (1, 2048):
         monkeypatch.setattr(module, "BATCH_TOKENS", tokens)
-        fitted = fit_in_order(_model(made), _with_zeros(made, pruned), pruned, sequences)
+        fitted = prune_sequentially(_model(made), _with_zeros(made, pruned), pruned, sequences)
         results.append({name: values for name, (_, values) in fitted.items()})
     for name in names:
         one, two = results[0][name], results[1][name]
@@ -296,7 +296,7 @@ def test_a_layer_without_attention(made: Made, sequences: list[list[int]]) -> No
     for name, item in pruned.items():
         _weight(student, name).mul_(item.kept)
     before = _streams(student, sequences)
-    fitted = fit_in_order(original, student, pruned, sequences)
+    fitted = prune_sequentially(original, student, pruned, sequences)
     assert set(fitted) == set(names)
     wanted, after = _streams(original, sequences), _streams(student, sequences)
     for a, b, c in zip(after, before, wanted, strict=True):

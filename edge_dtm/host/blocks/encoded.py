@@ -1,4 +1,4 @@
-"""The blocks that are measured are the blocks that are shipped: kept on disk between the two."""
+"""What is measured is what is shipped: encoded matrices, kept on disk between the two."""
 
 from __future__ import annotations
 
@@ -27,16 +27,21 @@ def takes_feedback(treatment: Treatment) -> bool:
     return treatment.type not in UNCOMPENSATED and not treatment.zero_share
 
 
-class Shipped:
-    """A folder with what export needs to write the very blocks whose costs were measured.
+class EncodedStore:
+    """A folder with what export needs to write the very bytes whose costs were measured.
 
-    Of block matrices the compensated blocks themselves, one file a component and type; of
-    `token_embd` and `output`, whose blocks are many and of which few are measured, the moments
-    that they are compensated with; of every component the importance for plain rounding.
+    Of block matrices the bytes with error feedback themselves, one file a component and type; of
+    `token_embd` and `output`, whose rows are many and of which few are measured, the moments that
+    feedback needs; of every component the importance for plain rounding.
     """
 
     def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
         self.folder, self.checkpoint = folder, checkpoint
+
+    @property
+    def key(self) -> str:
+        """Names the measurement that the bytes are from."""
+        return self.folder.name
 
     def _write(self, name: str, write: Callable[[IO[bytes]], None]) -> None:
         path = self.folder / name
@@ -66,7 +71,7 @@ class Shipped:
         return self.folder / f"{component.name}.{treatment.type}{suffix}.npy"
 
     def has(self, component: Component, treatment: Treatment) -> bool:
-        """Whether the very blocks of a treatment are stored."""
+        """Whether the very bytes of a treatment are stored."""
         return self._block_file(component, treatment).is_file()
 
     def is_fitted(self, component: Component, treatment: Treatment) -> bool:
@@ -76,13 +81,13 @@ class Shipped:
         EdgeDtmError when the folder lacks the component.
         """
         try:
-            with np.load(self.folder / f"{component.name}.npz", allow_pickle=False) as kept:
+            with np.load(self.folder / f"{component.name}.npz", allow_pickle=False) as stored:
                 levels = [
                     (float(share), bool(fitted))
                     for name, share, fitted in zip(
-                        kept["sparse_types"].tolist(),
-                        kept["sparse_shares"].tolist(),
-                        kept["sparse_fitted"].tolist(),
+                        stored["sparse_types"].tolist(),
+                        stored["sparse_shares"].tolist(),
+                        stored["sparse_fitted"].tolist(),
                         strict=True,
                     )
                     if name == treatment.type and share >= treatment.zero_share
@@ -107,11 +112,11 @@ class Shipped:
         feedback: Feedback | None = None,
         sparse: Mapping[Treatment, bool] | None = None,
     ) -> None:
-        """The last word about a component, after its blocks.
+        """The last word about a component, after its bytes.
 
         importance: float32 (row_length,), or None for columns that are equally important;
         compensated: types that were measured with error feedback; feedback: what to make their
-        blocks with, where these are not stored; sparse: treatments with zeros, and whether what
+        bytes with, where these are not stored; sparse: treatments with zeros, and whether what
         they keep was fitted.
         """
         masks = sorted(sparse.items()) if sparse else []
@@ -131,7 +136,7 @@ class Shipped:
         )
 
     def load(self, component: Component, treatment: Treatment) -> ByteArray:
-        """Stored blocks. EdgeDtmError when they cannot be read."""
+        """Stored bytes. EdgeDtmError when they cannot be read."""
         path = self._block_file(component, treatment)
         try:
             data: ByteArray = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -143,11 +148,11 @@ class Shipped:
 
     def importance(self, name: str) -> FloatArray | None:
         """float32 (row_length,), what plain rounding of the component weighs errors with."""
-        with np.load(self.folder / f"{name}.npz", allow_pickle=False) as kept:
-            importance: FloatArray = kept["importance"]
+        with np.load(self.folder / f"{name}.npz", allow_pickle=False) as stored:
+            importance: FloatArray = stored["importance"]
         return importance if len(importance) else None
 
-    def blocks(self, component: Component, treatment: Treatment) -> ByteArray:
+    def encoded(self, component: Component, treatment: Treatment) -> ByteArray:
         """What goes into the GGUF, uint8 (rows, row_bytes) in its row order.
 
         EdgeDtmError when the folder lacks what was measured.
@@ -159,9 +164,9 @@ class Shipped:
             if treatment.zero_share and self.is_fitted(component, treatment):
                 data = np.load(path, mmap_mode="r", allow_pickle=False)
                 return data
-            with np.load(head, allow_pickle=False) as kept:
-                importance, types = kept["importance"], kept["compensated"].tolist()
-                moments = torch.from_numpy(kept["moments"])
+            with np.load(head, allow_pickle=False) as stored:
+                importance, types = stored["importance"], stored["compensated"].tolist()
+                moments = torch.from_numpy(stored["moments"])
             if takes_feedback(treatment) and treatment.type in types:
                 if len(moments):
                     feedback = Feedback(moments, None)
