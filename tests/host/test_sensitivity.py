@@ -18,6 +18,7 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import Component, Treatment
 from edge_dtm.host.blocks import fit
 from edge_dtm.host.blocks import jobs as jobs_module
+from edge_dtm.host.blocks import sensitivity as module
 from edge_dtm.host.blocks.activations import SIGN_DRAWS, Activations
 from edge_dtm.host.blocks.capture import BATCH_SEQUENCES
 from edge_dtm.host.blocks.encoded import EncodedStore
@@ -739,7 +740,7 @@ def test_feedback_of_the_ends_that_does_not_help_is_not_taken(
     choices = [Treatment("Q8_0"), Treatment("Q4_0")]
     given = made.activations, component, choices, weights, None, False
     plain = edge_costs(*given)[0]
-    monkeypatch.setattr(fit, "compensate", _worse)
+    monkeypatch.setattr(module, "compensate", _worse)
     feedback = edge_feedback(made.calibration, {}, component, False)
     assert edge_costs(*given, feedback) == (plain, [False, False])
 
