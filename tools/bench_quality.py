@@ -65,14 +65,14 @@ from edge_dtm.formats.profile import load_profile
 from edge_dtm.formats.record import Record
 from edge_dtm.formats.reference import CALIBRATION, HELD_OUT, Reference
 from edge_dtm.host import export
-from edge_dtm.host.blocks.sensitivity import component_costs, edge_costs
 from edge_dtm.host.blocks.activations import Activations
+from edge_dtm.host.blocks.sensitivity import component_costs, edge_costs
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
 from edge_dtm.host.compress import Measured, Pipeline
-from edge_dtm.host.settings import Settings
-from edge_dtm.host.trajectory.reference import calibration_rows
 from edge_dtm.host.quantize.equalize import EqualizedCheckpoint, input_scale
 from edge_dtm.host.quantize.treat import treated_values
+from edge_dtm.host.settings import Settings
+from edge_dtm.host.trajectory.reference import calibration_rows
 from edge_dtm.llamacpp.runner import _error_text, _last_errors, _library
 from edge_dtm.llamacpp.tensors import describe
 from edge_dtm.report.frontier_figure import Point, draw_comparison

@@ -35,25 +35,24 @@ from rich.table import Table
 # The script also runs from a checkout where the package is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from edge_dtm.host.blocks.encoded import EncodedStore
-
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.paths import default_model_dir
 from edge_dtm.core.progress import Stages
 from edge_dtm.formats.plan import Component, Treatment
 from edge_dtm.formats.profile import load_profile
 from edge_dtm.formats.reference import Reference
-from edge_dtm.host.blocks.capture import BATCH_SEQUENCES
-from edge_dtm.host.blocks.sensitivity import component_costs
 from edge_dtm.host.blocks.activations import Activations
+from edge_dtm.host.blocks.capture import BATCH_SEQUENCES
+from edge_dtm.host.blocks.encoded import EncodedStore
+from edge_dtm.host.blocks.sensitivity import component_costs
 from edge_dtm.host.checkpoint.checkpoint import _to_hf_rows
 from edge_dtm.host.checkpoint.model import load_model, module_name
 from edge_dtm.host.compress import Pipeline
-from edge_dtm.host.settings import Settings
-from edge_dtm.host.trajectory.reference import calibration_rows
 from edge_dtm.host.quantize.activations import activation_kind, round_activations
 from edge_dtm.host.quantize.equalize import EqualizedCheckpoint
 from edge_dtm.host.quantize.treat import treated_values
+from edge_dtm.host.settings import Settings
+from edge_dtm.host.trajectory.reference import calibration_rows
 from edge_dtm.llamacpp import ggml
 
 FloatArray = npt.NDArray[np.floating[Any]]

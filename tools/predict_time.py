@@ -31,11 +31,10 @@ from edge_dtm.formats import ggml_types
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from edge_dtm.host.blocks.encoded import takes_feedback
-
 from edge_dtm.formats.plan import CANDIDATE_TYPES, Component, Treatment, candidate_treatments
-from edge_dtm.host.blocks.fit import ROW_STEP
 from edge_dtm.host.blocks.activations import SIGN_DRAWS
+from edge_dtm.host.blocks.encoded import takes_feedback
+from edge_dtm.host.blocks.fit import ROW_STEP
 from edge_dtm.host.distill.distill import DistillSettings
 from edge_dtm.host.distill.trained import distillation_bytes as needed_bytes
 from edge_dtm.host.quantize.activations import activation_kind
