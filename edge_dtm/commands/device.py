@@ -18,6 +18,7 @@ from edge_dtm.commands.common import EXIT_VERIFIED_AND_FAILED, PATH, require_fol
     type=click.Choice(["teacher-forced", "generate"]),
     default="teacher-forced",
     show_default=True,
+    help="teacher-forced: read the original's text; generate: decode one token a call.",
 )
 @click.option(
     "--quick",
@@ -27,27 +28,27 @@ from edge_dtm.commands.common import EXIT_VERIFIED_AND_FAILED, PATH, require_fol
 @click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores].")
 @click.option("--max-sequences", type=click.IntRange(1), help="Replay only the first N sequences.")
 @click.option(
-    "--max-sdt", type=click.FloatRange(0, 1), help="Threshold instead of the manifest's, a share."
+    "--max-sdt", type=click.FloatRange(0, 1), help="Replace the bundle's threshold (0.02 is 2 %)."
 )
 @click.option(
-    "--min-fdt", type=click.FloatRange(0), help="Threshold instead of the manifest's, in tokens."
+    "--min-fdt", type=click.FloatRange(0), help="Replace the bundle's threshold, in tokens."
 )
 @click.option(
     "--kernels",
     type=click.Choice(["check", "compare", "skip"]),
     default="check",
     show_default=True,
-    help="check: single products against numpy, and a small F16 model; compare: also replay "
-    "without repacked weights; skip: neither.",
+    help="check: compare single products with numpy's, and a small F16 model with the host's; "
+    "compare: also replay without repacked weights; skip: neither.",
 )
 @click.option(
     "--trusted-keys",
     type=PATH,
-    help="Folder of .pub files: refuse a bundle that none of these keys signed.",
+    help="Folder of .pub files. Refuse a bundle that none of these keys signed.",
 )
 @click.option("--json", "json_file", type=PATH, help="Also write the verdict as JSON.")
 @click.option(
-    "--record", type=PATH, help="Also write what this device answered, for `report --record`."
+    "--record", type=PATH, help="Also write this device's answers, for `report --record`."
 )
 def verify(
     bundle: Path,
@@ -57,7 +58,7 @@ def verify(
     record: Path | None,
     **options: Any,
 ) -> None:
-    """Replay the original's greedy outputs on this device and say pass (0) or fail (3).
+    """Replay the original's answers on this device: PASS (exit status 0) or FAIL (3).
 
     BUNDLE is a folder or a packed file."""
     from edge_dtm.core.machine import return_freed_buffers
@@ -93,12 +94,12 @@ def verify(
     "--reference",
     type=PATH,
     required=True,
-    help="A reference.npz, or a bundle's folder, which also knows what a near-tie is.",
+    help="A bundle's folder, or a reference.npz (then near-ties are not counted).",
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores].")
 @click.option("--json", "json_file", type=PATH, help="Also write the result as JSON.")
 def measure(gguf_file: Path, reference: Path, threads: int | None, json_file: Path | None) -> None:
-    """FDT and SDT of anybody's GGUF against a reference, teacher-forced in llama.cpp."""
+    """Measure FDT and SDT of any GGUF against a reference, teacher-forced in llama.cpp."""
     from edge_dtm.core.errors import EdgeDtmError
     from edge_dtm.core.machine import default_threads
     from edge_dtm.core.metrics import compare, divergent_mask, first_divergent_tokens, perplexity

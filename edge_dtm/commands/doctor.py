@@ -18,16 +18,15 @@ _COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "red"}
     type=click.IntRange(1),
     default=2048,
     show_default=True,
-    help="Context in tokens that memory must suffice for.",
+    help="Length of the context, in tokens, that must fit into memory.",
 )
 @click.option("--json", "json_file", type=PATH, help="Also write the findings as JSON.")
 def doctor(bundle_or_gguf: Path | None, n_ctx: int, json_file: Path | None) -> None:
-    """What is wrong or slow on this machine, each with the command that mends it.
+    """Find what is wrong or slow on this machine, with a command to fix each.
 
-    Compares what llama.cpp was compiled with to what the CPU has, decodes a small model in a child
-    process, and looks at threads, frequency, memory and swap. With a bundle (packed or not) or a
-    GGUF file, also at its types and at the memory it needs. Exit status 1 when anything is an
-    error.
+    Checks whether llama.cpp uses what the CPU can do, decodes a small model, and looks at threads,
+    frequency, memory and swap. With a bundle or a GGUF file, also checks its types and the memory it
+    needs. Exit status 1 if anything is an error.
     """
     from rich.console import Console
     from rich.markup import escape

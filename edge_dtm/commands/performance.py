@@ -21,17 +21,19 @@ if TYPE_CHECKING:
 @click.argument("source", metavar="BUNDLE_OR_GGUF", type=PATH)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores].")
 @click.option(
-    "--threads-sweep", is_flag=True, help="Try 1 thread to all (or --threads); measure the best."
+    "--threads-sweep",
+    is_flag=True,
+    help="Try every number of threads up to --threads; measure with the fastest.",
 )
 @click.option(
     "--seconds",
     type=click.FloatRange(0, 3600, min_open=True),
     default=10.0,
     show_default=True,
-    help="Decode for about so long.",
+    help="How long to decode, about.",
 )
 @click.option(
-    "--profile", "profile_name", help="Compare with its estimate [default: the bundle's profile]."
+    "--profile", "profile_name", help="Device profile to compare with [default: the bundle's]."
 )
 @click.option("--json", "json_file", type=PATH, help="Also write the figures as JSON.")
 def bench(
@@ -42,10 +44,10 @@ def bench(
     profile_name: str | None,
     json_file: Path | None,
 ) -> None:
-    """Speed, memory, energy and heat of a model here, against its profile's estimate.
+    """Measure speed, memory, energy and temperature of a model on this machine.
 
-    The figures come from a process of their own. Energy, temperature and throttling need sensors;
-    what is absent is said with its reason."""
+    Compares the speed with the estimate of the device profile. Energy, temperature and throttling
+    need sensors; without one, the output says why the figure is missing."""
     from rich.console import Console
 
     from edge_dtm.core.machine import default_threads

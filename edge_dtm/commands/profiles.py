@@ -11,12 +11,12 @@ from edge_dtm.commands.common import PATH
 
 @click.group()
 def profiles() -> None:
-    """Device profiles: what a device can hold and read."""
+    """Device profiles: memory and speed of a device."""
 
 
 @profiles.command("list")
 def profiles_list() -> None:
-    """All packaged profiles, a line each."""
+    """List the packaged profiles."""
     from edge_dtm.formats.profile import list_profiles
 
     for p in list_profiles():
@@ -26,7 +26,7 @@ def profiles_list() -> None:
 @profiles.command("show")
 @click.argument("name")
 def profiles_show(name: str) -> None:
-    """Every number of a profile with its source."""
+    """Show every number of a profile with its source."""
     from dataclasses import fields
 
     from edge_dtm.formats.profile import load_profile
@@ -42,12 +42,12 @@ def profiles_show(name: str) -> None:
 
 @profiles.command("detect")
 @click.option("-o", "--output", type=PATH, help="File to write [default: NAME.toml].")
-@click.option("--name", help="Name of the profile [default: after the board or the CPU].")
+@click.option("--name", help="Name of the profile [default: from the board or the CPU].")
 def profiles_detect(output: Path | None, name: str | None) -> None:
-    """Measure this machine and write its profile, to be used as `--profile FILE.toml`.
+    """Measure this machine and write its profile, for `compress --profile FILE.toml`.
 
-    Memory bandwidth is measured by decoding in llama.cpp with models of random weights, which
-    takes about a minute and 256 MB or more in the temporary folder. Do it on the idle machine.
+    Decodes random models in llama.cpp to measure the memory bandwidth. That takes about a minute
+    and at least 256 MB in the temporary folder. Run nothing else meanwhile.
     """
     from edge_dtm.core.progress import Stages
     from edge_dtm.device.cpu import read_cpu
