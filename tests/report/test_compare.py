@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from cli_runner import assert_error, run
+from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
 from made_up import generated_verdict, verdict
 
-from edge_dtm.cli import main
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.report.compare import compare, outliers
 
@@ -25,16 +25,16 @@ def _named(kls: list[tuple[str, float]], **changes: Any) -> list[tuple[Path, dic
 
 
 def test_none_is_odd_among_healthy_ones() -> None:
-    found = compare(_named(HEALTHY))
-    assert found.odd == []
-    assert found.words == "Odd one out: none."
-    assert [r.kl_vs_host_nats for r in found.rows] == [kl for _, kl in HEALTHY]
+    compared = compare(_named(HEALTHY))
+    assert compared.odd == []
+    assert compared.words == "Odd one out: none."
+    assert [r.kl_vs_host_nats for r in compared.rows] == [kl for _, kl in HEALTHY]
 
 
 def test_the_odd_one_is_named_though_it_passes() -> None:
-    found = compare(_named([*HEALTHY, ("loose", 0.03)]))
-    assert [o.file for o in found.odd] == ["loose"]
-    assert "loose: KL from the host is 0.03 nats, the median is 0.0071" in found.words
+    compared = compare(_named([*HEALTHY, ("loose", 0.03)]))
+    assert [o.file for o in compared.odd] == ["loose"]
+    assert "loose: KL from the host is 0.03 nats, the median is 0.0071" in compared.words
 
 
 def test_one_that_is_nearer_to_the_host_is_not_odd() -> None:
@@ -43,9 +43,9 @@ def test_one_that_is_nearer_to_the_host_is_not_odd() -> None:
 
 def test_odd_by_its_argmaxes() -> None:
     others = {"sdt": {"value": 0.4, "low": 0.3, "high": 0.5}}
-    found = compare([*_named(HEALTHY), *_named([("other", 0.007)], against_host=others)])
-    assert [o.file for o in found.odd] == ["other"]
-    assert "40.00%" in found.words
+    compared = compare([*_named(HEALTHY), *_named([("other", 0.007)], against_host=others)])
+    assert [o.file for o in compared.odd] == ["other"]
+    assert "40.00%" in compared.words
 
 
 def test_the_very_same_figures() -> None:
@@ -57,10 +57,10 @@ def test_the_very_same_figures() -> None:
 @pytest.mark.parametrize("count", [2, 3])
 def test_two_cannot_tell(count: int) -> None:
     verdicts = _named([("a", 0.001), ("b", 0.9), ("c", 0.001)][:count])
-    found = compare([*verdicts, (Path("g.json"), generated_verdict())])
-    assert ("cannot tell" in found.words) == (count == 2)
-    assert [o.file for o in found.odd] == ([] if count == 2 else ["b"])
-    assert "the modes differ" in found.notes[0]
+    compared = compare([*verdicts, (Path("g.json"), generated_verdict())])
+    assert ("cannot tell" in compared.words) == (count == 2)
+    assert [o.file for o in compared.odd] == ([] if count == 2 else ["b"])
+    assert "the modes differ" in compared.notes[0]
 
 
 @given(
@@ -68,12 +68,12 @@ def test_two_cannot_tell(count: int) -> None:
     room=st.floats(0, 1, exclude_min=True),
 )
 def test_outliers_are_few_and_above_all_others(values: list[float], room: float) -> None:
-    found = {name: x for name, x, _ in outliers([(str(i), v) for i, v in enumerate(values)], room)}
-    assert len(found) <= len(values) // 2
-    rest = [v for i, v in enumerate(values) if str(i) not in found]
-    assert all(x > max(rest) for x in found.values())
+    odd = {name: x for name, x, _ in outliers([(str(i), v) for i, v in enumerate(values)], room)}
+    assert len(odd) <= len(values) // 2
+    rest = [v for i, v in enumerate(values) if str(i) not in odd]
+    assert all(x > max(rest) for x in odd.values())
     shifted = outliers([(str(i), v + 5) for i, v in enumerate(values)], room + 1e-9)
-    assert {name for name, *_ in shifted} <= set(found)
+    assert {name for name, *_ in shifted} <= set(odd)
 
 
 def test_different_bundles_are_refused() -> None:
@@ -87,8 +87,8 @@ def test_different_bundles_are_refused() -> None:
 
 
 def test_names_are_told_apart() -> None:
-    found = compare([(Path("pi/v.json"), verdict()), (Path("rk/v.json"), verdict())])
-    assert [r.file for r in found.rows] == ["pi/v.json", "rk/v.json"]
+    compared = compare([(Path("pi/v.json"), verdict()), (Path("rk/v.json"), verdict())])
+    assert [r.file for r in compared.rows] == ["pi/v.json", "rk/v.json"]
 
 
 def _run(folder: Path, *verdicts: dict[str, Any], more: tuple[str, ...] = ()) -> Result:
@@ -96,7 +96,7 @@ def _run(folder: Path, *verdicts: dict[str, Any], more: tuple[str, ...] = ()) ->
     for i, data in enumerate(verdicts):
         paths.append(folder / f"device-{i}.json")
         paths[-1].write_text(json.dumps(data))
-    return CliRunner().invoke(main, ["compare", *map(str, paths), *more])
+    return run("compare", *paths, *more)
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -126,8 +126,6 @@ def test_nothing_steers_the_terminal(tmp_path: Path) -> None:
 
 
 def test_errors_in_one_line(tmp_path: Path) -> None:
-    result = _run(tmp_path, verdict(), verdict(bundle={"manifest_sha256": "c" * 64}))
-    assert result.exit_code == 1
-    assert result.stderr.startswith("error: the verdicts are of different bundles")
-    assert len(result.stderr.splitlines()) == 1
-    assert CliRunner().invoke(main, ["compare"]).exit_code == 2
+    other = verdict(bundle={"manifest_sha256": "c" * 64})
+    assert_error(_run(tmp_path, verdict(), other), "different bundles")
+    assert run("compare").exit_code == 2
