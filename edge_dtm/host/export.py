@@ -34,21 +34,15 @@ KEY_SDT, KEY_FDT, KEY_PLAN = "edge_dtm.heldout_sdt", "edge_dtm.heldout_fdt", "ed
 def _writer(checkpoint: Checkpoint, plan: Plan, path: Path) -> gguf.GGUFWriter:
     """A writer with all metadata and tensor heads; its size does not depend on the plan."""
     c = checkpoint.config
-    # llama.cpp's deci is its llama with a shape of its own for every layer.
-    w = gguf.GGUFWriter(path, "deci" if c.reduced else "llama")
+    w = gguf.GGUFWriter(path, "llama")
     w.add_name(c.name)
     w.add_vocab_size(c.vocab)
     w.add_context_length(c.context_length)
     w.add_embedding_length(c.hidden)
     w.add_block_count(c.layers)
-    if c.reduced:
-        w.add_feed_forward_length([c.layer_ffn(i) for i in range(c.layers)])
-        w.add_head_count([c.layer_heads(i) for i in range(c.layers)])
-        w.add_head_count_kv([c.layer_kv_heads(i) for i in range(c.layers)])
-    else:
-        w.add_feed_forward_length(c.ffn)
-        w.add_head_count(c.heads)
-        w.add_head_count_kv(c.kv_heads)
+    w.add_feed_forward_length(c.ffn)
+    w.add_head_count(c.heads)
+    w.add_head_count_kv(c.kv_heads)
     w.add_key_length(c.head_dim)
     w.add_value_length(c.head_dim)
     w.add_rope_dimension_count(c.head_dim)

@@ -58,19 +58,18 @@ class Header:
     def architecture(self) -> str:
         return str(self.values.get("general.architecture", ""))
 
-    def integers(self, key: str) -> list[int]:
-        """A number or an array of numbers of this architecture, such as `block_count`; [] without.
+    def integer(self, key: str) -> int | None:
+        """A number of this architecture, such as `block_count`; None without it.
 
-        EdgeDtmError when it is something else or below 0.
+        EdgeDtmError when it is no whole number of 0 or more.
         """
         name = f"{self.architecture}.{key}"
-        value = self.values.get(name, ())
-        found = list(value) if isinstance(value, tuple) else [value]
-        if not all(isinstance(v, int) and v >= 0 for v in found):
+        value = self.values.get(name)
+        if value is not None and not (isinstance(value, int) and value >= 0):
             raise EdgeDtmError(
                 f"{self.path}: {name!r} is no whole number of 0 or more: copy or make it again"
             )
-        return [int(v) for v in found]
+        return value
 
 
 def read_header(path: Path) -> Header:
@@ -106,17 +105,17 @@ def read_header(path: Path) -> Header:
 def kv_bytes_per_token(header: Header, kv_type: str) -> int:
     """Bytes of the KV cache of one token over all layers, in the GGML type kv_type.
 
-    2 (K and V) x KV heads x head size x bytes of the type; in architecture `deci` each layer has
-    its own numbers. EdgeDtmError when one of them is no number.
+    layers x 2 (K and V) x KV heads x head size x bytes of the type. EdgeDtmError when one of them
+    is no number.
     """
-
-    layers = (header.integers("block_count") or [0])[0]
-    heads = header.integers("attention.head_count") or [1]
-    kv_heads = header.integers("attention.head_count_kv") or heads
-    width = (header.integers("embedding_length") or [0])[0]
-    head_size = (header.integers("attention.key_length") or [width // max(*heads, 1)])[0]
-    times = 1 if len(kv_heads) > 1 else layers
-    return 2 * times * sum(ggml_types.row_bytes(kv_type, n * head_size) for n in kv_heads if n)
+    layers, heads = header.integer("block_count") or 0, header.integer("attention.head_count") or 1
+    kv_heads = header.integer("attention.head_count_kv")
+    head_size = header.integer("attention.key_length")
+    if head_size is None:
+        head_size = (header.integer("embedding_length") or 0) // heads
+    if kv_heads is None:
+        kv_heads = heads
+    return 2 * layers * ggml_types.row_bytes(kv_type, kv_heads * head_size)
 
 
 class _Broken(Exception):

@@ -481,15 +481,12 @@ def check_gguf(path: Path) -> None:
     """EdgeDtmError, in one line, unless path is a whole GGUF file of a Llama model.
 
     llama.cpp may abort the process on a broken file, so this looks first: magic, version 3 in
-    little endian, every tensor's data inside the file, architecture llama or deci, which is a
-    llama whose layers differ in shape. Only the head is read: nothing of the weights is in memory
-    afterwards.
+    little endian, every tensor's data inside the file, architecture llama. Only the head is read:
+    nothing of the weights is in memory afterwards.
     """
     name = read_header(path).architecture
-    if name not in ("llama", "deci"):
-        raise EdgeDtmError(
-            f"{path} has the architecture {name!r}; edge-dtm reads llama and deci only"
-        )
+    if name != "llama":
+        raise EdgeDtmError(f"{path} has the architecture {name!r}; edge-dtm reads llama only")
 
 
 def runtime_info() -> dict[str, Any]:

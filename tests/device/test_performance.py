@@ -224,23 +224,23 @@ def test_bench_refuses_in_one_line(tiny_gguf: Path, tiny_bundle: Path, tmp_path:
         assert done.output.count("\n") == 1 and done.output.startswith("error: ")
 
 
-def test_kv_bytes_of_layers_that_differ(tiny_gguf: Path) -> None:
+def test_kv_bytes(tiny_gguf: Path) -> None:
     header = read_header(tiny_gguf)
     values = {
-        "general.architecture": "deci",
-        "deci.block_count": 3,
-        "deci.embedding_length": 256,
-        "deci.attention.head_count": (4, 0, 4),
-        "deci.attention.head_count_kv": (2, 0, 1),
-        "deci.attention.key_length": 64,
+        "general.architecture": "llama",
+        "llama.block_count": 3,
+        "llama.embedding_length": 256,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 64,
     }
-    deci = dataclasses.replace(header, values=values)
-    assert kv_bytes_per_token(deci, "F16") == 2 * 2 * 64 * (2 + 1)
-    for wrong in ("three", 2.5, -1, (1, -1)):
-        broken = dataclasses.replace(deci, values=values | {"deci.block_count": wrong})
+    llama = dataclasses.replace(header, values=values)
+    assert kv_bytes_per_token(llama, "F16") == 3 * 2 * 2 * 64 * 2
+    for wrong in ("three", 2.5, -1, (1, 2)):
+        broken = dataclasses.replace(llama, values=values | {"llama.block_count": wrong})
         with pytest.raises(EdgeDtmError, match="block_count' is no whole number"):
             kv_bytes_per_token(broken, "F16")
-    assert kv_bytes_per_token(deci, "Q8_0") == 2 * 34 * 2 * (2 + 1)
+    assert kv_bytes_per_token(llama, "Q8_0") == 3 * 2 * 2 * 34 * 2
 
 
 def test_the_bench_of_verify_compares_the_same_answers(

@@ -18,7 +18,7 @@ from conftest import Made
 from edge_dtm.formats.plan import Treatment
 from edge_dtm.host.blocks import sequential_pruning as module
 from edge_dtm.host.blocks.sequential_pruning import Pruned, prune_sequentially
-from edge_dtm.host.checkpoint.model import NoAttention, load_model, module_name
+from edge_dtm.host.checkpoint.model import load_model, module_name
 from edge_dtm.host.distill.teacher import reference_sequences
 from edge_dtm.host.quantize.error_feedback import Feedback, damping_for, effective_tokens
 from edge_dtm.host.quantize.masks import fit_masks, kept_weights, refit
@@ -285,19 +285,3 @@ def test_padding_and_batches_do_not_matter(made: Made, monkeypatch: pytest.Monke
     for name in names:
         one, two = results[0][name], results[1][name]
         assert float((one - two).norm() / one.norm()) < 1e-4, name
-
-
-def test_a_layer_without_attention(made: Made, sequences: list[list[int]]) -> None:
-    original, student = _model(made), _model(made)
-    for model in (original, student):
-        model.model.layers[1].self_attn = NoAttention()
-    names = ["blk.0.ffn_down", "blk.1.ffn_down", "blk.2.attn_output"]
-    pruned = _pruned(made, names)
-    for name, item in pruned.items():
-        _weight(student, name).mul_(item.kept)
-    before = _streams(student, sequences)
-    fitted = prune_sequentially(original, student, pruned, sequences)
-    assert set(fitted) == set(names)
-    wanted, after = _streams(original, sequences), _streams(student, sequences)
-    for a, b, c in zip(after, before, wanted, strict=True):
-        assert float((a - c).norm()) < float((b - c).norm())

@@ -70,8 +70,8 @@ def test_need_is_what_llama_cpp_allocates(tiny_gguf, settings, context, monkeypa
     assert needed.buffer_bytes >= settings.logits_bytes(VOCABULARY)
 
 
-def write_gguf(path, arch, *, key_length=None, heads, kv_heads, layers, width, vocab=48):
-    writer = gguf.GGUFWriter(path, arch)
+def write_gguf(path, *, key_length=None, heads, kv_heads, layers, width, vocab=48):
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(layers)
     writer.add_embedding_length(width)
     writer.add_head_count(heads)
@@ -86,27 +86,18 @@ def write_gguf(path, arch, *, key_length=None, heads, kv_heads, layers, width, v
     return path
 
 
-def test_need_where_layers_differ(tmp_path):
-    """A layer without attention has no cache at all."""
-    path = write_gguf(
-        tmp_path / "deci.gguf", "deci",
-        key_length=32, heads=[8, 0, 4, 2], kv_heads=[4, 0, 2, 1], layers=4, width=256,
-    )  # fmt: skip
-    assert need(path, ONE, 256).kv_bytes == 2 * 2 * 256 * 32 * (4 + 0 + 2 + 1)
-
-
 def test_the_head_size_is_stated_or_follows_from_the_width(tmp_path):
     shape = {"heads": 8, "kv_heads": 2, "layers": 3, "width": 256}
-    follows = write_gguf(tmp_path / "a.gguf", "llama", **shape)
-    stated = write_gguf(tmp_path / "b.gguf", "llama", key_length=64, **shape)
+    follows = write_gguf(tmp_path / "a.gguf", **shape)
+    stated = write_gguf(tmp_path / "b.gguf", key_length=64, **shape)
     assert need(follows, ONE, 256).kv_bytes == 2 * 2 * 256 * 3 * 2 * 32
     assert need(stated, ONE, 256).kv_bytes == 2 * need(follows, ONE, 256).kv_bytes
 
 
 def test_logits_follow_the_vocabulary(tmp_path):
     shape = {"heads": 8, "kv_heads": 2, "layers": 3, "width": 256}
-    small = need(write_gguf(tmp_path / "a.gguf", "llama", vocab=48, **shape), ONE, 256)
-    large = need(write_gguf(tmp_path / "b.gguf", "llama", vocab=4048, **shape), ONE, 256)
+    small = need(write_gguf(tmp_path / "a.gguf", vocab=48, **shape), ONE, 256)
+    large = need(write_gguf(tmp_path / "b.gguf", vocab=4048, **shape), ONE, 256)
     assert large.buffer_bytes - small.buffer_bytes >= ONE.batch_tokens * 4000 * 4
     assert large.kv_bytes == small.kv_bytes
 

@@ -240,24 +240,6 @@ def test_cut_keeps_the_first_layers_as_they_are(tiny_gguf: Path, tmp_path: Path)
         assert llama.n_vocab == len(old.fields["tokenizer.ggml.tokens"].contents())
 
 
-def test_cut_of_a_file_whose_layers_differ(tiny_gguf: Path, tmp_path: Path) -> None:
-    source, out = tmp_path / "deci.gguf", tmp_path / "cut.gguf"
-    writer = gguf.GGUFWriter(source, "deci")
-    writer.add_block_count(2)
-    writer.add_head_count([4, 2])
-    writer.add_context_length(128)
-    for layer in range(2):
-        writer.add_tensor(f"blk.{layer}.attn_q.weight", np.ones((8, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    cut.cut_gguf(source, out, 1)
-    reader = gguf.GGUFReader(out)
-    assert reader.fields["deci.attention.head_count"].contents() == [4]
-    assert reader.fields["deci.context_length"].contents() == 128
-
-
 def test_types_take_turns_among_those_that_fit(tiny_gguf: Path, tmp_path: Path) -> None:
     out = tmp_path / "cut.gguf"
     chosen = cut.cut_gguf(tiny_gguf, out, 2, TYPES)

@@ -27,18 +27,12 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float32]
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-_PER_BLOCK = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a Llama. rope_factors: float32 (head_dim / 2,), what each rotation period is
-    divided by (Llama-3 scaling), or None; rope_linear: position interpolation factor, or None.
-
-    heads, kv_heads and ffn are those of a whole layer. kept_kv_heads and kept_ffn: what each layer
-    has left of KV groups (0: no attention, not in the first) and of FFN neurons; None: nothing was
-    removed. ValueError when that is no possible rest.
-    """
+    divided by (Llama-3 scaling), or None; rope_linear: position interpolation factor, or None."""
 
     architecture: str
     name: str
@@ -57,49 +51,14 @@ class ModelConfig:
     mlp_bias: bool = False
     rope_linear: float | None = None
     rope_factors: tuple[float, ...] | None = field(default=None, repr=False)
-    kept_kv_heads: tuple[int, ...] | None = None
-    kept_ffn: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        for kept, least, whole in (
-            (self.kept_kv_heads, 0, self.kv_heads),
-            (self.kept_ffn, 1, self.ffn),
-        ):
-            if kept is None:
-                continue
-            if len(kept) != self.layers or min(kept) < least or max(kept) > whole:
-                raise ValueError(f"{self.layers} layers cannot keep {kept} of {whole}")
-        if self.kept_kv_heads is not None and not self.kept_kv_heads[0]:
-            raise ValueError("llama.cpp takes the size of heads from the first layer's attention")
-
-    def layer_kv_heads(self, layer: int) -> int:
-        return self.kv_heads if self.kept_kv_heads is None else self.kept_kv_heads[layer]
-
-    def layer_heads(self, layer: int) -> int:
-        """Query heads; those of a KV group stay or go with it."""
-        return self.layer_kv_heads(layer) * (self.heads // self.kv_heads)
-
-    def layer_ffn(self, layer: int) -> int:
-        return self.ffn if self.kept_ffn is None else self.kept_ffn[layer]
-
-    @property
-    def reduced(self) -> bool:
-        """Whether a layer lacks anything, so that layers may differ in shape."""
-        return any(
-            (self.layer_kv_heads(i), self.layer_ffn(i)) != (self.kv_heads, self.ffn)
-            for i in range(self.layers)
-        )
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of an F16 KV cache a token takes."""
-        kv_heads = sum(self.layer_kv_heads(i) for i in range(self.layers))
-        return kv_heads * 2 * self.head_dim * 2
+        return self.layers * self.kv_heads * 2 * self.head_dim * 2
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, without what a whole model does not have: its hash must not depend on it."""
-        removal = ("kept_kv_heads", "kept_ffn")
-        return {k: v for k, v in asdict(self).items() if k not in removal or v is not None}
+        return asdict(self)
 
 
 class Checkpoint:
@@ -137,42 +96,38 @@ class Checkpoint:
         out = [Component("token_embd", c.vocab, c.hidden)]
         if not c.tied:
             out.append(Component("output", c.vocab, c.hidden))
+        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        shapes = {
+            "attn_q": (q, c.hidden),
+            "attn_k": (kv, c.hidden),
+            "attn_v": (kv, c.hidden),
+            "attn_output": (c.hidden, q),
+            "ffn_gate": (c.ffn, c.hidden),
+            "ffn_up": (c.ffn, c.hidden),
+            "ffn_down": (c.hidden, c.ffn),
+        }
         for layer in range(c.layers):
-            q, kv = c.layer_heads(layer) * c.head_dim, c.layer_kv_heads(layer) * c.head_dim
-            ffn = c.layer_ffn(layer)
-            shapes = {
-                "attn_q": (q, c.hidden),
-                "attn_k": (kv, c.hidden),
-                "attn_v": (kv, c.hidden),
-                "attn_output": (c.hidden, q),
-                "ffn_gate": (ffn, c.hidden),
-                "ffn_up": (ffn, c.hidden),
-                "ffn_down": (c.hidden, ffn),
-            }
-            out += [Component(f"blk.{layer}.{n}", *shapes[n]) for n in _PER_BLOCK if all(shapes[n])]
+            out += [Component(f"blk.{layer}.{n}", *shape) for n, shape in shapes.items()]
         return tuple(out)
 
     def vectors(self) -> tuple[tuple[str, int], ...]:
         """(full GGUF name, length) of everything that stays F32: norms, biases, rope factors."""
         c = self.config
+        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
         out = [("output_norm.weight", c.hidden)]
         if c.rope_factors is not None:
             out.append(("rope_freqs.weight", c.head_dim // 2))
         for layer in range(c.layers):
             p = f"blk.{layer}."
-            q, kv = c.layer_heads(layer) * c.head_dim, c.layer_kv_heads(layer) * c.head_dim
-            ffn = c.layer_ffn(layer)
-            if kv:
-                out.append((p + "attn_norm.weight", c.hidden))
-            out.append((p + "ffn_norm.weight", c.hidden))
-            if c.attention_bias and kv:
+            out += [(p + "attn_norm.weight", c.hidden), (p + "ffn_norm.weight", c.hidden)]
+            if c.attention_bias:
                 out += [(p + "attn_q.bias", q), (p + "attn_k.bias", kv), (p + "attn_v.bias", kv)]
                 if self._has(p + "attn_output.bias"):
                     out.append((p + "attn_output.bias", c.hidden))
             if c.mlp_bias:
                 out += [
-                    (p + "ffn_gate.bias", ffn),
-                    (p + "ffn_up.bias", ffn),
+                    (p + "ffn_gate.bias", c.ffn),
+                    (p + "ffn_up.bias", c.ffn),
                     (p + "ffn_down.bias", c.hidden),
                 ]
         return tuple(out)
@@ -196,8 +151,8 @@ class Checkpoint:
 
     def _rotated_heads(self, name: str) -> int:
         if ".attn_q." in name:
-            return self.config.layer_heads(int(name.split(".")[1]))
-        return self.config.layer_kv_heads(int(name.split(".")[1])) if ".attn_k." in name else 0
+            return self.config.heads
+        return self.config.kv_heads if ".attn_k." in name else 0
 
     def gguf_rows(self, component: str, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """An array whose rows are the component's in Hugging Face's order, in GGUF's order."""
@@ -426,10 +381,6 @@ class GgufCheckpoint(Checkpoint):
                 f"{path} is truncated: its tensors end beyond the file; get it again"
             )
         architecture = self._value("general.architecture")
-        if architecture == "deci":
-            raise EdgeDtmError(
-                f"{path} is a deci GGUF, of which parts were removed already: give the original"
-            )
         if architecture != "llama":
             raise EdgeDtmError(
                 f"{path} is a {architecture} GGUF; supported is the architecture llama"

@@ -1,4 +1,4 @@
-"""A checkpoint of which some tensors were replaced, by removal or by recovery: these in one file."""
+"""A checkpoint of which pruning or distillation replaced some tensors: these in one file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.host.checkpoint.checkpoint import Checkpoint, FloatArray, ModelConfig
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint, FloatArray
 
 _HEAD = "edge_dtm"  # one key of metadata: the order of several would change from run to run
 _REMEDY = "run edge-dtm compress again with --no-resume"
@@ -53,8 +53,7 @@ def _take_in(digest: Any, name: str, data: FloatArray) -> None:
 
 
 class EditedCheckpoint(Checkpoint):
-    """`original` with the tensors of `file` in the place of its own, and without those that
-    `config` (None: the original's) has no place for.
+    """`original` with the tensors of `file` in the place of its own.
 
     meta: what `write_edited` was given. EdgeDtmError when the file is damaged or a shape does not
     fit. Tensors are given in Hugging Face's layout by `_read`, whatever the source's is.
@@ -62,14 +61,14 @@ class EditedCheckpoint(Checkpoint):
 
     _source_is_hf = True
 
-    def __init__(self, original: Checkpoint, file: Path, config: ModelConfig | None = None) -> None:
-        super().__init__(original.path, original.config if config is None else config)
+    def __init__(self, original: Checkpoint, file: Path) -> None:
+        super().__init__(original.path, original.config)
         self.original, self.file, self.on_grid = original, file, original.on_grid
         self._shapes, self.meta, self._expected = self._open()
         self._check_shapes()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return EditedCheckpoint, (self.original, self.file, self.config)
+        return EditedCheckpoint, (self.original, self.file)
 
     def _open(self) -> tuple[dict[str, tuple[int, ...]], dict[str, Any], str]:
         from safetensors import SafetensorError, safe_open
@@ -88,20 +87,15 @@ class EditedCheckpoint(Checkpoint):
             raise EdgeDtmError(f"{self.file} cannot be read ({reason}): {_REMEDY}") from None
 
     def _check_shapes(self) -> None:
-        """What is in the file fits the config, and what is not is the original's."""
-
-        def shapes(of: Checkpoint) -> dict[str, tuple[int, ...]]:
-            matrices = {c.name + ".weight": (c.rows, c.row_length) for c in of.components()}
-            return {**matrices, **{n: (k,) for n, k in of.vectors()}}
-
-        wanted = shapes(self)
-        found = {**shapes(self.original), **self._shapes}
+        shapes: dict[str, tuple[int, ...]] = {
+            **{c.name + ".weight": (c.rows, c.row_length) for c in self.components()},
+            **{n: (k,) for n, k in self.vectors()},
+        }
         bad = [
-            f"{n} has shape {found.get(n, 'none')}, not {shape}"
-            for n, shape in wanted.items()
-            if found.get(n) != shape
+            f"{n} has shape {shape}, not {shapes.get(n, 'any')}"
+            for n, shape in self._shapes.items()
+            if shapes.get(n) != shape
         ]
-        bad += [f"{n} has no place in this model" for n in self._shapes if n not in wanted]
         if bad:
             more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
             raise EdgeDtmError(
@@ -114,18 +108,10 @@ class EditedCheckpoint(Checkpoint):
         return self.original.tokenizer
 
     def _names(self) -> set[str]:
-        gone = tuple(
-            f"blk.{layer}.attn_"
-            for layer in range(self.config.layers)
-            if not self.config.layer_kv_heads(layer)
-        )
-        names = self.original._names() | set(self._shapes)
-        return {n for n in names if not n.startswith(gone)} if gone else names
+        return self.original._names()
 
     def _read(self, name: str) -> FloatArray:
         if name not in self._shapes:
-            if not self._has(name):
-                raise KeyError(name)
             return self.original.hf_tensor(name)
         from safetensors import SafetensorError, safe_open
 

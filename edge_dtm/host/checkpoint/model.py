@@ -40,35 +40,9 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-class NoAttention(torch.nn.Module):
-    """In the place of an attention that was removed: adds nothing."""
-
-    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
-        return torch.zeros_like(hidden_states), None
-
-
-def _fit_layers(model: Any, checkpoint: Checkpoint) -> None:
-    """Give the matrices of a reduced model's layers the sizes they have left; on meta."""
-    c, modules = checkpoint.config, dict(model.named_modules())
-    for layer in range(c.layers):
-        if not c.layer_kv_heads(layer):
-            model.model.layers[layer].self_attn = NoAttention()
-    for component in checkpoint.components():
-        name = module_name(component.name)
-        if component.in_block and modules[name].weight.shape != (
-            component.rows,
-            component.row_length,
-        ):
-            parent, _, own = name.rpartition(".")
-            bias = modules[name].bias is not None
-            fitting = torch.nn.Linear(component.row_length, component.rows, bias=bias)
-            setattr(modules[parent], own, fitting)
-
-
 def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
     """transformers' causal LM in float32 on the device, in eval mode, without gradients for its
-    weights (only activations' gradients are ever needed). A reduced one knows no KV cache: pass
-    use_cache=False."""
+    weights (only activations' gradients are ever needed)."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -96,8 +70,6 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
     )
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
-        if c.reduced:
-            _fit_layers(model, checkpoint)
     state = {}
     for component in checkpoint.components():
         data = torch.from_numpy(checkpoint.hf_tensor(component.name + ".weight"))
@@ -113,14 +85,8 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     if c.attention_bias:
         for layer in range(c.layers):  # GGUFs with q, k, v biases only have none on the output
-            if not c.layer_kv_heads(layer):
-                continue
             key = f"model.layers.{layer}.self_attn.o_proj.bias"
             state.setdefault(key, torch.zeros(c.hidden, device=device))
-    for layer in range(c.layers):
-        if not c.layer_kv_heads(layer):  # its norm feeds nothing, but transformers runs it
-            key = f"model.layers.{layer}.input_layernorm.weight"
-            state[key] = torch.ones(c.hidden, device=device)
     model.load_state_dict(state, assign=True)
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
     if c.rope_factors is not None:

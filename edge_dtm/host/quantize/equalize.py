@@ -63,12 +63,7 @@ def channel_scales(
 
 def sites(config: ModelConfig) -> list[str]:
     """Every input that has scales. A tied head has none: its columns are the embedding's."""
-    blocks = [
-        f"blk.{layer}.{site}"
-        for layer in range(config.layers)
-        for site in SITES
-        if config.layer_kv_heads(layer) or not site.startswith("attn_")
-    ]
+    blocks = [f"blk.{layer}.{site}" for layer in range(config.layers) for site in SITES]
     return blocks if config.tied else [*blocks, "output"]
 
 
@@ -122,8 +117,7 @@ def _site_scales(
     if not name.endswith("attn_output"):
         return channel_scales(x2, b2, strength)
     # Query heads of a group read the same value channels.
-    groups = config.layer_kv_heads(int(name.split(".")[1]))
-    shape = (groups, config.heads // config.kv_heads, config.head_dim)
+    shape = (config.kv_heads, config.heads // config.kv_heads, config.head_dim)
     s = channel_scales(x2.reshape(shape).sum(1), b2.reshape(shape).sum(1), strength)
     return np.ascontiguousarray(np.broadcast_to(s[:, None], shape).reshape(-1))
 
