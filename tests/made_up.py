@@ -34,7 +34,7 @@ _DIVERGENCE = {
     "near_tie_margin": 0.05,
 }
 _VERDICT: dict[str, Any] = {
-    "schema_version": 2,
+    "schema_version": 3,
     "kind": "edge-dtm verdict",
     "passed": True,
     "reasons": ["FDT against the original is 30.00 tokens, wanted at least 20.00."],
@@ -49,7 +49,6 @@ _VERDICT: dict[str, Any] = {
     },
     "sequences": 3,
     "sequences_in_bundle": 3,
-    "stopped_early": None,
     "against_original": _DIVERGENCE,
     "against_host": _DIVERGENCE | {"sdt": {"value": 0.01, "low": 0.0, "high": 0.02}},
     "kl_vs_host_nats": 0.006,

@@ -20,11 +20,6 @@ from edge_dtm.commands.common import EXIT_VERIFIED_AND_FAILED, PATH, require_fol
     show_default=True,
     help="teacher-forced: read the original's text; generate: decode one token a call.",
 )
-@click.option(
-    "--quick",
-    is_flag=True,
-    help="Stop as soon as the verdict of the whole run is certain at 95 %.",
-)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores].")
 @click.option("--max-sequences", type=click.IntRange(1), help="Replay only the first N sequences.")
 @click.option(

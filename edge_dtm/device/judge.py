@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,18 +64,15 @@ def limits_of_part(
 
 @dataclass(frozen=True)
 class _Check:
-    """name: as in quick.QuickVerdict where that decides it. of_host: whether it compares the
-    machine with the host, not the model with the original. met_so_far: by the figures alone, which
-    a diagnosis goes by where a quick run ended before this check was certain."""
+    """of_host: whether it compares the machine with the host, not the model with the original."""
 
     name: str
     met: bool
     text: str
     of_host: bool
-    met_so_far: bool
 
 
-def _checks(e: Evidence, t: Thresholds, certain: Mapping[str, bool] | None) -> list[_Check]:
+def _checks(e: Evidence, t: Thresholds) -> list[_Check]:
     def _check(
         name: str,
         met: bool,
@@ -85,14 +82,9 @@ def _checks(e: Evidence, t: Thresholds, certain: Mapping[str, bool] | None) -> l
         limit: str,
         of_host: bool = False,
     ) -> _Check:
-        met_so_far = met
-        if certain is not None and name in certain:
-            met, so_far = certain[name], " so far"
-        else:
-            so_far = ""
         wanted = ", wanted" if met else ", but wanted is"
-        text = f"{what} is {value}{so_far}{wanted} {relation} {limit}."
-        return _Check(name, met, text, of_host, met_so_far)
+        text = f"{what} is {value}{wanted} {relation} {limit}."
+        return _Check(name, met, text, of_host)
 
     fdt, sdt = e.against_original.fdt.value, e.against_original.sdt.value
     out = [
@@ -162,7 +154,6 @@ def _checks(e: Evidence, t: Thresholds, certain: Mapping[str, bool] | None) -> l
                 f"wrong products (worst: {worst.type} {worst.path}, {worst.columns} columns, "
                 f"{worst.component}, relative error {worst.worst_relative_error:.1g}).",
                 True,
-                worst.ok,
             )
         )
     return out
@@ -172,12 +163,10 @@ def judge(
     evidence: Evidence,
     thresholds: Thresholds,
     host_meets: bool,
-    certain: Mapping[str, bool] | None = None,
 ) -> tuple[bool, list[str], Diagnosis]:
     """(passed, reasons, diagnosis). host_meets: whether the host's own run of this file meets the
-    thresholds against the original. certain: what a quick run found of the whole bundle, by the
-    name of a check, which then counts and not the figures so far."""
-    checks = _checks(evidence, thresholds, certain)
+    thresholds against the original."""
+    checks = _checks(evidence, thresholds)
     passed = all(c.met for c in checks)
     reasons = [c.text for c in checks if c.met == passed]
     return passed, reasons, _diagnosis(checks, evidence, host_meets)
@@ -186,7 +175,7 @@ def judge(
 def _diagnosis(checks: Sequence[_Check], e: Evidence, host_meets: bool) -> Diagnosis:
     if all(c.met for c in checks):
         return Diagnosis("healthy", "This machine computes what the host computed.")
-    if any(c.of_host and not (c.met and c.met_so_far) for c in checks):
+    if any(c.of_host and not c.met for c in checks):
         bad = sorted({f"{k.type} ({k.path})" for k in e.kernels if not k.ok})
         if bad:
             where = f"its kernels for {', '.join(bad)} are wrong"

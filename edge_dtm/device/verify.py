@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,6 @@ from edge_dtm.core.metrics import compare, top_kl
 from edge_dtm.core.scratch import Scratch
 from edge_dtm.device import cpu
 from edge_dtm.device.judge import against_host, divergences, judge, limits_of_part
-from edge_dtm.device.quick import CERTAINTY, QuickVerdict
 from edge_dtm.formats import bundle as bundles
 from edge_dtm.formats.archive import open_bundle
 from edge_dtm.formats.record import Record, RunSettings
@@ -33,7 +32,6 @@ from edge_dtm.formats.verdict import (
     KernelCheck,
     KernelsCompared,
     Mode,
-    StoppedEarly,
     Verdict,
 )
 from edge_dtm.llamacpp import probe_model, runner
@@ -53,9 +51,8 @@ class Options:
 
     mode: "teacher_forced" feeds the original's tokens; "generate" decodes for real, so that FDT is
     the one a user sees, and SDT and KL, defined on the original's text, are not judged.
-    threads: this machine's CPUs when None. max_sequences: replay the first ones only. quick:
-    replay in random order and stop when the verdict of the whole is certain. max_sdt (share) and
-    min_fdt (tokens) replace the bundle's thresholds. kernels: "check" single products against
+    threads: this machine's CPUs when None. max_sequences: replay the first ones only. max_sdt (share)
+    and min_fdt (tokens) replace the bundle's thresholds. kernels: "check" single products against
     numpy and run the small F16 model, "compare" replays without repacked weights too, "skip" does
     neither. trusted: keys by id as sign.load_trusted gives them; a signature by one of them is
     required then.
@@ -64,7 +61,6 @@ class Options:
     mode: Mode = "teacher_forced"
     threads: int | None = None
     max_sequences: int | None = None
-    quick: bool = False
     max_sdt: float | None = None
     min_fdt: float | None = None
     kernels: Kernels = "check"
@@ -75,11 +71,6 @@ class Options:
             raise EdgeDtmError(f"unknown mode {self.mode!r}: take teacher_forced or generate")
         if self.max_sequences is not None and self.max_sequences < 1:
             raise EdgeDtmError(f"max_sequences is {self.max_sequences}, needs to be 1 or more")
-        if self.quick and (self.mode == "generate" or self.max_sequences is not None):
-            raise EdgeDtmError(
-                "quick goes with neither mode generate nor max_sequences: it chooses by itself how "
-                "many sequences to replay, and needs what the host said to the same text"
-            )
         if self.mode == "generate" and self.kernels == "compare":
             raise EdgeDtmError("kernels compare needs mode teacher_forced: both runs see one text")
 
@@ -140,7 +131,7 @@ def verify(bundle_path: Path, options: Options, progress: Progress | None = None
         compared = None
         with LlamaRunner(model, settings, context) as llama:
             _check_host_ids(host, llama.n_vocab)
-            replayed = _replay(llama, reference, host, thresholds, options, progress)
+            replayed = _replay(llama, reference, host, options, progress)
             llama.time_decoding(16, 2)  # the first round is slower
             timing = llama.time_decoding(SPEED_PROMPT_TOKENS, SPEED_DECODE_TOKENS)
         if options.kernels == "compare":
@@ -153,17 +144,14 @@ def verify(bundle_path: Path, options: Options, progress: Progress | None = None
         evidence = _evidence(part, host_part, replayed, kl_probe, checked, noise_floor, thresholds)
         lengths = reference.generated_lengths
         host_all = compare(reference.generated_ids, host.ids, lengths)
-        # What a quick run is certain of holds for all sequences.
-        host_there = host_all
-        if replayed.stopped_early is None:
-            host_there = compare(part.generated_ids, host_part.ids, part.generated_lengths)
-            moved = limits_of_part(thresholds, host_all, host_there, in_bundle, len(rows))
-            thresholds = replace(moved, **overridden)
+        host_there = compare(part.generated_ids, host_part.ids, part.generated_lengths)
+        moved = limits_of_part(thresholds, host_all, host_there, in_bundle, len(rows))
+        thresholds = replace(moved, **overridden)
         host_meets = (
             host_there.sdt.value <= thresholds.max_sdt
             and host_there.fdt.value >= thresholds.min_fdt
         )
-        passed, reasons, diagnosis = judge(evidence, thresholds, host_meets, replayed.met)
+        passed, reasons, diagnosis = judge(evidence, thresholds, host_meets)
         verdict = Verdict(
             passed=passed,
             reasons=reasons,
@@ -191,11 +179,9 @@ def verify(bundle_path: Path, options: Options, progress: Progress | None = None
             },
             settings=settings.to_json(),
             runtime=runner.runtime_info(),
-            stopped_early=replayed.stopped_early,
             kernels_compared=compared,
             notes=_notes(options, replayed, in_bundle, asked, thresholds),
         )
-        # Which sequences they are: a quick run takes some in random order.
         meta = {"rows": [int(row) for row in rows]}
         return Verified(verdict, replace(replayed.record, meta=meta))
 
@@ -207,20 +193,15 @@ class _Replayed:
     rows: npt.NDArray[np.int64]
     record: Record
     kl: npt.NDArray[np.float64]
-    stopped_early: StoppedEarly | None = None
-    met: Mapping[str, bool] | None = None
 
 
 def _replay(
     llama: LlamaRunner,
     reference: Reference,
     host: Record,
-    thresholds: Thresholds,
     options: Options,
     progress: Progress | None,
 ) -> _Replayed:
-    if options.quick:
-        return _replay_quickly(llama, reference, host, thresholds, progress)
     rows = np.arange(min(options.max_sequences or len(reference), len(reference)))
     part = reference.rows(rows)
     count = _counter(progress, "replay", runner.replay_tokens(part))
@@ -245,54 +226,6 @@ def _teacher_forced(
 
     record = llama.teacher_forced(reference, count, observe)
     return record, top_kl(other.top_logits, there)
-
-
-def _replay_quickly(
-    llama: LlamaRunner,
-    reference: Reference,
-    host: Record,
-    thresholds: Thresholds,
-    progress: Progress | None,
-) -> _Replayed:
-    """Some sequences at a time in random order, until the verdict of all is certain."""
-    quick = QuickVerdict(
-        reference.generated_ids,
-        host.ids,
-        host.top_logits[:, :, 0] - host.top_logits[:, :, 1],
-        reference.generated_lengths,
-        thresholds,
-    )
-    count = _counter(progress, "replay", runner.replay_tokens(reference))
-    # Small beside the whole, or nothing is saved; several, as they share a call.
-    step = max(min(llama.settings.parallel_sequences, len(reference) // 16), 1)
-    records, kls, taken = [], [], 0
-    while taken < len(reference):
-        rows = quick.order[taken : taken + step]
-        record, kl = _teacher_forced(llama, reference.rows(rows), host.rows(rows), count)
-        records.append(record)
-        kls.append(kl)
-        taken += len(rows)
-        quick.add(rows, record.ids, kl)
-        if quick.passed is not None:
-            break
-    rows = quick.order[:taken]
-    record, kl = _joined(records), np.concatenate(kls)
-    if taken == len(reference):
-        back = np.argsort(rows)
-        return _Replayed(rows[back], record.rows(back), kl[back])
-    left = reference.rows(quick.order[taken:])
-    stopped = StoppedEarly(taken, runner.replay_tokens(left), CERTAINTY, quick.by)
-    return _Replayed(rows, record, kl, stopped, quick.met)
-
-
-def _joined(records: list[Record]) -> Record:
-    """One record of all their sequences."""
-    arrays: dict[str, Any] = {
-        f.name: np.concatenate([getattr(r, f.name) for r in records])
-        for f in fields(Record)
-        if isinstance(getattr(records[0], f.name), np.ndarray)
-    }
-    return replace(records[0], **arrays)
 
 
 def _compare(
@@ -364,7 +297,7 @@ def _notes(
     if options.kernels == "skip":
         notes.append("the kernels were not checked by themselves")
     taken = len(replayed.rows)
-    if replayed.stopped_early is None and taken < in_bundle:
+    if taken < in_bundle:
         notes.append(
             f"the first {taken} of {in_bundle} sequences were replayed; "
             + _which_moved(options.mode, asked, applied)

@@ -15,7 +15,7 @@ from edge_dtm.core import strict_json
 from edge_dtm.core.metrics import Divergence
 from edge_dtm.formats.thresholds import Thresholds
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 Mode = Literal["teacher_forced", "generate"]
@@ -91,24 +91,6 @@ class KernelsCompared:
 
 
 @dataclass(frozen=True)
-class StoppedEarly:
-    """A quick run's end: the verdict of the whole run was certain after so many sequences."""
-
-    after_sequences: int
-    saved_tokens: int
-    certainty: float
-    by: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "after_sequences": self.after_sequences,
-            "saved_tokens": self.saved_tokens,
-            "certainty": self.certainty,
-            "by": self.by,
-        }
-
-
-@dataclass(frozen=True)
 class Evidence:
     """All that was measured on the device.
 
@@ -147,7 +129,6 @@ class Verdict:
     performance: Mapping[str, float | None]
     settings: Mapping[str, Any]
     runtime: Mapping[str, Any]
-    stopped_early: StoppedEarly | None = None
     kernels_compared: KernelsCompared | None = None
     notes: Sequence[str] = field(default_factory=tuple)
 
@@ -165,7 +146,6 @@ class Verdict:
             "bundle": dict(self.bundle),
             "sequences": self.sequences,
             "sequences_in_bundle": self.sequences_in_bundle,
-            "stopped_early": None if self.stopped_early is None else self.stopped_early.to_json(),
             "against_original": _divergence_json(e.against_original, e.mode),
             "against_host": _divergence_json(e.against_host, e.mode),
             "kl_vs_host_nats": None if e.host is None else e.host.kl_nats,

@@ -59,7 +59,6 @@ def test_the_schema_names_what_the_code_has() -> None:
     [
         {},
         {"mode": "generate"},
-        {"quick": True},
         {"kernels": "compare"},
         {"kernels": "skip", "max_sequences": 2, "min_fdt": 1000.0},
     ],
