@@ -64,7 +64,7 @@ def finish(
     for path in work.glob("calibration-*"):
         shutil.rmtree(path, ignore_errors=True)
     run.stages.note("")
-    summary.print_summary(run.stages.console, plan, results, details, run.stages.seconds, out)
+    summary.print_summary(run.stages.console, plan, results, run.stages.seconds, out)
 
 
 def plan_with_costs(

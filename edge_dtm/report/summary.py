@@ -72,7 +72,6 @@ def print_summary(
     console: Console,
     plan: Plan,
     measured: Mapping[str, Any],
-    details: Mapping[str, Any],
     seconds: Mapping[str, float],
     out: Path,
 ) -> None:

@@ -13,6 +13,8 @@ from cli_runner import assert_error, assert_usage, run
 from click.testing import Result
 from conftest import load_script
 
+from edge_dtm.formats.profile import load_profile
+
 Compress = Callable[..., Result]
 
 
@@ -102,7 +104,7 @@ def test_what_no_model_meets(compress: Compress, cli_folder: Path) -> None:
         ("--sparsity 0.2 --min-fdt 9", "--sparsity"),
         ("--sparsity-steps 3", "--sparsity-steps needs"),
         ("--sparsity-steps 3 --sparsity 0.5", "--sparsity-steps needs"),
-        ("--sparsity-steps 3 --recover 9", "--sparsity-steps needs"),
+        ("--sparsity-steps 3 --distill 9", "--sparsity-steps needs"),
         ("--preset paper-int8 --types Q8_0", "--preset sets the types"),
         ("--preset paper-int8 --max-sdt 0.1", "--preset sets the types"),
         ("--preset paper-sparse --min-fdt 9", "--preset sets the types"),
@@ -116,51 +118,58 @@ def test_options_that_do_not_go_together(tmp_path: Path, options: str, named: st
     assert_usage(run("compress", tmp_path, "-o", tmp_path / "out", *options.split()), named)
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
-    """The Settings that compress is called with: asked(*options)."""
-    given: list[Any] = []
-    monkeypatch.setattr(
-        "edge_dtm.host.compress.compress", lambda settings, _: given.append(settings)
-    )
+@pytest.mark.parametrize(
+    ("options", "goal", "method"),
+    [
+        ("", {}, {}),
+        (
+            "--mask-score saliency --no-sequential-pruning",
+            {},
+            {"mask_score": "saliency", "sequential_pruning": False},
+        ),
+        (
+            "--sparsity 0.9 --sparsity-steps 3 --distill 20",
+            {"sparsity": 0.9},
+            {"sparsity_steps": 3, "distill_steps": 20},
+        ),
+        (
+            "--preset paper-int8",
+            {"types": ("F16", "Q8_0"), "int8_share": 0.8, "unlimited": True},
+            {"equalize": False, "feedback": False},
+        ),
+        (
+            "--preset paper-int8 --int8-share 0 --max-bytes 5M",
+            {"types": ("F16", "Q8_0"), "int8_share": 0.0, "max_bytes": 5_000_000},
+            {"equalize": False, "feedback": False},
+        ),
+        (
+            "--preset paper-sparse",
+            {"types": ("F16",), "sparsity": 0.75, "unlimited": True},
+            {"sparsity_steps": 4, "distill_steps": 500},
+        ),
+        (
+            "--preset paper-sparse --sparsity 0.6 --distill 7 --sparsity-steps 2",
+            {"types": ("F16",), "sparsity": 0.6, "unlimited": True},
+            {"sparsity_steps": 2, "distill_steps": 7},
+        ),
+    ],
+)
+def test_settings(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    options: str,
+    goal: dict[str, Any],
+    method: dict[str, Any],
+) -> None:
+    pytest.importorskip("torch")
+    from edge_dtm.host.settings import Goal, Method
 
-    def settings(*options: str) -> Any:
-        given.clear()
-        result = run("compress", tmp_path, "-o", tmp_path / "out", *options)
-        assert result.exit_code == 0, (result.output, result.exception)
-        return given[0]
-
-    return settings
-
-
-def test_settings_of_the_presets(asked: Callable[..., Any]) -> None:
-    s = asked("--preset", "paper-int8")
-    assert (s.types, s.int8_share, s.zero_share) == (("F16", "Q8_0"), 0.8, 0)
-    assert (s.equalize, s.feedback, s.unlimited) == (False, False, True)
-    assert (s.recover_steps, s.sparsity_steps, s.sparse) == (0, 1, False)
-    s = asked("--preset", "paper-int8", "--int8-share", "0", "--max-bytes", "5M")
-    assert (s.int8_share, s.unlimited, s.max_bytes) == (0, False, 5_000_000)
-    s = asked("--preset", "paper-sparse")
-    assert (s.types, s.int8_share, s.zero_share) == (("F16",), None, 0.75)
-    assert (s.equalize, s.feedback, s.unlimited) == (True, True, True)
-    assert (s.recover_steps, s.sparsity_steps, s.sparse) == (500, 4, True)
-    s = asked(
-        "--preset", "paper-sparse", "--sparsity", "0.6", "--recover", "7", "--sparsity-steps", "2"
-    )
-    assert (s.zero_share, s.recover_steps, s.sparsity_steps) == (0.6, 7, 2)
-
-
-def test_settings_without_a_preset(asked: Callable[..., Any]) -> None:
-    from edge_dtm.formats.plan import CANDIDATE_TYPES
-
-    s = asked()
-    assert (s.types, s.int8_share, s.zero_share, s.unlimited) == (CANDIDATE_TYPES, None, 0, False)
-    assert (s.recover_steps, s.sparsity_steps) == (0, 1)
-    assert (s.mask_score, s.in_order, s.feedback, s.equalize) == ("activation", True, True, True)
-    s = asked("--mask-score", "saliency", "--no-in-order")
-    assert (s.mask_score, s.in_order) == ("saliency", False)
-    s = asked("--sparsity", "0.9", "--sparsity-steps", "3", "--recover", "20")
-    assert (s.zero_share, s.sparsity_steps, s.recover_steps) == (0.9, 3, 20)
+    asked: list[Any] = []
+    monkeypatch.setattr("edge_dtm.host.compress.compress", lambda s, _: asked.append(s))
+    result = run("compress", tmp_path, "-o", tmp_path / "out", *options.split())
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert asked[0].goal == Goal(load_profile("raspberrypi"), **goal)
+    assert asked[0].method == Method(**method)
 
 
 def test_imatrix_files_that_do_not_fit(
