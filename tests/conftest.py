@@ -206,8 +206,8 @@ class Made:
 
         from edge_dtm.host.blocks.activations import Activations
         from edge_dtm.host.blocks.calibration import Calibration
-        from edge_dtm.host.checkpoint.checkpoint import open_checkpoint
         from edge_dtm.host.checkpoint.model import load_model
+        from edge_dtm.host.checkpoint.open import open_checkpoint
         from edge_dtm.host.trajectory.generate import generate_reference
         from edge_dtm.host.trajectory.prompts import Prompt
 

@@ -45,7 +45,7 @@ from edge_dtm.host.blocks.activations import Activations
 from edge_dtm.host.blocks.capture import BATCH_SEQUENCES
 from edge_dtm.host.blocks.encoded import EncodedStore
 from edge_dtm.host.blocks.sensitivity import component_costs
-from edge_dtm.host.checkpoint.checkpoint import _to_hf_rows
+from edge_dtm.host.checkpoint.checkpoint import to_hf_rows
 from edge_dtm.host.checkpoint.model import load_model, module_name
 from edge_dtm.host.compress import Pipeline
 from edge_dtm.host.quantize.activations import activation_kind, round_activations
@@ -102,7 +102,7 @@ def shipped_values(
         return None
     values = ggml.dequantize(treatment.type, data, component.row_length)
     heads = shipped.checkpoint._rotated_heads(component.name + ".weight")
-    return _to_hf_rows(values, heads) if heads else values
+    return to_hf_rows(values, heads) if heads else values
 
 
 class Direct:

@@ -16,7 +16,7 @@ from edge_dtm.formats.record import Record
 from edge_dtm.formats.reference import HELD_OUT, PACKAGED, Reference
 from edge_dtm.host import export
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
-from edge_dtm.host.checkpoint.tokenizer import NASTY_STRINGS, tokenization_mismatches
+from edge_dtm.host.checkpoint.pre_tokenizer import PROBE_TEXTS, tokenization_mismatches
 from edge_dtm.host.values import Encoded, Measurement, NoiseFloor, Run
 from edge_dtm.llamacpp.runner import LlamaRunner, context_needed, replay_tokens
 
@@ -84,7 +84,7 @@ def export_and_measure(
     """
     key = export_plan(run, plan, encoded, vectors)
     path = model_path(run)
-    texts = [*NASTY_STRINGS, *(str(t) for t in reference.texts)]
+    texts = [*PROBE_TEXTS, *(str(t) for t in reference.texts)]
     wrong = tokenization_mismatches(run.checkpoint.tokenizer, path, texts)
     if wrong:
         raise EdgeDtmError(

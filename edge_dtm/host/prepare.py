@@ -19,8 +19,9 @@ from edge_dtm.formats.plan import SPARSE_TYPES, Component, Treatment, least_byte
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.formats.reference import Reference
 from edge_dtm.host import export
-from edge_dtm.host.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint
 from edge_dtm.host.checkpoint.model import choose_device
+from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.distill.trained import distillation_bytes
 from edge_dtm.host.settings import Goal, Settings
 from edge_dtm.host.trajectory.generate import check_lengths

@@ -179,7 +179,7 @@ def test_imatrix_files_that_do_not_fit(
     import numpy as np
 
     from edge_dtm.formats.imatrix import write_imatrix
-    from edge_dtm.host.checkpoint.checkpoint import open_checkpoint
+    from edge_dtm.host.checkpoint.open import open_checkpoint
 
     components = open_checkpoint(cli_folder).components()
     right = {c.name: np.ones(c.row_length, np.float32) for c in components}
@@ -224,7 +224,7 @@ def test_a_quantized_source_is_warned_about(
     compress: Compress, cli_folder: Path, tmp_path: Path
 ) -> None:
     from edge_dtm.formats.plan import uniform
-    from edge_dtm.host.checkpoint.checkpoint import open_checkpoint
+    from edge_dtm.host.checkpoint.open import open_checkpoint
     from edge_dtm.host.export import export_gguf, fixed_bytes
 
     checkpoint = open_checkpoint(cli_folder)

@@ -21,13 +21,11 @@ from edge_dtm.formats.plan import uniform
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.formats.reference import HELD_OUT, TOP_K, Reference
 from edge_dtm.host.checkpoint import checkpoint as module
-from edge_dtm.host.checkpoint.checkpoint import (
-    Checkpoint,
-    GgufCheckpoint,
-    HfCheckpoint,
-    open_checkpoint,
-)
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint
+from edge_dtm.host.checkpoint.gguf_checkpoint import GgufCheckpoint
+from edge_dtm.host.checkpoint.hf_checkpoint import HfCheckpoint
 from edge_dtm.host.checkpoint.model import load_model, module_name
+from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.export import export_gguf, f16_plan, fixed_bytes
 from edge_dtm.llamacpp.runner import LlamaRunner
 
@@ -208,7 +206,7 @@ def test_llama_cpp_computes_nearly_the_same_with_f16(
 def test_without_the_permutation_llama_cpp_disagrees(
     folder: Path, ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_to_gguf_rows", lambda data, heads: data)
+    monkeypatch.setattr(module, "to_gguf_rows", lambda data, heads: data)
     path = _export(open_checkpoint(folder), tmp_path / "wrong.gguf", "F32")
     theirs = _logits(_transformers(folder), ids)[:, PROMPT - 1 : -1].numpy()
     found = _llama_cpp_logits(path, ids, "F32")

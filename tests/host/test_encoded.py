@@ -17,7 +17,7 @@ from edge_dtm.formats.plan import CANDIDATE_TYPES, Plan, Treatment
 from edge_dtm.host.blocks.encoded import EncodedStore, takes_feedback
 from edge_dtm.host.blocks.fit import component_importance, edge_feedback
 from edge_dtm.host.blocks.sensitivity import edge_costs
-from edge_dtm.host.checkpoint.checkpoint import open_checkpoint
+from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.export import export_gguf, fixed_bytes
 from edge_dtm.host.quantize.equalize import EqualizedCheckpoint, sites
 from edge_dtm.host.quantize.error_feedback import Feedback, compensate, second_moments

@@ -21,8 +21,10 @@ from edge_dtm.formats.plan import uniform
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.formats.reference import CALIBRATION, Reference, save_npz
 from edge_dtm.host.blocks.costs import SAME_LOGITS
-from edge_dtm.host.checkpoint.checkpoint import Checkpoint, ModelConfig, open_checkpoint
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint
+from edge_dtm.host.checkpoint.config import ModelConfig
 from edge_dtm.host.checkpoint.model import load_model
+from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.export import export_gguf, fixed_bytes
 from edge_dtm.host.quantize import equalize as module
 from edge_dtm.host.quantize.activations import round_activations

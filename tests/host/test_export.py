@@ -24,7 +24,8 @@ from edge_dtm.formats.plan import (
     uniform,
 )
 from edge_dtm.formats.record import RunSettings
-from edge_dtm.host.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint
+from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.export import (
     KEY_FDT,
     KEY_PLAN,

@@ -14,8 +14,8 @@ from conftest import Made
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.reference import CALIBRATION, HELD_OUT, PADDING, TOP_K, Reference
-from edge_dtm.host.checkpoint.checkpoint import open_checkpoint
 from edge_dtm.host.checkpoint.model import load_model
+from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.checkpoint.tokenizer import Tokenizer
 from edge_dtm.host.trajectory import generate as module
 from edge_dtm.host.trajectory.generate import (

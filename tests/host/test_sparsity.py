@@ -25,8 +25,8 @@ from test_compress import LINES, _manifest, _plan, _same, _tensors
 
 from edge_dtm.cli import main
 from edge_dtm.formats.plan import Plan
-from edge_dtm.host.checkpoint.checkpoint import open_checkpoint
 from edge_dtm.host.checkpoint.edited import EditedCheckpoint
+from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.distill.result import Distilled
 
 ROOT = Path(__file__).resolve().parents[2]

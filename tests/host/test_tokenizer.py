@@ -12,14 +12,12 @@ from conftest import load_script
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.paths import default_model_dir
-from edge_dtm.host.checkpoint import tokenizer as module
-from edge_dtm.host.checkpoint.tokenizer import (
-    NASTY_STRINGS,
-    GgufTokenizer,
-    HfTokenizer,
-    Tokenizer,
-    tokenization_mismatches,
-)
+from edge_dtm.host.checkpoint import pre_tokenizer
+from edge_dtm.host.checkpoint.chat_template import render_chat
+from edge_dtm.host.checkpoint.gguf_tokenizer import GgufTokenizer
+from edge_dtm.host.checkpoint.hf_tokenizer import HfTokenizer
+from edge_dtm.host.checkpoint.pre_tokenizer import PROBE_TEXTS, tokenization_mismatches
+from edge_dtm.host.checkpoint.tokenizer import Tokenizer
 from edge_dtm.llamacpp.vocabulary import LlamaVocab
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +86,7 @@ def test_llama_cpp_agrees_on_everything(folder: Path, tmp_path: Path, rows: int)
     path = _write(tmp_path / "vocab.gguf", tokenizer.add_metadata)
     chats = [tokenizer.encode_chat(messages)[1] for messages in CHATS if len(messages) < 2]
     assert chats
-    texts = [*NASTY_STRINGS, *PROMPTS, *chats]
+    texts = [*PROBE_TEXTS, *PROMPTS, *chats]
     assert tokenization_mismatches(tokenizer, path, texts) == []
     with LlamaVocab(path) as vocab:
         assert vocab.n_tokens == rows == tokenizer.vocab_size
@@ -122,7 +120,7 @@ def test_chat_text_is_what_transformers_renders(folder: Path) -> None:
 def test_text_survives_encoding_and_decoding(folder: Path, tmp_path: Path) -> None:
     tokenizer = HfTokenizer.from_folder(folder, VOCAB_SIZE)
     from_gguf = GgufTokenizer.from_gguf(_write(tmp_path / "v.gguf", tokenizer.add_metadata))
-    for text in [*NASTY_STRINGS, *PROMPTS]:
+    for text in [*PROBE_TEXTS, *PROMPTS]:
         if "▁" in text:  # SentencePiece cannot tell it from a space
             continue
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -143,16 +141,16 @@ def test_wrong_pre_tokenizer_is_a_mismatch(bpe_folder: Path, tmp_path: Path) -> 
         tokenizer.add_metadata(writer)
         writer.add_tokenizer_pre("deepseek-coder")
 
-    found = tokenization_mismatches(tokenizer, _write(tmp_path / "v.gguf", add), NASTY_STRINGS)
+    found = tokenization_mismatches(tokenizer, _write(tmp_path / "v.gguf", add), PROBE_TEXTS)
     assert found
-    assert all(m.text in NASTY_STRINGS and m.expected != m.found for m in found)
+    assert all(m.text in PROBE_TEXTS and m.expected != m.found for m in found)
     assert "for llama.cpp" in str(found[0])
 
 
 def test_no_fitting_pre_tokenizer_names_the_text(
     bpe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PRE_CANDIDATES", ("no-such-name", "deepseek-coder"))
+    monkeypatch.setattr(pre_tokenizer, "PRE_CANDIDATES", ("no-such-name", "deepseek-coder"))
     tokenizer = HfTokenizer.from_folder(bpe_folder, VOCAB_SIZE)
     with pytest.raises(EdgeDtmError, match=r"the closest, deepseek-coder, .* texts differ: '"):
         _write(tmp_path / "v.gguf", tokenizer.add_metadata)
@@ -174,7 +172,7 @@ def test_class_named_in_the_config_does_not_change_tokenizer_json(
     tokenizer = HfTokenizer.from_folder(folder, VOCAB_SIZE)
     assert len(tokenizer.encode("20242024")) == 8
     path = _write(tmp_path / "v.gguf", tokenizer.add_metadata)
-    assert tokenization_mismatches(tokenizer, path, [*NASTY_STRINGS, *PROMPTS]) == []
+    assert tokenization_mismatches(tokenizer, path, [*PROBE_TEXTS, *PROMPTS]) == []
 
 
 def test_added_tokens_of_a_sentencepiece_folder(sentencepiece_folder: Path, tmp_path: Path) -> None:
@@ -193,7 +191,7 @@ def test_added_tokens_of_a_sentencepiece_folder(sentencepiece_folder: Path, tmp_
     assert {VOCAB_SIZE, VOCAB_SIZE + 1} <= set(tokenizer.encode(text))
     assert tokenizer.decode(tokenizer.encode(text)) == text
     path = _write(tmp_path / "v.gguf", tokenizer.add_metadata)
-    assert tokenization_mismatches(tokenizer, path, [text, *NASTY_STRINGS]) == []
+    assert tokenization_mismatches(tokenizer, path, [text, *PROBE_TEXTS]) == []
     with LlamaVocab(path) as vocab:
         assert set(tokenizer.eos_ids) <= set(vocab.eos_ids())
 
@@ -209,7 +207,7 @@ def test_bos_as_the_config_says(sentencepiece_folder: Path, tmp_path: Path, adds
         assert vocab.adds_bos is adds
         assert vocab.bos_id == 1
     assert (tokenizer.encode("a")[0] == 1) is adds
-    assert tokenization_mismatches(tokenizer, path, NASTY_STRINGS) == []
+    assert tokenization_mismatches(tokenizer, path, PROBE_TEXTS) == []
     # Either way the template's own BOS is there exactly once.
     ids, text = tokenizer.encode_chat(CHAT)
     assert ids.count(1) == 1
@@ -254,7 +252,7 @@ def test_templates_may_use_what_transformers_offers() -> None:
         "{{ strftime_now('%Y')[:2] }}{{ bos_token }}{% if tools is none %}!{% endif %}"
     )
     messages = [{"role": "x", "content": ""}, {"role": "u", "content": "<é>'"}]
-    text = module._render_chat(template, messages, {"bos_token": "<s>"})
+    text = render_chat(template, messages, {"bos_token": "<s>"})
     assert text == '{"role": "u", "content": "<é>\'"}20<s>!'
 
 
@@ -306,7 +304,7 @@ def test_smollm2(tmp_path: Path) -> None:
     path = _write(tmp_path / "v.gguf", tokenizer.add_metadata)
     assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == "smollm"
     chats = [tokenizer.encode_chat(messages) for messages in CHATS]
-    texts = [*NASTY_STRINGS, *PROMPTS, *(text for _, text in chats)]
+    texts = [*PROBE_TEXTS, *PROMPTS, *(text for _, text in chats)]
     assert tokenization_mismatches(tokenizer, path, texts) == []
     from_gguf = GgufTokenizer.from_gguf(path)
     _same(tokenizer, from_gguf, texts)

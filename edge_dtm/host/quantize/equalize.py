@@ -25,7 +25,8 @@ import torch
 from edge_dtm.formats.plan import Component
 from edge_dtm.formats.reference import Reference, load_npz, save_npz
 from edge_dtm.host.blocks.calibration import Calibration
-from edge_dtm.host.checkpoint.checkpoint import Checkpoint, ModelConfig
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint
+from edge_dtm.host.checkpoint.config import ModelConfig
 from edge_dtm.host.quantize.activations import round_activations
 from edge_dtm.llamacpp import ggml
 
