@@ -49,8 +49,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from edge_dtm.core.digest import digest_of
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.files import digest_of
 from edge_dtm.core.metrics import (
     BoolArray,
     Interval,

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from edge_dtm.host.bought import ROUNDS, Weighed, weigh
 from edge_dtm.host.stage_remove import measured_units, unit_options
 
-from edge_dtm.core.digest import digest_of
+from edge_dtm.core.files import digest_of
 from edge_dtm.core.metrics import perplexity
 from edge_dtm.core.paths import default_model_dir
 from edge_dtm.core.progress import Stages

@@ -1,11 +1,30 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and short names for what they depend on."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from edge_dtm.core.errors import EdgeDtmError
+
+Advance = Callable[[int], None]  # called with the amount done since its last call
+
+
+def digest_of(data: Any) -> str:
+    """16 hex digits of the SHA-256 of the data's canonical JSON."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_synced(path: Path, data: bytes, mode: str = "wb") -> None:
+    """Write and wait until the disk has it. OSError when it cannot; mode: "xb" for a new file."""
+    with path.open(mode) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -13,10 +32,7 @@ def write_whole(path: Path, data: bytes) -> None:
     # Hidden: a bundle with half a file in it would not be as it was made.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(temporary, data)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

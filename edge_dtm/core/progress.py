@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-Advance = Callable[[int], None]
+from edge_dtm.core.files import Advance
 
 
 class Stages:

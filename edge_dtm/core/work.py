@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from edge_dtm.core.digest import digest_of
+from edge_dtm.core.files import digest_of
 
 T = TypeVar("T")
 

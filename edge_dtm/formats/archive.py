@@ -14,13 +14,13 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import zstandard
 
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.files import Advance
 from edge_dtm.core.scratch import Scratch
 from edge_dtm.formats.bundle import (
     COPY_BYTES,
@@ -50,11 +50,9 @@ _TAR_END_LIMIT_BYTES = 2**20
 _TRAILER_HEAD = (0x184D2A5E).to_bytes(4, "little") + (32).to_bytes(4, "little")
 _TRAILER_BYTES = len(_TRAILER_HEAD) + 32
 
-Progress = Callable[[int], None]
-
 
 def open_bundle(
-    path: Path, progress: Progress | None = None, trusted: Trusted | None = None
+    path: Path, progress: Advance | None = None, trusted: Trusted | None = None
 ) -> Bundle:
     """Open a folder or a packed file; a packed one is unpacked and checked on the way.
 
@@ -87,7 +85,7 @@ def pack(
     folder: Path,
     out_path: Path,
     level: int = COMPRESSION_LEVEL,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
     sign_with: Ed25519PrivateKey | None = None,
 ) -> str | None:
     """Check a bundle folder and write it as one file; returns the id of the key that signed it.
@@ -124,7 +122,7 @@ def pack(
 def unpack(
     file: Path,
     out_dir: Path,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
     trusted: Trusted | None = None,
     max_unpacked_bytes: int | None = None,
 ) -> str | None:
@@ -189,7 +187,7 @@ def _write(
     folder: Path,
     manifest: Manifest,
     level: int,
-    progress: Progress | None,
+    progress: Advance | None,
 ) -> None:
     out = _Folding(file, level)
     stream: Any = out  # tarfile asks no more of a stream than that it can be written to
@@ -274,7 +272,7 @@ class _Unfolding:
 def _unpack(
     path: Path,
     folder: Path,
-    progress: Progress | None,
+    progress: Advance | None,
     trusted: Trusted | None,
     max_unpacked_bytes: int | None,
 ) -> str | None:
@@ -297,7 +295,7 @@ def _unpack_stream(
     path: Path,
     stream: _Unfolding,
     folder: Path,
-    progress: Progress | None,
+    progress: Advance | None,
     trusted: Trusted | None,
     max_unpacked_bytes: int | None,
 ) -> str | None:
@@ -358,7 +356,7 @@ def _unpack_member(
     manifest: Manifest,
     seen: set[str],
     folder: Path,
-    progress: Progress | None,
+    progress: Advance | None,
 ) -> None:
     name = member.name
     entry = manifest.files.get(name)

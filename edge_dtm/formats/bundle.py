@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 from edge_dtm.core import strict_json
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.files import Advance, write_synced
 from edge_dtm.core.scratch import Scratch
+from edge_dtm.core.validation import STRICT, Count, Sha256, StrictModel, check_version, validated
 from edge_dtm.formats.thresholds import Thresholds
 
 SCHEMA_VERSION = 2
@@ -37,27 +40,33 @@ SIGNATURE_LIMIT_BYTES = 4096  # ten times what `sign` writes
 FILES_LIMIT = 256  # of a manifest; bundles have half a dozen
 COPY_BYTES = 2**20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,98}")  # at most 99: a tar header's name field
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class FileEntry:
     """One line of the manifest: SHA-256 in hex and size in bytes."""
 
-    sha256: str
-    size_bytes: int
+    __pydantic_config__ = STRICT | {"extra": "ignore"}
+
+    sha256: Sha256
+    size_bytes: Count
 
 
-@dataclass(frozen=True)
-class Manifest:
+def _plain_names(files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+    if problems := _name_problems(list(files)):
+        raise ValueError("; ".join(problems))
+    return files
+
+
+class Manifest(StrictModel, extra="ignore"):
     """manifest.json, checked. provenance and measured: free-form JSON objects."""
 
-    files: Mapping[str, FileEntry]
+    files: Annotated[
+        dict[str, FileEntry], Field(max_length=FILES_LIMIT), AfterValidator(_plain_names)
+    ]
     thresholds: Thresholds
-    provenance: Mapping[str, Any]
-    measured: Mapping[str, Any]
+    provenance: dict[str, Any]
+    measured: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -65,8 +74,8 @@ class Manifest:
             "kind": KIND,
             "files": {name: asdict(entry) for name, entry in sorted(self.files.items())},
             "thresholds": self.thresholds.to_json(),
-            "provenance": dict(self.provenance),
-            "measured": dict(self.measured),
+            "provenance": self.provenance,
+            "measured": self.measured,
         }
 
     def noise_floor(self, source: Path) -> dict[str, Any]:
@@ -87,44 +96,8 @@ class Manifest:
             raise EdgeDtmError(f"{source} is no JSON ({error}): copy the bundle again") from None
         if not isinstance(tree, dict) or tree.get("kind") != KIND:
             raise EdgeDtmError(f"{source} is not the manifest of an edge-dtm bundle")
-        version = tree.get("schema_version")
-        if type(version) is not int or version != SCHEMA_VERSION:
-            raise EdgeDtmError(
-                f"{source} has schema version {version!r}, this edge-dtm reads "
-                f"{SCHEMA_VERSION}: use the edge-dtm that wrote it"
-            )
-        problems = []
-        entries: dict[str, FileEntry] = {}
-        listed = tree.get("files")
-        if not isinstance(listed, dict):
-            problems.append("no files")
-            listed = {}
-        if len(listed) > FILES_LIMIT:
-            raise EdgeDtmError(
-                f"{source} lists {len(listed)} files, the limit is {FILES_LIMIT}: do not use it"
-            )
-        problems += _name_problems(list(listed))
-        for name, entry in listed.items():
-            if (
-                not isinstance(entry, dict)
-                or not isinstance(entry.get("sha256"), str)
-                or not _SHA256.fullmatch(entry["sha256"])
-                or type(entry.get("size_bytes")) is not int
-                or entry["size_bytes"] < 0
-            ):
-                problems.append(f"{name!r} needs a sha256 and a size_bytes")
-            else:
-                entries[name] = FileEntry(entry["sha256"], entry["size_bytes"])
-        for key in ("provenance", "measured"):
-            if not isinstance(tree.get(key), dict):
-                problems.append(f"no {key}")
-        if problems:
-            raise EdgeDtmError(f"{source} is wrong: {'; '.join(problems)}")
-        try:
-            thresholds = Thresholds.from_json(tree.get("thresholds"))
-        except EdgeDtmError as error:
-            raise EdgeDtmError(f"{source}: {error}") from None
-        return cls(entries, thresholds, tree["provenance"], tree["measured"])
+        check_version(tree, SCHEMA_VERSION, source)
+        return validated(cls, tree, source, "copy the bundle again")
 
 
 @dataclass
@@ -169,7 +142,7 @@ class Bundle:
             raise EdgeDtmError(f"{self.source} lists no {name}")
         return self.folder / name
 
-    def check(self, progress: Progress | None = None) -> None:
+    def check(self, progress: Advance | None = None) -> None:
         """Hash every file. EdgeDtmError naming each one missing, changed or not listed.
 
         progress: called with the bytes hashed since its last call. Subfolders, TOLERATED_FILES
@@ -211,17 +184,19 @@ def write_manifest(
     if problems:
         raise EdgeDtmError(f"cannot write the manifest of {folder}: {'; '.join(problems)}")
     entries = {name: _entry(folder / name) for name in files}
-    manifest = Manifest(entries, thresholds, provenance, measured)
+    manifest = Manifest(
+        files=entries,
+        thresholds=thresholds,
+        provenance=dict(provenance),
+        measured=dict(measured),
+    )
     try:
         text = json.dumps(manifest.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise EdgeDtmError(f"cannot write the manifest of {folder}: {error}") from None
     temporary = folder / f".{MANIFEST}.tmp"
     try:
-        with temporary.open("wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(temporary, text.encode())
         (folder / SIGNATURE).unlink(missing_ok=True)
         temporary.replace(folder / MANIFEST)
     except OSError as error:
@@ -271,7 +246,7 @@ def _name_problems(names: Sequence[str]) -> list[str]:
     return problems
 
 
-def _entry(path: Path, progress: Progress | None = None) -> FileEntry:
+def _entry(path: Path, progress: Advance | None = None) -> FileEntry:
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while part := file.read(COPY_BYTES):
@@ -282,7 +257,7 @@ def _entry(path: Path, progress: Progress | None = None) -> FileEntry:
     return FileEntry(digest.hexdigest(), size)
 
 
-def _file_problem(path: Path, entry: FileEntry, progress: Progress | None) -> str:
+def _file_problem(path: Path, entry: FileEntry, progress: Advance | None) -> str:
     try:
         if path.is_symlink() or (path.exists() and not path.is_file()):
             return "is not a plain file"

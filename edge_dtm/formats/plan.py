@@ -8,9 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
 
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.validation import Share, StrictModel, check_version, validated
 from edge_dtm.formats import ggml_types
 
 SCHEMA_VERSION = 1
@@ -43,15 +46,6 @@ class Treatment:
 
     def to_json(self) -> dict[str, Any]:
         return {"type": self.type, "zero_share": self.zero_share}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Treatment:
-        """EdgeDtmError for an unknown type, ValueError for a share that is none."""
-        name, share = str(data["type"]), float(data["zero_share"])
-        ggml_types.block_size(name)
-        if not 0 <= share <= 1:
-            raise ValueError(f"zero_share is {share}")
-        return cls(name, share)
 
 
 @dataclass(frozen=True)
@@ -203,38 +197,38 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """EdgeDtmError when the schema is another one or a field is missing."""
+        """EdgeDtmError when the schema is another one or a field is missing or wrong."""
+        check_version(data, SCHEMA_VERSION, "the plan")
+        file = validated(_PlanFile, data, "the plan", "make it again with compress")
+        return cls(
+            tuple(Component(r.name, r.rows, r.row_length) for r in file.components),
+            tuple(Treatment(r.type, r.zero_share) for r in file.components),
+            file.fixed_bytes,
+        )
+
+
+_Size = Annotated[int, Field(ge=0, lt=2**53)]  # rows, weights or bytes
+
+
+class _PlanRow(StrictModel, extra="ignore"):
+    name: str
+    rows: _Size
+    row_length: _Size
+    type: str
+    zero_share: Share
+
+    @model_validator(mode="after")
+    def _type_fits(self) -> Self:
         try:
-            version = data["schema_version"]
-            if type(version) is not int or version != SCHEMA_VERSION:
-                raise EdgeDtmError(
-                    f"plan has schema version {version!r}, this edge-dtm reads {SCHEMA_VERSION}: "
-                    "use the edge-dtm that wrote it"
-                )
-            rows = data["components"]
-            plan = cls(
-                tuple(
-                    Component(str(r["name"]), _size(r["rows"]), _size(r["row_length"]))
-                    for r in rows
-                ),
-                tuple(Treatment.from_json(r) for r in rows),
-                _size(data["fixed_bytes"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise EdgeDtmError(f"not a plan: {error!r}; make it again with compress") from None
-        for c, t in zip(plan.components, plan.treatments, strict=True):
-            if not c.fits(t.type):
-                raise EdgeDtmError(
-                    f"not a plan: {c.name!r} cannot be {t.type}; make it again with compress"
-                )
-        return plan
+            ggml_types.row_bytes(self.type, self.row_length)
+        except EdgeDtmError as error:
+            raise ValueError(str(error)) from None
+        return self
 
 
-def _size(value: object) -> int:
-    """ValueError unless it is a number of rows, weights or bytes."""
-    if type(value) is not int or not 0 <= value < 2**53:
-        raise ValueError(f"{value!r} is no size")
-    return value
+class _PlanFile(StrictModel, extra="ignore"):
+    fixed_bytes: _Size
+    components: list[_PlanRow]
 
 
 def uniform(components: Iterable[Component], type_name: str, fixed_bytes: int) -> Plan:

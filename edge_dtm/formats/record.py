@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.validation import STRICT, StrictDataclass, validated
 from edge_dtm.formats.reference import TOP_K, check_arrays, load_npz, save_npz
 
 Mode = Literal["teacher_forced", "generate"]
@@ -46,49 +49,28 @@ _TYPES: dict[str, npt.DTypeLike] = {
 }
 
 
-@dataclass(frozen=True)
-class RunSettings:
+@checked_dataclass(frozen=True, config=STRICT)
+class RunSettings(StrictDataclass):
     """How llama.cpp is run; everything here may change an argmax in a near-tie.
 
     threads: CPU threads; batch_tokens: most tokens in one decode call; parallel_sequences: most
-    sequences that share one call, at most MAX_SEQUENCES, 1 for one after the other; kv_type: GGML
-    type of the KV cache; micro_batch_tokens: tokens that run through the layers at once, at most
-    batch_tokens count; repack: let llama.cpp rearrange the weights for this CPU's kernels. Flash
-    attention is off by default: its kernels differ more between machines.
+    sequences that share one call, 1 for one after the other; kv_type: GGML type of the KV cache;
+    micro_batch_tokens: tokens that run through the layers at once, at most batch_tokens count;
+    repack: let llama.cpp rearrange the weights for this CPU's kernels. Flash attention is off by
+    default: its kernels differ more between machines.
 
     Memory: a KV cache of the whole context for each parallel sequence (cache_tokens), and logits,
     4 bytes x vocabulary for each token of a micro-batch and for each token of a call whose logits
-    are wanted (logits_bytes at most).
+    are wanted (logits_bytes at most). EdgeDtmError when one is made with a wrong value.
     """
 
-    threads: int
-    batch_tokens: int = 128
-    parallel_sequences: int = 4
+    threads: Annotated[int, Field(ge=1, le=MAX_THREADS)]
+    batch_tokens: Annotated[int, Field(ge=1, le=MAX_BATCH_TOKENS)] = 128
+    parallel_sequences: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] = 4
     flash_attention: bool = False
     kv_type: str = "F16"
-    micro_batch_tokens: int = 64
+    micro_batch_tokens: Annotated[int, Field(ge=1)] = 64
     repack: bool = True
-
-    def __post_init__(self) -> None:
-        numbers = {
-            name: getattr(self, name)
-            for name in ("threads", "batch_tokens", "parallel_sequences", "micro_batch_tokens")
-        }
-        small = [f"{name} is {value}" for name, value in numbers.items() if value < 1]
-        if small:
-            raise EdgeDtmError(f"{', '.join(small)}, must be 1 or more")
-        most = {
-            "threads": MAX_THREADS,
-            "batch_tokens": MAX_BATCH_TOKENS,
-            "parallel_sequences": MAX_SEQUENCES,
-        }
-        large = [
-            f"{name} is {numbers[name]}, must be at most {limit}"
-            for name, limit in most.items()
-            if numbers[name] > limit
-        ]
-        if large:
-            raise EdgeDtmError("; ".join(large))
 
     @property
     def sequences_per_call(self) -> int:
@@ -110,14 +92,7 @@ class RunSettings:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RunSettings:
         """EdgeDtmError when data is not what to_json wrote."""
-        try:
-            types = {item.name: item.type for item in fields(cls)}
-            for name, value in data.items():
-                if name in types and type(value).__name__ != types[name]:
-                    raise TypeError(f"{name} is no {types[name]}")
-            return cls(**data)
-        except TypeError as error:
-            raise EdgeDtmError(f"no settings of a run: {error}") from None
+        return validated(cls, dict(data), "the settings of a run", "make the bundle again")
 
 
 @dataclass(frozen=True)

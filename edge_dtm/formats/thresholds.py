@@ -3,63 +3,39 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
-from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.metrics import (
     Divergence,
     divergent_mask,
     first_divergent_tokens,
     share_of_divergent_tokens,
 )
+from edge_dtm.core.validation import STRICT, Amount, Share, StrictDataclass
 
 
-@dataclass(frozen=True)
-class Thresholds:
-    """What a device must reach.
+@dataclass(frozen=True, config=STRICT)
+class Thresholds(StrictDataclass):
+    """What a device must reach. EdgeDtmError when one is made with a wrong number."""
 
-    Against the original: max_sdt, share (0 to 1) of divergent tokens; min_fdt, tokens, mean over
-    sequences. Against the host's run of the same file, where healthy kernels differ too:
-    max_kl_vs_host, nats, mean over positions, on the host's stored top logits, renormalized, each
-    position's capped at 1; max_decided_sdt_vs_host, share of other argmaxes among the positions
-    that the host decided by decided_margin logits or more. max_kl_probe: nats, mean over
-    positions of the small F16 model, whose kernels leave no room.
-    """
-
-    max_sdt: float
-    min_fdt: float
-    max_kl_vs_host: float
-    decided_margin: float
-    max_decided_sdt_vs_host: float
-    max_kl_probe: float
-
-    def __post_init__(self) -> None:
-        problems = []
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                problems.append(f"{item.name} is no number")
-            elif not math.isfinite(value) or value < 0:
-                problems.append(f"{item.name} is {value}, needs to be finite and 0 or more")
-            elif "sdt" in item.name and value > 1:
-                problems.append(f"{item.name} is {value}, a share is at most 1")
-        if problems:
-            raise EdgeDtmError(f"wrong thresholds: {'; '.join(problems)}")
+    max_sdt: Share = Field(description="SDT against the original, a share.")
+    min_fdt: Amount = Field(description="FDT against the original, tokens.")
+    # Against the host's run of the same file, where healthy kernels differ too.
+    max_kl_vs_host: Amount = Field(description="kl_vs_host_nats, nats.")
+    decided_margin: Amount = Field(
+        description="The host's margin from which a position counts as decided, logits."
+    )
+    max_decided_sdt_vs_host: Share = Field(description="decided_sdt_vs_host, a share.")
+    max_kl_probe: Amount = Field(description="kl_probe_nats, nats.")
 
     def to_json(self) -> dict[str, float]:
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: object) -> Thresholds:
-        """EdgeDtmError when a name is missing or unknown or a value is no finite number."""
-        names = {item.name for item in fields(cls)}
-        if not isinstance(data, dict) or set(data) != names:
-            raise EdgeDtmError(f"thresholds need exactly the names {', '.join(sorted(names))}")
-        return cls(**data)
 
 
 # The healthy band, from emulated ARM devices (docs/emulated-devices.md), with room above: kernels

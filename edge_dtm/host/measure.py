@@ -7,8 +7,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from edge_dtm.core.digest import digest_of
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.files import digest_of
 from edge_dtm.core.metrics import compare, divergent_mask, perplexity
 from edge_dtm.core.work import Kind
 from edge_dtm.formats.plan import Plan

@@ -137,9 +137,9 @@ def test_hash_is_fixed_and_depends_on_everything():
         ({"schema_version": 2}, "schema version 2"),
         ({"schema_version": 1.0}, "schema version 1.0"),
         ({"schema_version": True}, "schema version True"),
-        ({"components": None}, "not a plan"),
-        ({"components": [{"name": "a"}]}, "not a plan"),
-        ({"fixed_bytes": "many"}, "not a plan"),
+        ({"components": None}, "components: "),
+        ({"components": [{"name": "a"}]}, r"components\[0\].rows: is missing"),
+        ({"fixed_bytes": "many"}, "fixed_bytes: "),
     ],
 )
 def test_what_is_no_plan_is_refused(change, message):
@@ -149,8 +149,19 @@ def test_what_is_no_plan_is_refused(change, message):
 
 
 def test_missing_schema_version_is_refused():
-    with pytest.raises(EdgeDtmError, match="not a plan"):
+    with pytest.raises(EdgeDtmError, match="schema version None"):
         Plan.from_json({})
+
+
+@pytest.mark.parametrize(
+    ("change", "offence"),
+    [({"type": "Q9"}, "Q9"), ({"type": "Q6_K"}, "256"), ({"zero_share": 1.5}, "zero_share")],
+)
+def test_a_treatment_that_is_none_is_refused(change, offence):
+    data = uniform(COMPONENTS, "Q8_0", 0).to_json()
+    data["components"][1] |= change
+    with pytest.raises(EdgeDtmError, match=rf"components\[1\].*{offence}"):
+        Plan.from_json(data)
 
 
 def test_a_treatment_for_each_component():
