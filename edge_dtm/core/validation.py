@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -63,12 +63,12 @@ def validated(model: type[T], tree: object, source: str, remedy: str) -> T:
         _refuse(error, source, remedy)
 
 
-def check_version(tree: Mapping[str, Any], version: int, source: str) -> None:
-    """EdgeDtmError when tree has another schema version.
+def check_version(tree: object, version: int, source: str) -> None:
+    """EdgeDtmError when tree is no object or has another schema version.
 
     Asked before validated: the fields of another version would only give misleading offences.
     """
-    value = tree.get("schema_version")
+    value = tree.get("schema_version") if isinstance(tree, dict) else None
     if type(value) is not int or value != version:
         raise EdgeDtmError(
             f"{source} has schema version {_shown(value)}, this edge-dtm reads {version}: make it "

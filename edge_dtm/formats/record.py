@@ -92,7 +92,7 @@ class RunSettings(StrictDataclass):
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RunSettings:
         """EdgeDtmError when data is not what to_json wrote."""
-        return validated(cls, dict(data), "the settings of a run", "make the bundle again")
+        return validated(cls, data, "the settings of a run", "make the bundle again")
 
 
 @dataclass(frozen=True)

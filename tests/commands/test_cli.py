@@ -256,7 +256,7 @@ def test_inspect_and_profiles(tiny_bundle: Path, tmp_path: Path) -> None:
 
 def test_recipes_of_what_is_no_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
     assert_error(run("recipe", tmp_path / "none"), "plan.json does not exist")
-    assert_error(run("recipe", tiny_bundle), "not a plan")  # its plan is {}
+    assert_error(run("recipe", tiny_bundle), "the plan")  # it is {}
     plan = {"schema_version": 1, "fixed_bytes": 0, "components": []}
     (tiny_bundle / "plan.json").write_text(json.dumps(plan))
     assert_error(run("recipe", tiny_bundle, "-o", tmp_path / "r"), "no importance vectors")
