@@ -24,7 +24,8 @@ from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.formats.reference import CALIBRATION, HELD_OUT, PADDING, TOP_K, Reference
 from edge_dtm.formats.thresholds import Thresholds
 from edge_dtm.llamacpp import probe_model
-from edge_dtm.llamacpp.runner import LlamaRunner, tokenize
+from edge_dtm.llamacpp.runner import LlamaRunner
+from edge_dtm.llamacpp.vocabulary import tokenize
 
 if TYPE_CHECKING:
     from edge_dtm.formats.plan import Component

@@ -36,7 +36,9 @@ from edge_dtm.formats import bundle as bundles
 from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.formats.reference import HELD_OUT, Reference, load_npz, save_npz
 from edge_dtm.llamacpp import probe_model
-from edge_dtm.llamacpp.runner import LlamaRunner, check_gguf, context_needed
+from edge_dtm.llamacpp.gguf_header import check_gguf
+from edge_dtm.llamacpp.runner import LlamaRunner
+from edge_dtm.llamacpp.schedule import context_needed
 
 TOOL = Path(__file__).resolve().with_name("arm_device")
 DEVICES = ("pi4", "pi5", "i8mm")

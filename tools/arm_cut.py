@@ -39,7 +39,10 @@ from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.formats.reference import HELD_OUT, PADDING, TOP_K, Reference
 from edge_dtm.formats.thresholds import healthy_range, thresholds_from
 from edge_dtm.llamacpp import ggml, probe_model
-from edge_dtm.llamacpp.runner import LlamaRunner, check_gguf, context_needed, tokenize
+from edge_dtm.llamacpp.gguf_header import check_gguf
+from edge_dtm.llamacpp.runner import LlamaRunner
+from edge_dtm.llamacpp.schedule import context_needed
+from edge_dtm.llamacpp.vocabulary import tokenize
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
 MAX_PROMPT_TOKENS = 32  # the emulator reads about ten tokens a second

@@ -73,7 +73,7 @@ from edge_dtm.host.quantize.equalize import EqualizedCheckpoint, input_scale
 from edge_dtm.host.quantize.treat import treated_values
 from edge_dtm.host.settings import Settings
 from edge_dtm.host.trajectory.reference import calibration_rows
-from edge_dtm.llamacpp.runner import _error_text, _last_errors, _library
+from edge_dtm.llamacpp.llama import error_text, last_errors, library
 from edge_dtm.llamacpp.tensors import describe
 from edge_dtm.report.frontier_figure import Point, draw_comparison
 from edge_dtm.report.summary import interval
@@ -273,7 +273,7 @@ class Bench:
         self, name: str, vectors: Vectors | None, checkpoint: Checkpoint, title: str, path: Path
     ) -> None:
         source = self._source(checkpoint)
-        lib = _library()  # sends llama.cpp's log elsewhere
+        lib = library()  # sends llama.cpp's log elsewhere
         params = lib.llama_model_quantize_default_params()
         params.ftype, params.nthread = preset_ftype(name), self.run.threads
         params.allow_requantize = False
@@ -285,14 +285,14 @@ class Bench:
                 entry.data = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
                 entry.size = data.size
             params.imatrix = ctypes.cast(entries, type(params.imatrix))
-        _last_errors.clear()
+        last_errors.clear()
         with self.run.stages(f"{title}: quantize", 1) as advance:
             code = lib.llama_model_quantize(
                 os.fsencode(source), os.fsencode(path), ctypes.byref(params)
             )
             advance(1)
         if code:
-            raise EdgeDtmError(f"llama.cpp could not make a {name} of this model{_error_text()}")
+            raise EdgeDtmError(f"llama.cpp could not make a {name} of this model{error_text()}")
 
     def close(self) -> None:
         """Remove what is large and quick to make again."""
@@ -318,7 +318,7 @@ def array_digest(arrays: Vectors) -> str:
 
 
 def preset_ftype(name: str) -> int:
-    value = getattr(_library(), f"LLAMA_FTYPE_MOSTLY_{name}", None)
+    value = getattr(library(), f"LLAMA_FTYPE_MOSTLY_{name}", None)
     if value is None:
         raise EdgeDtmError(f"llama.cpp has no preset {name!r}; known are Q4_K_M, Q5_K_S, Q8_0, ...")
     return int(value)

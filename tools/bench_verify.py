@@ -37,7 +37,9 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.machine import default_threads
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.formats.reference import HELD_OUT, PADDING, TOP_K, Reference
-from edge_dtm.llamacpp.runner import LlamaRunner, calls, check_gguf, replay_tokens
+from edge_dtm.llamacpp.gguf_header import check_gguf
+from edge_dtm.llamacpp.runner import LlamaRunner
+from edge_dtm.llamacpp.schedule import calls, replay_tokens
 
 FEWEST_GENERATED = 4  # of a sequence that is cut
 

@@ -56,7 +56,8 @@ from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.formats.reference import HELD_OUT, Reference
 from edge_dtm.formats.verdict_file import device_name, read_verdict
 from edge_dtm.llamacpp import memory
-from edge_dtm.llamacpp.runner import calls, check_gguf, context_needed, replay_tokens
+from edge_dtm.llamacpp.gguf_header import check_gguf
+from edge_dtm.llamacpp.schedule import calls, context_needed, replay_tokens
 from edge_dtm.llamacpp.tensors import describe
 from edge_dtm.search.budget import byte_budget
 

@@ -28,7 +28,8 @@ from edge_dtm.formats.reference import HELD_OUT, PADDING, TOP_K, Reference
 from edge_dtm.formats.thresholds import Thresholds
 from edge_dtm.formats.verdict import AgainstHost, Diagnosis, Evidence, KernelCheck, Verdict
 from edge_dtm.llamacpp import ggml, probe_model
-from edge_dtm.llamacpp.runner import LlamaRunner, tokenize
+from edge_dtm.llamacpp.runner import LlamaRunner
+from edge_dtm.llamacpp.vocabulary import tokenize
 
 FILES = ("model.gguf", "reference.npz", "host.npz", "probe.npz", "plan.json", "report.md")
 THRESHOLDS = Thresholds(

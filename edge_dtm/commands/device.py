@@ -102,7 +102,9 @@ def measure(gguf_file: Path, reference: Path, threads: int | None, json_file: Pa
     from edge_dtm.formats import bundle as bundles
     from edge_dtm.formats.record import RunSettings
     from edge_dtm.formats.reference import HELD_OUT, Reference
-    from edge_dtm.llamacpp.runner import LlamaRunner, check_gguf, context_needed, replay_tokens
+    from edge_dtm.llamacpp.gguf_header import check_gguf
+    from edge_dtm.llamacpp.runner import LlamaRunner
+    from edge_dtm.llamacpp.schedule import context_needed, replay_tokens
     from edge_dtm.report.summary import interval
 
     if json_file is not None:

@@ -62,8 +62,8 @@ def bench(
     from edge_dtm.formats.archive import open_bundle
     from edge_dtm.formats.profile import load_profile, packaged_profile
     from edge_dtm.formats.record import RunSettings
+    from edge_dtm.llamacpp.gguf_header import check_gguf
     from edge_dtm.llamacpp.memory import require_memory
-    from edge_dtm.llamacpp.runner import check_gguf
 
     if json_file is not None:
         require_folder_of(json_file, source)

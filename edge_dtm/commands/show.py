@@ -35,7 +35,7 @@ def _print_tensors(path: Path, name: str, json_file: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from edge_dtm.llamacpp.runner import check_gguf
+    from edge_dtm.llamacpp.gguf_header import check_gguf
     from edge_dtm.llamacpp.tensors import describe
     from edge_dtm.report.layer_map import text_table
     from edge_dtm.report.summary import ZEROS_NOTE

@@ -435,7 +435,9 @@ def _child(words: Sequence[str]) -> None:
     # The crash is expected; nobody wants its core file.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     from edge_dtm.formats.record import RunSettings
-    from edge_dtm.llamacpp.runner import LlamaRunner, check_gguf, runtime_info
+    from edge_dtm.llamacpp.gguf_header import check_gguf
+    from edge_dtm.llamacpp.llama import runtime_info
+    from edge_dtm.llamacpp.runner import LlamaRunner
 
     try:
         info = runtime_info()

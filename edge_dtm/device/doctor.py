@@ -35,7 +35,7 @@ from edge_dtm.device.cpu import (
 )
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.llamacpp import memory
-from edge_dtm.llamacpp.runner import check_gguf
+from edge_dtm.llamacpp.gguf_header import check_gguf
 
 SCHEMA_VERSION = 1
 N_CTX = 2048  # as in most of the packaged profiles

@@ -24,8 +24,8 @@ from edge_dtm.device.probe import DECODE_TOKENS, PROMPT_TOKENS, in_child
 from edge_dtm.device.sensors import Sampler, condition, find_power
 from edge_dtm.formats.profile import DeviceProfile
 from edge_dtm.formats.record import RunSettings
-from edge_dtm.llamacpp.gguf_header import kv_bytes_per_token, read_header
-from edge_dtm.llamacpp.runner import LlamaRunner, Timing, check_gguf
+from edge_dtm.llamacpp.gguf_header import check_gguf, kv_bytes_per_token, read_header
+from edge_dtm.llamacpp.runner import LlamaRunner, Timing
 from edge_dtm.search.budget import estimate_decode_tokens_per_s
 
 SCHEMA_VERSION = 1

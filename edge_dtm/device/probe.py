@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.machine import peak_rss_bytes
 from edge_dtm.formats.record import RunSettings
-from edge_dtm.llamacpp.runner import LlamaRunner, check_gguf
+from edge_dtm.llamacpp.gguf_header import check_gguf
+from edge_dtm.llamacpp.runner import LlamaRunner
 
 PROMPT_TOKENS, DECODE_TOKENS = 128, 64
 Answer = TypeVar("Answer")

@@ -34,9 +34,13 @@ from edge_dtm.formats.verdict import (
     Mode,
     Verdict,
 )
-from edge_dtm.llamacpp import probe_model, runner
+from edge_dtm.llamacpp import probe_model
+from edge_dtm.llamacpp.gguf_header import check_gguf
+from edge_dtm.llamacpp.llama import runtime_info
 from edge_dtm.llamacpp.memory import require_memory
 from edge_dtm.llamacpp.runner import LlamaRunner
+from edge_dtm.llamacpp.schedule import context_needed, replay_tokens
+from edge_dtm.llamacpp.vocabulary import tokenize
 
 SPEED_PROMPT_TOKENS, SPEED_DECODE_TOKENS = 128, 32
 
@@ -92,7 +96,7 @@ def verify(bundle_path: Path, options: Options, progress: Progress | None = None
     with open_bundle(Path(bundle_path), trusted=options.trusted) as bundle:
         bundle.check(_counter(progress, "check", bundle.size_bytes))
         model = bundle.path(bundles.MODEL)
-        runner.check_gguf(model)
+        check_gguf(model)
         reference, host, probe = _load(bundle)
         noise_floor = bundle.manifest.noise_floor(bundle.source)
         # All but the threads as on the host: these settings can change an argmax.
@@ -100,7 +104,7 @@ def verify(bundle_path: Path, options: Options, progress: Progress | None = None
             RunSettings.from_json(host.settings),
             threads=options.threads or machine.default_threads(),
         )
-        context = max(runner.context_needed(reference), SPEED_PROMPT_TOKENS + SPEED_DECODE_TOKENS)
+        context = max(context_needed(reference), SPEED_PROMPT_TOKENS + SPEED_DECODE_TOKENS)
         # One thread has the same kernels, and a busy machine is quicker with it.
         cpu.first_decode_in_child(replace(settings, threads=1))
         require_memory(model, settings, context)
@@ -178,7 +182,7 @@ def verify(bundle_path: Path, options: Options, progress: Progress | None = None
                 "peak_rss_bytes": machine.peak_rss_bytes(),
             },
             settings=settings.to_json(),
-            runtime=runner.runtime_info(),
+            runtime=runtime_info(),
             kernels_compared=compared,
             notes=_notes(options, replayed, in_bundle, asked, thresholds),
         )
@@ -204,7 +208,7 @@ def _replay(
 ) -> _Replayed:
     rows = np.arange(min(options.max_sequences or len(reference), len(reference)))
     part = reference.rows(rows)
-    count = _counter(progress, "replay", runner.replay_tokens(part))
+    count = _counter(progress, "replay", replay_tokens(part))
     if options.mode == "generate":
         record = llama.greedy(part, count)
         return _Replayed(rows, record, np.zeros(record.ids.shape))
@@ -231,7 +235,7 @@ def _teacher_forced(
 def _compare(
     llama: LlamaRunner, reference: Reference, record: Record, progress: Progress | None
 ) -> KernelsCompared:
-    count = _counter(progress, "replay without repacking", runner.replay_tokens(reference))
+    count = _counter(progress, "replay without repacking", replay_tokens(reference))
     other, kl = _teacher_forced(llama, reference, record, count)
     lengths = reference.generated_lengths
     counted = np.arange(kl.shape[1])[None, :] < lengths[:, None]
@@ -323,7 +327,7 @@ def _which_moved(mode: Mode, asked: Thresholds, applied: Thresholds) -> str:
 
 def check_tokens(model: Path, reference: Reference) -> None:
     """EdgeDtmError unless llama.cpp makes the reference's prompt ids from its texts."""
-    made = runner.tokenize(model, [str(text) for text in reference.texts], add_special=True)
+    made = tokenize(model, [str(text) for text in reference.texts])
     wrong = [row for row, ids in enumerate(made) if ids != reference.prompt(row)]
     if wrong:
         row = wrong[0]

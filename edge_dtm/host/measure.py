@@ -18,7 +18,8 @@ from edge_dtm.host import export
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
 from edge_dtm.host.checkpoint.pre_tokenizer import PROBE_TEXTS, tokenization_mismatches
 from edge_dtm.host.values import Encoded, Measurement, NoiseFloor, Run
-from edge_dtm.llamacpp.runner import LlamaRunner, context_needed, replay_tokens
+from edge_dtm.llamacpp.runner import LlamaRunner
+from edge_dtm.llamacpp.schedule import context_needed, replay_tokens
 
 RECORD: Kind[Record] = Kind("record", ".npz", Record.load, lambda record, path: record.save(path))
 NEAR_TIE_PERCENTILE = 95

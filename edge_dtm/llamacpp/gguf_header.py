@@ -102,6 +102,18 @@ def read_header(path: Path) -> Header:
     return Header(path, size, values, tuple(tensors))
 
 
+def check_gguf(path: Path) -> None:
+    """EdgeDtmError, in one line, unless path is a whole GGUF file of a Llama model.
+
+    llama.cpp may abort the process on a broken file, so this looks first: magic, version 3 in
+    little endian, every tensor's data inside the file, architecture llama. Only the head is read:
+    nothing of the weights is in memory afterwards.
+    """
+    name = read_header(path).architecture
+    if name != "llama":
+        raise EdgeDtmError(f"{path} has the architecture {name!r}; edge-dtm reads llama only")
+
+
 def kv_bytes_per_token(header: Header, kv_type: str) -> int:
     """Bytes of the KV cache of one token over all layers, in the GGML type kv_type.
 

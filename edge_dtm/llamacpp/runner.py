@@ -1,24 +1,15 @@
-"""Replays token sequences through llama.cpp and notes its argmaxes and top logits.
-
-llama_cpp and gguf are imported on first use, so that importing this module stays cheap.
-"""
+"""Replays token sequences through llama.cpp and records its argmaxes and top logits."""
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
-import platform
-import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,35 +17,11 @@ import numpy.typing as npt
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.record import Mode, Record, RunSettings
 from edge_dtm.formats.reference import PADDING, TOP_K, Reference
-from edge_dtm.llamacpp.gguf_header import read_header
+from edge_dtm.llamacpp import llama
+from edge_dtm.llamacpp.schedule import Step, calls, chunks, prompt_steps, steps_of
 
-LOG_VARIABLE = "EDGE_DTM_LLAMA_LOG"
-Progress = Callable[[int], None]
+Advance = Callable[[int], None]
 Observer = Callable[[int, int, npt.NDArray[np.float32]], None]
-
-BEGINNING_TOKENS = 16  # those that sequences are sorted by, so that neighbours begin alike
-_LOG_LEVEL_ERROR, _LOG_LEVEL_CONTINUE = 4, 5  # enum ggml_log_level
-_last_errors: deque[str] = deque(maxlen=3)
-
-
-class _Step(NamedTuple):
-    """One token of a decode call; slot: its sequence in the KV cache; row: of the reference; target:
-    its index in the generated tokens, -1 if its logits are not wanted."""
-
-    token: int
-    position: int
-    slot: int = 0
-    row: int = 0
-    target: int = -1
-
-
-class Feed(NamedTuple):
-    """A sequence in a call. slot: where in the KV cache; kept: how many of its tokens, from the
-    first on, lie there already, from the sequence before."""
-
-    row: int
-    slot: int
-    kept: int
 
 
 @dataclass(frozen=True)
@@ -88,7 +55,7 @@ class LlamaRunner:
         self.path = Path(path)
         self.settings = settings
         self.context_tokens = context_tokens
-        lib = _library()
+        lib = llama.library()
         self._lib = lib
         if context_tokens < 1:
             raise EdgeDtmError(f"context_tokens is {context_tokens}, needs to be 1 or more")
@@ -96,7 +63,7 @@ class LlamaRunner:
         if kv_type is None:
             raise EdgeDtmError(f"{settings.kv_type!r} is no GGML type; take F16 as kv_type")
         try:
-            self._model = _load_model(self.path, repack=settings.repack)
+            self._model = llama.load_model(self.path, repack=settings.repack)
             params = lib.llama_context_default_params()
             # In a cache of its own each sequence has the same place as if it ran alone, and with it
             # the same order of summation: the answer does not depend on its neighbours.
@@ -114,12 +81,12 @@ class LlamaRunner:
             params.type_k = params.type_v = kv_type
             params.offload_kqv = params.op_offload = False
             params.no_perf = True
-            _last_errors.clear()
+            llama.last_errors.clear()
             self._context = lib.llama_init_from_model(self._model, params)
             if not self._context:
                 raise EdgeDtmError(
                     f"{self.path}: llama.cpp made no context of {params.n_ctx} tokens"
-                    f"{_error_text()}; lower the context or change kv_type"
+                    f"{llama.error_text()}; lower the context or change kv_type"
                 )
             self._batch = lib.llama_batch_init(settings.batch_tokens, 0, 1)
             size = (settings.batch_tokens,)
@@ -164,7 +131,7 @@ class LlamaRunner:
     def teacher_forced(
         self,
         reference: Reference,
-        progress: Progress | None = None,
+        progress: Advance | None = None,
         observe: Observer | None = None,
     ) -> Record:
         """Feed the reference's own tokens and note the argmax at every generated position.
@@ -177,7 +144,7 @@ class LlamaRunner:
         EdgeDtmError when a sequence does not fit the context or the vocabulary.
         """
         self._check(reference)
-        out = _Arrays(reference)
+        out = _RecordArrays(reference)
         seconds, count = 0.0, 0
         self._lib.llama_memory_clear(self._memory, False)
         width, most = self.settings.sequences_per_call, self.settings.batch_tokens
@@ -186,9 +153,9 @@ class LlamaRunner:
             for feed in call:
                 if not self._lib.llama_memory_seq_rm(self._memory, feed.slot, feed.kept, -1):
                     raise EdgeDtmError(f"{self.path}: llama.cpp cannot shorten its KV cache")
-                steps += self._steps(reference, feed)
+                steps += steps_of(reference, feed)
             kept = sum(feed.kept for feed in call)
-            for chunk in _chunks(steps, most):
+            for chunk in chunks(steps, most):
                 seconds += self._decode(chunk)
                 count += len(chunk)
                 for i, step in enumerate(chunk):
@@ -203,20 +170,20 @@ class LlamaRunner:
                 kept = 0
         return out.record("teacher_forced", _rate(count, seconds), math.nan, self.settings)
 
-    def greedy(self, reference: Reference, progress: Progress | None = None) -> Record:
+    def greedy(self, reference: Reference, progress: Advance | None = None) -> Record:
         """Decode greedily behind each prompt, one token a call, as often as the reference did.
 
         EOS does not stop it: the reference's length does, which already ends at its own EOS.
         progress and errors as in teacher_forced.
         """
         self._check(reference)
-        out = _Arrays(reference)
+        out = _RecordArrays(reference)
         seconds, count = [0.0, 0.0], [0, 0]  # prefill, decode
         for row in range(len(reference)):
             self._lib.llama_memory_clear(self._memory, False)
             prompt = reference.prompt(row)
-            steps = _prompt_steps(prompt)
-            for chunk in _chunks(steps, self.settings.batch_tokens):
+            steps = prompt_steps(prompt)
+            for chunk in chunks(steps, self.settings.batch_tokens):
                 seconds[0] += self._decode(chunk)
                 count[0] += len(chunk)
                 last = len(chunk) - 1
@@ -224,7 +191,7 @@ class LlamaRunner:
                     progress(len(chunk))
             token = out.note(row, 0, self._logits(last), None)
             for target in range(1, int(reference.generated_lengths[row])):
-                seconds[1] += self._decode([_Step(token, len(prompt) + target - 1, target=target)])
+                seconds[1] += self._decode([Step(token, len(prompt) + target - 1, target=target)])
                 count[1] += 1
                 token = out.note(row, target, self._logits(0), None)
                 if progress:
@@ -260,11 +227,11 @@ class LlamaRunner:
         random = np.random.default_rng(0)
         ids = random.integers(0, self.n_vocab, prompt_tokens + decode_tokens).tolist()
         # As in use: logits only behind the last prompt token and behind each decoded one.
-        steps = _prompt_steps(ids[:prompt_tokens])
-        prefill = sum(self._decode(c) for c in _chunks(steps, self.settings.batch_tokens))
+        steps = prompt_steps(ids[:prompt_tokens])
+        prefill = sum(self._decode(c) for c in chunks(steps, self.settings.batch_tokens))
         behind = range(prompt_tokens, len(ids))
         with during or nullcontext():
-            decode = [self._decode([_Step(ids[at], at, target=0)]) for at in behind]
+            decode = [self._decode([Step(ids[at], at, target=0)]) for at in behind]
         return Timing(prompt_tokens, prefill, tuple(decode))
 
     def set_threads(self, threads: int) -> None:
@@ -288,17 +255,7 @@ class LlamaRunner:
                     f"{self.n_vocab}: model and reference do not belong together"
                 )
 
-    @staticmethod
-    def _steps(reference: Reference, feed: Feed) -> list[_Step]:
-        row, slot, kept = feed
-        tokens = reference.prompt(row) + reference.generated(row)[:-1]
-        first = int(reference.prompt_lengths[row]) - 1
-        return [
-            _Step(tokens[i], i, slot, row, i - first if i >= first else -1)
-            for i in range(kept, len(tokens))
-        ]
-
-    def _decode(self, steps: Sequence[_Step]) -> float:
+    def _decode(self, steps: Sequence[Step]) -> float:
         """Run one call and return its seconds."""
         n = len(steps)
         batch = self._batch
@@ -308,7 +265,7 @@ class LlamaRunner:
         for i, step in enumerate(steps):
             batch.seq_id[i][0] = step.slot
         batch.n_tokens = n
-        _last_errors.clear()
+        llama.last_errors.clear()
         start = time.perf_counter()
         code = self._lib.llama_decode(self._context, batch)
         # llama_decode may return before the work is done on some backends.
@@ -316,7 +273,7 @@ class LlamaRunner:
         seconds = time.perf_counter() - start
         if code:
             raise EdgeDtmError(
-                f"{self.path}: llama.cpp failed to decode (code {code}){_error_text()}"
+                f"{self.path}: llama.cpp failed to decode (code {code}){llama.error_text()}"
             )
         return seconds
 
@@ -324,11 +281,11 @@ class LlamaRunner:
         """A view of the logits at one place of the last call, valid until the next call."""
         pointer = self._lib.llama_get_logits_ith(self._context, index)
         if not pointer:
-            raise EdgeDtmError(f"{self.path}: llama.cpp gave no logits{_error_text()}")
+            raise EdgeDtmError(f"{self.path}: llama.cpp gave no logits{llama.error_text()}")
         return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
 
 
-class _Arrays:
+class _RecordArrays:
     """A record in the making."""
 
     def __init__(self, reference: Reference) -> None:
@@ -391,176 +348,6 @@ def summarize(
     order = np.lexsort((candidates, -logits[candidates]))[:TOP_K]
     ids = candidates[order]
     return ids, logits[ids], normalizer
-
-
-def calls(reference: Reference, batch_tokens: int, sequences: int) -> Iterator[list[Feed]]:
-    """The sequences of each call; each row is in one call.
-
-    As many as `sequences` share a call if they fit into batch_tokens; one that is longer has a
-    call of its own, to be fed in chunks. Tokens that the slot's sequence before began with stay in
-    the cache, up to where logits are wanted; so neighbours should begin alike (a chat template's
-    beginning is fed once a slot) and have about one length, since llama.cpp feeds equal lengths at
-    once.
-    """
-    fed = [reference.prompt(row) + reference.generated(row)[:-1] for row in range(len(reference))]
-    held: list[list[int]] = [[] for _ in range(sequences)]
-    order = sorted(range(len(fed)), key=lambda row: (fed[row][:BEGINNING_TOKENS], len(fed[row])))
-    call: list[Feed] = []
-    size = 0
-    for row in order:
-        kept = _kept(reference, row, held[len(call) % sequences], fed[row])
-        if call and (len(call) == sequences or size + len(fed[row]) - kept > batch_tokens):
-            yield call
-            call, size = [], 0
-            kept = _kept(reference, row, held[0], fed[row])
-        held[len(call)] = fed[row]
-        call.append(Feed(row, len(call), kept))
-        size += len(fed[row]) - kept
-    if call:
-        yield call
-
-
-def _kept(reference: Reference, row: int, held: Sequence[int], tokens: Sequence[int]) -> int:
-    """How many tokens in front of the first wanted logits a slot that holds `held` has already."""
-    first = int(reference.prompt_lengths[row]) - 1
-    pairs = zip(held, tokens[:first], strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(held), first))
-
-
-def _prompt_steps(prompt: Sequence[int]) -> list[_Step]:
-    last = len(prompt) - 1
-    return [_Step(token, i, target=0 if i == last else -1) for i, token in enumerate(prompt)]
-
-
-def replay_tokens(reference: Reference) -> int:
-    """Tokens that teacher_forced or greedy feeds, the total that progress adds up to."""
-    return int(
-        reference.prompt_lengths.sum(dtype=np.int64)
-        + reference.generated_lengths.sum(dtype=np.int64)
-        - len(reference)
-    )
-
-
-def context_needed(reference: Reference) -> int:
-    """Tokens of the longest sequence, prompt and generated ones together."""
-    lengths = reference.prompt_lengths.astype(np.int64) + reference.generated_lengths
-    return int(lengths.max()) if len(reference) else 1
-
-
-def tokenize(path: Path, texts: Sequence[str], add_special: bool = True) -> list[list[int]]:
-    """Token ids of each text by the GGUF's own vocabulary; no weights are loaded.
-
-    Special tokens spelled out in a text become one id each. add_special: also put what the model
-    itself asks for (BOS, EOS) around each text. EdgeDtmError when the file cannot be loaded.
-    """
-    lib = _library()
-    model = _load_model(Path(path), vocab_only=True, repack=False)
-    try:
-        vocab = lib.llama_model_get_vocab(model)
-        result = []
-        for text in texts:
-            data = text.encode()
-            # A token covers at least a byte, but for those that are put around and in front.
-            size = len(data) + 16
-            buffer = (lib.llama_token * size)()
-            count = lib.llama_tokenize(vocab, data, len(data), buffer, size, add_special, True)
-            if count < 0:
-                buffer = (lib.llama_token * -count)()
-                count = lib.llama_tokenize(
-                    vocab, data, len(data), buffer, len(buffer), add_special, True
-                )
-            if count < 0:
-                raise EdgeDtmError(f"{path}: llama.cpp cannot tokenize a text of {len(data)} bytes")
-            result.append([int(token) for token in buffer[:count]])
-        return result
-    finally:
-        lib.llama_model_free(model)
-
-
-def check_gguf(path: Path) -> None:
-    """EdgeDtmError, in one line, unless path is a whole GGUF file of a Llama model.
-
-    llama.cpp may abort the process on a broken file, so this looks first: magic, version 3 in
-    little endian, every tensor's data inside the file, architecture llama. Only the head is read:
-    nothing of the weights is in memory afterwards.
-    """
-    name = read_header(path).architecture
-    if name != "llama":
-        raise EdgeDtmError(f"{path} has the architecture {name!r}; edge-dtm reads llama only")
-
-
-def runtime_info() -> dict[str, Any]:
-    """Versions and machine: what one needs to know to explain a different argmax."""
-    import llama_cpp
-
-    lib = _library()
-    return {
-        "llama_cpp_python": llama_cpp.__version__,
-        "system_info": lib.llama_print_system_info().decode(errors="replace").strip(),
-        "cpus": os.cpu_count() or 1,
-        "machine": platform.machine(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-    }
-
-
-@cache
-def _library() -> Any:
-    """llama_cpp's low-level module, its log redirected; the callback lives as long as the cache."""
-    try:
-        from llama_cpp import llama_cpp as lib
-    except ImportError as error:
-        raise EdgeDtmError(
-            f"llama-cpp-python cannot be imported ({error}): pip install llama-cpp-python"
-        ) from None
-    last_level = 0
-
-    def log(level: int, text: bytes, user_data: object) -> None:
-        nonlocal last_level
-        last_level = last_level if level == _LOG_LEVEL_CONTINUE else level
-        line = text.decode(errors="replace")
-        if last_level == _LOG_LEVEL_ERROR and line.strip():
-            _last_errors.append(" ".join(line.split()))
-        if os.environ.get(LOG_VARIABLE) == "1":
-            sys.stderr.write(line)
-
-    module: Any = lib
-    callback = module.llama_log_callback(log)
-    module.llama_log_set(callback, ctypes.c_void_p(0))
-    module.edge_dtm_log_callback = callback  # ctypes does not keep it alive
-    module.llama_backend_init()
-    return module
-
-
-def _load_model(path: Path, *, vocab_only: bool = False, repack: bool) -> Any:
-    lib = _library()
-    # Whoever else loaded a model in this process may have redirected the log since.
-    lib.llama_log_set(lib.edge_dtm_log_callback, ctypes.c_void_p(0))
-    params = lib.llama_model_default_params()
-    params.n_gpu_layers = 0
-    params.vocab_only = vocab_only
-    params.use_extra_bufts = repack
-    # Repacked weights are copies: with the file mapped both would count, twice the model at the
-    # peak. Without repacking the map is the cheapest, since the system may drop its pages.
-    if hasattr(params, "load_mode"):
-        params.load_mode = lib.LLAMA_LOAD_MODE_NONE if repack else lib.LLAMA_LOAD_MODE_MMAP
-    else:  # llama-cpp-python before 0.3.36
-        params.use_mmap = not repack
-    _last_errors.clear()
-    model = lib.llama_model_load_from_file(os.fsencode(path), params)
-    if not model:
-        reason = _error_text() or " (set EDGE_DTM_LLAMA_LOG=1 to see its log)"
-        raise EdgeDtmError(f"{path}: llama.cpp cannot load the model{reason}")
-    return model
-
-
-def _error_text() -> str:
-    return f" ({'; '.join(_last_errors)})" if _last_errors else ""
-
-
-def _chunks(steps: Sequence[_Step], size: int) -> Iterator[Sequence[_Step]]:
-    for start in range(0, len(steps), size):
-        yield steps[start : start + size]
 
 
 def _rate(count: int, seconds: float) -> float:

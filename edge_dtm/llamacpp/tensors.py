@@ -17,7 +17,7 @@ _SHOWN_FROM = 0.05
 
 
 @dataclass(frozen=True)
-class TensorInfo:
+class TensorSummary:
     """zero_share: exact zeros over all weights, None where the type hides it."""
 
     name: str
@@ -44,7 +44,7 @@ class TensorInfo:
         return asdict(self)
 
 
-def describe(path: Path) -> list[TensorInfo]:
+def describe(path: Path) -> list[TensorSummary]:
     """All tensors of a GGUF in file order; shapes are (rows, row_length)."""
     out = []
     for t in read_header(path).tensors:
@@ -55,5 +55,5 @@ def describe(path: Path) -> list[TensorInfo]:
             )
             values = ggml.dequantize(t.type, raw, shape[1])
             zeros = 1 - np.count_nonzero(values) / values.size
-        out.append(TensorInfo(t.name, t.type, shape, t.size_bytes, zeros))
+        out.append(TensorSummary(t.name, t.type, shape, t.size_bytes, zeros))
     return out

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import ctypes
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.llamacpp import llama
 
-_LOG_LEVEL_ERROR = 4  # enum ggml_log_level
 # enum llama_token_attr: unknown, control, user-defined; text is split at such tokens.
 _SPLITTING = 1 | 8 | 16
-_PRE_KEY = b"tokenizer.ggml.pre"
 
 
 class LlamaVocab:
@@ -26,23 +24,8 @@ class LlamaVocab:
     """
 
     def __init__(self, path: Path, *, pre: str | None = None) -> None:
-        import llama_cpp.llama_cpp as library
-
-        self._lib: Any = library
-        params = self._lib.llama_model_default_params()
-        params.vocab_only = True
-        params.n_gpu_layers = 0
-        overrides = (self._lib.llama_model_kv_override * 2)()  # an empty key ends the list
-        if pre is not None:
-            overrides[0].key = _PRE_KEY
-            overrides[0].tag = self._lib.LLAMA_KV_OVERRIDE_TYPE_STR
-            overrides[0].value.val_str = pre.encode()
-            params.kv_overrides = overrides
-        with _quiet(self._lib) as errors:
-            self._model = self._lib.llama_model_load_from_file(os.fsencode(path), params)
-        if not self._model:
-            why = errors[0] if errors else "no reason given"
-            raise EdgeDtmError(f"llama.cpp cannot read the tokenizer of {path}: {why}")
+        self._lib: Any = llama.library()
+        self._model = llama.load_model(path, vocab_only=True, pre=pre)
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self.n_tokens: int = int(self._lib.llama_vocab_n_tokens(self._vocab))
 
@@ -87,16 +70,14 @@ class LlamaVocab:
         """Token ids; special tokens in the text are parsed, BOS and EOS added as the file says."""
         data = text.encode("utf-8")
         room = len(data) + 8
-        # Quiet, for it warns of every text that begins with BOS.
-        with _quiet(self._lib):
-            for _ in range(2):
-                ids = (self._lib.llama_token * room)()
-                count = self._lib.llama_tokenize(
-                    self._vocab, data, len(data), ids, room, add_special, True
-                )
-                if count >= 0:
-                    return list(ids[:count])
-                room = -count
+        for _ in range(2):
+            ids = (self._lib.llama_token * room)()
+            count = self._lib.llama_tokenize(
+                self._vocab, data, len(data), ids, room, add_special, True
+            )
+            if count >= 0:
+                return list(ids[:count])
+            room = -count
         raise EdgeDtmError(f"llama.cpp cannot tokenize {text[:40]!r}")
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -126,23 +107,19 @@ class LlamaVocab:
             room = -count
         raise EdgeDtmError(f"llama.cpp cannot turn token {token} into text")
 
+    def texts(self, tokens: Sequence[int]) -> list[str]:
+        """One text a token, which joined are the whole.
 
-@contextmanager
-def _quiet(lib: Any) -> Iterator[list[str]]:
-    """Collects llama.cpp's error lines and drops the rest; the former log comes back after."""
-    errors: list[str] = []
+        A character that takes several tokens belongs to its last one. An id beyond the vocabulary
+        is shown as a number.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        known = range(self.n_tokens)
+        pieces = [self._piece(t) if t in known else f"[{t}]".encode() for t in tokens]
+        return [decoder.decode(p, final=i == len(pieces) - 1) for i, p in enumerate(pieces)]
 
-    def note(level: int, text: bytes, _user_data: Any) -> None:
-        if level == _LOG_LEVEL_ERROR:
-            errors.append(text.decode("utf-8", errors="replace").strip())
 
-    callback = lib.llama_log_callback(note)
-    former, user_data = lib.llama_log_callback(), ctypes.c_void_p()
-    # Older builds cannot say what the log was; a NULL callback then means stderr, their default.
-    if hasattr(lib, "llama_log_get"):
-        lib.llama_log_get(ctypes.byref(former), ctypes.byref(user_data))
-    lib.llama_log_set(callback, ctypes.c_void_p(0))
-    try:
-        yield errors
-    finally:
-        lib.llama_log_set(former, user_data)
+def tokenize(path: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text by the GGUF's own vocabulary, with the BOS and EOS it asks for."""
+    with LlamaVocab(path) as vocabulary:
+        return [vocabulary.encode(text) for text in texts]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from edge_dtm.formats.record import Record
 from edge_dtm.formats.reference import Reference
-from edge_dtm.llamacpp.token_text import TokenTexts
+from edge_dtm.llamacpp.vocabulary import LlamaVocab
 from edge_dtm.report.numbers import plural
 
 PROMPT_CHARACTERS = 700  # of a long prompt; its end is what the answer goes on from
@@ -119,7 +119,7 @@ def chosen(
 
     record: the answers to reference; first, divergent: as in chosen_rows.
     """
-    vocabulary = TokenTexts(model)
+    vocabulary = LlamaVocab(model)
     fed = record.mode == "teacher_forced"
     examples = []
     for title, row in chosen_rows(first, divergent if fed else np.zeros_like(divergent)):

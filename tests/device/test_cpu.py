@@ -36,7 +36,7 @@ from edge_dtm.device.cpu import (
     x86_features,
 )
 from edge_dtm.formats.record import RunSettings
-from edge_dtm.llamacpp.runner import runtime_info
+from edge_dtm.llamacpp.llama import runtime_info
 
 ROOT = Path(__file__).resolve().parents[2]
 # As printed by llama.cpp on this kind of machine.

@@ -42,7 +42,8 @@ from edge_dtm.device.detect import (
 )
 from edge_dtm.formats.profile import DeviceProfile, list_profiles, load_profile
 from edge_dtm.llamacpp import ggml
-from edge_dtm.llamacpp.runner import check_gguf, runtime_info
+from edge_dtm.llamacpp.gguf_header import check_gguf
+from edge_dtm.llamacpp.llama import runtime_info
 from edge_dtm.search.budget import byte_budget
 
 PI5 = Cpu(

@@ -25,7 +25,7 @@ from edge_dtm.formats.verdict import (
     Verdict,
 )
 from edge_dtm.formats.verdict_file import problems
-from edge_dtm.llamacpp.runner import runtime_info
+from edge_dtm.llamacpp.llama import runtime_info
 
 GOOD_KERNEL = KernelCheck("Q8_0", "plain", 1, 2e-3, "blk.0.attn_q", True)
 BAD_KERNEL = KernelCheck("Q4_K", "repacked", 32, 0.7, "blk.1.ffn_down", False)

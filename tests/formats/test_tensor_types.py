@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import ALL_TYPES, Component, Plan, Treatment, uniform
 from edge_dtm.formats.tensor_types import quantize_command, tensor_type_file, write_tensor_types
-from edge_dtm.llamacpp.runner import _library
+from edge_dtm.llamacpp.llama import library
 
 LAYERS, HIDDEN, FFN, VOCAB = 12, 256, 512, 40
 TYPES = (*ALL_TYPES, "F32", "BF16")
@@ -180,7 +180,7 @@ def write_source(path, parts, layers):
 
 def llama_quantize(source, target, command, patterns):
     """llama.cpp's library, called as llama-quantize calls it for this command line."""
-    lib = _library()
+    lib = library()
     params = lib.llama_model_quantize_default_params()
     file_type = shlex.split(command)[-1]
     prefix = "LLAMA_FTYPE_ALL_" if file_type == "F32" else "LLAMA_FTYPE_MOSTLY_"

@@ -5,8 +5,6 @@ the arithmetic it is compared with.
 """
 
 import ctypes
-import dataclasses
-import json
 import subprocess
 import sys
 
@@ -18,7 +16,8 @@ from hypothesis import strategies as st
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.llamacpp import ggml, kernels
-from edge_dtm.llamacpp.kernels import Cpu, activations, check_kernels, check_rows, decode, worst
+from edge_dtm.llamacpp.ggml_cpu import CpuBackend
+from edge_dtm.llamacpp.kernels import activations, check_kernels, check_rows, decode
 
 BLOCKS_OF_32 = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")
 BLOCKS_OF_256 = ("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS")
@@ -36,9 +35,13 @@ def matrix(type_name, rows=ROWS, row_length=ROW_LENGTH, seed=0):
 
 
 def write_gguf(path, tensors):
-    """tensors: name -> (type name, rows, row_length)."""
+    """tensors: name -> (type name, rows, row_length), or None for a norm."""
     writer = gguf.GGUFWriter(path, "llama")
-    for seed, (name, (kind, rows, row_length)) in enumerate(tensors.items()):
+    for seed, (name, shape) in enumerate(tensors.items()):
+        if shape is None:
+            writer.add_tensor(name, np.ones(32, dtype=np.float32))
+            continue
+        kind, rows, row_length = shape
         data = matrix(kind, rows, row_length, seed)
         plain = {"F32": np.float32, "F16": np.float16}.get(kind)
         if plain is not None:
@@ -63,18 +66,17 @@ def mixed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cpu():
-    with Cpu(1) as cpu:
+    with CpuBackend(1) as cpu:
         yield cpu
 
 
 def test_this_machine_is_healthy_for_every_type(mixed):
     results = check_kernels(mixed, 2)
     assert {r.type for r in results} == set(TYPES)
-    assert all(r.ok for r in results), worst(results)
+    assert all(r.ok for r in results), [r for r in results if not r.ok]
     for kind in TYPES:
         plain = [r.columns for r in results if r.type == kind and r.path == "plain"]
         assert plain == list(kernels.COLUMNS)
-    assert worst(results).relative_error > 0  # of a float sum that is not exact
     # Rounding of float32 alone, far below the limit: the activations lost nothing.
     assert max(r.relative_error for r in results if r.type != "F16") < 1e-6
 
@@ -157,7 +159,7 @@ def test_a_wrong_type_is_found(cpu, told, meant):
 
 def test_a_fault_of_one_layout_or_column_count_is_named(mixed, monkeypatch):
     """As issue 22011 of llama.cpp: one kernel of many is wrong."""
-    multiply = Cpu._multiply
+    multiply = CpuBackend._multiply
 
     def faulty(self, weights, fill, rows, x):
         product = multiply(self, weights, fill, rows, x)
@@ -165,16 +167,15 @@ def test_a_fault_of_one_layout_or_column_count_is_named(mixed, monkeypatch):
             product[3, 7] *= 1.01
         return product
 
-    monkeypatch.setattr(Cpu, "_multiply", faulty)
+    monkeypatch.setattr(CpuBackend, "_multiply", faulty)
     results = check_kernels(mixed, 1)
     wrong = [r for r in results if not r.ok]
     assert {(r.type, r.columns) for r in wrong} == {(kind, 5) for kind in BLOCKS_OF_256}
-    assert worst(results) in wrong
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_no_number_is_never_ok(mixed, monkeypatch, value):
-    multiply = Cpu._multiply
+    multiply = CpuBackend._multiply
 
     def faulty(self, weights, fill, rows, x):
         product = multiply(self, weights, fill, rows, x)
@@ -182,11 +183,9 @@ def test_what_is_no_number_is_never_ok(mixed, monkeypatch, value):
             product[0, 0] = value
         return product
 
-    monkeypatch.setattr(Cpu, "_multiply", faulty)
+    monkeypatch.setattr(CpuBackend, "_multiply", faulty)
     results = check_kernels(mixed, 1)
     assert not any(r.ok for r in results)
-    text = json.dumps(results[0].to_json(), allow_nan=False)
-    assert json.loads(text)["relative_error"] is None
 
 
 def test_a_row_of_zeros_must_give_zeros(cpu):
@@ -226,22 +225,6 @@ def test_activations_survive_the_rounding_of_k_quants(cpu):
             np.testing.assert_array_equal(scale * steps.astype(np.float32), wanted)
 
 
-def test_matrices_are_where_gguf_py_finds_them(cpu, mixed, tiny_gguf):
-    for path in (mixed, tiny_gguf):
-        wanted = [
-            kernels.Matrix(
-                t.name.removesuffix(".weight"),
-                t.tensor_type.name,
-                int(t.shape[1]),
-                int(t.shape[0]),
-                int(t.data_offset),
-            )
-            for t in gguf.GGUFReader(path).tensors
-            if len(t.shape) == 2
-        ]
-        assert cpu.matrices(path) == wanted
-
-
 @pytest.mark.parametrize("rows", [1, 7, 255, 256, 257, 1000, 49152, 49153])
 def test_rows_are_few_distinct_and_divide_as_the_whole(rows):
     chosen = kernels._some_rows(rows)
@@ -270,15 +253,6 @@ def test_sums_in_half_precision_stay_within_the_tolerance_of_f16(row_length, lan
     assert kernels._relative_error(0 * product, exact, scale[None]) > 10 * error
 
 
-def test_worst_weighs_the_error_against_its_tolerance(mixed):
-    one = check_kernels(mixed, 1)[0]
-    strict = dataclasses.replace(one, relative_error=5e-6, tolerance=1e-5)
-    loose = dataclasses.replace(one, relative_error=9e-5, tolerance=1e-3)
-    assert worst([loose, strict]) == strict
-    with pytest.raises(ValueError, match="empty"):
-        worst([])
-
-
 def test_ggml_says_nothing_and_its_log_is_given_back(mixed):
     code = (
         "import sys\n"
@@ -291,7 +265,7 @@ def test_ggml_says_nothing_and_its_log_is_given_back(mixed):
         [sys.executable, "-c", code, str(mixed)], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    with Cpu(1) as cpu:
+    with CpuBackend(1) as cpu:
         before, after = ctypes.c_void_p(), ctypes.c_void_p()
         user_data = ctypes.c_void_p()
         cpu._lib.ggml_log_get(ctypes.byref(before), ctypes.byref(user_data))
@@ -301,25 +275,14 @@ def test_ggml_says_nothing_and_its_log_is_given_back(mixed):
         assert before.value == after.value
 
 
-def test_files_that_cannot_be_checked_are_told(tmp_path):
-    bad = tmp_path / "bad.gguf"
-    bad.write_bytes(b"GGUF" + bytes(40))
-    with pytest.raises(EdgeDtmError, match="cannot be read as GGUF"):
-        check_kernels(bad, 1)
-    with pytest.raises(EdgeDtmError, match="cannot be read as GGUF"):
-        check_kernels(tmp_path / "none.gguf", 1)
+def test_files_that_cannot_be_checked(tmp_path):
     cut = write_gguf(tmp_path / "cut.gguf", {"output.weight": ("Q8_0", 64, 64)})
     cut.write_bytes(cut.read_bytes()[:-2000])
-    with pytest.raises(EdgeDtmError, match="is truncated in output: copy it again"):
+    with pytest.raises(EdgeDtmError, match="truncated"):
         check_kernels(cut, 1)
-    writer = gguf.GGUFWriter(tmp_path / "norms.gguf", "llama")
-    writer.add_tensor("output_norm.weight", np.ones(32, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    norms = write_gguf(tmp_path / "norms.gguf", {"output_norm.weight": None})
     with pytest.raises(EdgeDtmError, match="no weight matrix"):
-        check_kernels(tmp_path / "norms.gguf", 1)
+        check_kernels(norms, 1)
 
 
 def test_a_type_that_gguf_py_cannot_decode_is_told():

@@ -18,8 +18,9 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.machine import Room, room
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.llamacpp import memory
+from edge_dtm.llamacpp.llama import LOG_VARIABLE
 from edge_dtm.llamacpp.memory import Need, need, require_memory
-from edge_dtm.llamacpp.runner import LOG_VARIABLE, LlamaRunner
+from edge_dtm.llamacpp.runner import LlamaRunner
 
 VOCABULARY = 303
 ONE = RunSettings(threads=1, batch_tokens=64, parallel_sequences=1)

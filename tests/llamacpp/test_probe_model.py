@@ -11,7 +11,8 @@ from conftest import THRESHOLDS
 from edge_dtm.core.metrics import top_kl
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.llamacpp import probe_model
-from edge_dtm.llamacpp.runner import LlamaRunner, check_gguf
+from edge_dtm.llamacpp.gguf_header import check_gguf
+from edge_dtm.llamacpp.runner import LlamaRunner
 
 SETTINGS = RunSettings(threads=1)
 # Host and device agree on the model because both make these numbers. Where this test fails numpy's

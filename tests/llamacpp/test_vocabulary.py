@@ -1,4 +1,4 @@
-"""Texts of tokens, against llama.cpp's own pieces."""
+"""The vocabulary of a GGUF: ids of texts, and texts of ids."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.llamacpp.token_text import TokenTexts
-from edge_dtm.llamacpp.vocabulary import LlamaVocab
+from edge_dtm.llamacpp.vocabulary import LlamaVocab, tokenize
 
 WORDS = ["Ġhello", "ĊĊ", "ðŁĺ", "naÃ¯ve", "<|im_start|>", "<0x41>"]
 
@@ -48,46 +47,42 @@ def bpe_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _same_as_llama(path: Path) -> TokenTexts:
-    found = TokenTexts(path)
-    with LlamaVocab(path) as vocabulary:
-        assert len(found) == vocabulary.n_tokens
-        for token in range(len(found)):
-            assert found.piece(token) == vocabulary._piece(token), token
-    return found
-
-
 def test_sentencepiece(tiny_gguf: Path) -> None:
-    found = _same_as_llama(tiny_gguf)
+    text = "naïve 😀 abc"
     with LlamaVocab(tiny_gguf) as vocabulary:
-        text = "naïve 😀 abc"
         ids = vocabulary.encode(text, add_special=False)
-    assert "".join(found.texts(ids)).removeprefix(" ") == text
+        assert "".join(vocabulary.texts(ids)).removeprefix(" ") == text
 
 
 def test_byte_level(bpe_gguf: Path) -> None:
-    found = _same_as_llama(bpe_gguf)
-    assert {found.piece(i) for i in range(256)} == {bytes([b]) for b in range(256)}
+    with LlamaVocab(bpe_gguf) as vocabulary:
+        assert {vocabulary._piece(i) for i in range(256)} == {bytes([b]) for b in range(256)}
+        special = 256 + WORDS.index("<|im_start|>")
+        assert vocabulary.texts([256, special]) == [" hello", "<|im_start|>"]
 
 
-def test_a_character_of_several_tokens_belongs_to_the_last(tiny_gguf: Path) -> None:
-    found = TokenTexts(tiny_gguf)
+def test_texts_of_parts_of_a_character_and_of_ids_beyond(tiny_gguf: Path) -> None:
     bytes_of = [3 + b for b in "ï".encode()]  # <0x00> is token 3
-    assert found.texts([*bytes_of, 3 + ord("x")]) == ["", "ï", "x"]
-    assert found.texts(bytes_of[:1]) == ["\ufffd"]
+    with LlamaVocab(tiny_gguf) as vocabulary:
+        assert vocabulary.texts([*bytes_of, 3 + ord("x")]) == ["", "ï", "x"]
+        assert vocabulary.texts(bytes_of[:1]) == ["\ufffd"]
+        n = vocabulary.n_tokens
+        assert vocabulary.texts([n, -5]) == [f"[{n}]", "[-5]"]
 
 
-def test_ids_beyond_the_vocabulary(tiny_gguf: Path) -> None:
-    found = TokenTexts(tiny_gguf)
-    n = len(found)
-    assert found.texts([n, -5]) == [f"[{n}]", "[-5]"]
-    for token in (n, -1):
-        with pytest.raises(IndexError):
-            found.piece(token)
+def test_tokenize(tiny_gguf: Path) -> None:
+    bos, eos = 1, 2
+    ids = tokenize(tiny_gguf, ["", "</s>", "é\n", "a b", "😀" * 1000])
+    assert ids[:2] == [[bos], [bos, eos]]
+    assert ids[2][-3:] == [3 + byte for byte in "é\n".encode()]
+    assert ids[3][0] == bos and len(ids[3]) == 3
+    assert len(ids[4]) > 4000
+    with LlamaVocab(tiny_gguf) as vocabulary:
+        assert vocabulary.encode("</s>", add_special=False) == [eos]
 
 
 def test_a_damaged_file(tiny_gguf: Path, tmp_path: Path) -> None:
     path = tmp_path / "cut.gguf"
     path.write_bytes(tiny_gguf.read_bytes()[:5000])
-    with pytest.raises(EdgeDtmError, match="truncated"):
-        TokenTexts(path)
+    with pytest.raises(EdgeDtmError):
+        LlamaVocab(path)

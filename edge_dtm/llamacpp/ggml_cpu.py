@@ -1,0 +1,218 @@
+"""ggml's CPU backend, called directly: single matrix products in each layout of the weights."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.formats import ggml_types
+from edge_dtm.llamacpp import ggml
+from edge_dtm.llamacpp.llama import LOG_VARIABLE
+
+_CPU_DEVICE = 0  # enum ggml_backend_dev_type
+
+
+class _InitParams(ctypes.Structure):
+    """struct ggml_init_params"""
+
+    _fields_ = [
+        ("mem_size", ctypes.c_size_t),
+        ("mem_buffer", ctypes.c_void_p),
+        ("no_alloc", ctypes.c_bool),
+    ]
+
+
+_POINTER, _INT, _LONG, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_backend_load_all_from_path": (None, [ctypes.c_char_p]),
+    "ggml_backend_dev_by_type": (_POINTER, [_INT]),
+    "ggml_backend_dev_init": (_POINTER, [_POINTER, ctypes.c_char_p]),
+    "ggml_backend_dev_backend_reg": (_POINTER, [_POINTER]),
+    "ggml_backend_dev_buffer_type": (_POINTER, [_POINTER]),
+    "ggml_backend_dev_supports_op": (ctypes.c_bool, [_POINTER, _POINTER]),
+    "ggml_backend_reg_get_proc_address": (_POINTER, [_POINTER, ctypes.c_char_p]),
+    "ggml_backend_buft_name": (ctypes.c_char_p, [_POINTER]),
+    "ggml_backend_alloc_ctx_tensors_from_buft": (_POINTER, [_POINTER, _POINTER]),
+    "ggml_backend_buffer_free": (None, [_POINTER]),
+    "ggml_backend_free": (None, [_POINTER]),
+    "ggml_backend_graph_compute": (_INT, [_POINTER, _POINTER]),
+    "ggml_backend_tensor_set": (None, [_POINTER, _POINTER, _SIZE, _SIZE]),
+    "ggml_backend_tensor_get": (None, [_POINTER, _POINTER, _SIZE, _SIZE]),
+    "ggml_init": (_POINTER, [_InitParams]),
+    "ggml_free": (None, [_POINTER]),
+    "ggml_new_tensor_2d": (_POINTER, [_POINTER, _INT, _LONG, _LONG]),
+    "ggml_mul_mat": (_POINTER, [_POINTER, _POINTER, _POINTER]),
+    "ggml_new_graph": (_POINTER, [_POINTER]),
+    "ggml_build_forward_expand": (None, [_POINTER, _POINTER]),
+    "ggml_tensor_overhead": (_SIZE, []),
+    "ggml_graph_overhead": (_SIZE, []),
+}
+
+_SILENCE = ctypes.CFUNCTYPE(None, _INT, ctypes.c_char_p, _POINTER)(lambda level, text, data: None)
+
+
+class CpuBackend:
+    """ggml's CPU backend, used as llama.cpp uses it: weights in a kind of buffer, then a graph.
+
+    A context manager, which frees it.
+    """
+
+    def __init__(self, threads: int) -> None:
+        """EdgeDtmError when the library has no CPU backend."""
+        base = Path(ggml.library()._name)
+        # The registry; dlsym on its handle also finds what is in the libraries it links.
+        registry = base.with_name(base.name.replace("ggml-base", "ggml"))
+        try:
+            self._lib: Any = ctypes.CDLL(str(registry))
+            for name, (result, arguments) in _FUNCTIONS.items():
+                function = getattr(self._lib, name)
+                function.restype, function.argtypes = result, arguments
+        except (OSError, AttributeError) as error:
+            raise EdgeDtmError(
+                f"ggml cannot be used directly ({error}): reinstall llama-cpp-python"
+            ) from None
+        device = self._lib.ggml_backend_dev_by_type(_CPU_DEVICE)
+        if not device:
+            # A build whose CPU backends are plug-ins beside the library.
+            self._lib.ggml_backend_load_all_from_path(str(base.parent).encode())
+            device = self._lib.ggml_backend_dev_by_type(_CPU_DEVICE)
+        if not device:
+            raise EdgeDtmError("ggml has no CPU backend: reinstall llama-cpp-python")
+        self._device = device
+        self._backend = self._lib.ggml_backend_dev_init(device, None)
+        if set_threads := self._procedure("ggml_backend_set_n_threads"):
+            ctypes.CFUNCTYPE(None, _POINTER, _INT)(set_threads)(self._backend, max(1, threads))
+        self._plain_type = self._lib.ggml_backend_dev_buffer_type(device)
+        self.plain = self._name(self._plain_type)
+
+    def __enter__(self) -> CpuBackend:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lib.ggml_backend_free(self._backend)
+
+    def products(
+        self, type_name: str, data: ggml.ByteArray, x: ggml.FloatArray, columns: Sequence[int]
+    ) -> Iterator[tuple[str, int, ggml.FloatArray]]:
+        """ggml's products of the rows with the first columns of x, in each layout there is.
+
+        data: uint8 (rows, row_bytes); x: float32 (max(columns), row_length). Yields the layout's
+        buffer name, the number of columns and float32 (number, rows).
+        """
+        for buffer_type in (self._plain_type, *self._extra_types()):
+            with self._weights(buffer_type, type_name, data, x.shape[1]) as (tensor, fill):
+                for number in columns:
+                    product = self._multiply(tensor, fill, len(data), x[:number])
+                    if product is not None:
+                        yield self._name(buffer_type), number, product
+
+    def _name(self, buffer_type: int) -> str:
+        return str(self._lib.ggml_backend_buft_name(buffer_type).decode())
+
+    def _procedure(self, name: str) -> int | None:
+        registry = self._lib.ggml_backend_dev_backend_reg(self._device)
+        address: int | None = self._lib.ggml_backend_reg_get_proc_address(registry, name.encode())
+        return address
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """ggml says on stderr what it repacks; the log is the process's, so it is given back."""
+        if os.environ.get(LOG_VARIABLE) == "1" or not hasattr(self._lib, "ggml_log_get"):
+            yield
+            return
+        callback, user_data = _POINTER(), _POINTER()
+        self._lib.ggml_log_get(ctypes.byref(callback), ctypes.byref(user_data))
+        self._lib.ggml_log_set(_SILENCE, None)
+        try:
+            yield
+        finally:
+            self._lib.ggml_log_set(callback, user_data)
+
+    def _extra_types(self) -> list[int]:
+        """Kinds of buffer that repack weights; none where the CPU has no use for it."""
+        address = self._procedure("ggml_backend_dev_get_extra_bufts")
+        if not address:
+            return []
+        get = ctypes.CFUNCTYPE(ctypes.POINTER(_POINTER), _POINTER)(address)
+        pointers, types = get(self._device), list[int]()
+        while pointers and pointers[len(types)]:  # ends with a null pointer
+            types.append(int(pointers[len(types)]))
+        return types
+
+    @contextmanager
+    def _context(self, tensors: int) -> Iterator[int]:
+        size = tensors * self._lib.ggml_tensor_overhead() + self._lib.ggml_graph_overhead()
+        context = self._lib.ggml_init(_InitParams(size, None, True))
+        try:
+            yield context
+        finally:
+            self._lib.ggml_free(context)
+
+    @contextmanager
+    def _weights(
+        self, buffer_type: int, type_name: str, data: ggml.ByteArray, row_length: int
+    ) -> Iterator[tuple[int, Callable[[], None]]]:
+        """A weight tensor in that kind of buffer, and what copies (and repacks) the bytes to it."""
+        data = np.ascontiguousarray(data)
+        with self._context(1) as context:
+            kind = int(ggml_types.ggml_type(type_name))
+            tensor = self._lib.ggml_new_tensor_2d(context, kind, row_length, len(data))
+            buffer = self._lib.ggml_backend_alloc_ctx_tensors_from_buft(context, buffer_type)
+            if not buffer:
+                raise EdgeDtmError("no memory to check the kernels: close other programs")
+            filled = False
+
+            def fill() -> None:
+                nonlocal filled
+                if not filled:
+                    with self._quiet():
+                        self._lib.ggml_backend_tensor_set(tensor, data.ctypes.data, 0, data.nbytes)
+                filled = True
+
+            try:
+                yield tensor, fill
+            finally:
+                self._lib.ggml_backend_buffer_free(buffer)
+
+    def _multiply(
+        self, weights: int, fill: Callable[[], None], rows: int, x: ggml.FloatArray
+    ) -> ggml.FloatArray | None:
+        """The product, or None where this kind of buffer has no layout for such weights."""
+        lib = self._lib
+        with self._context(4) as context:
+            inputs = lib.ggml_new_tensor_2d(
+                context, int(ggml_types.ggml_type("F32")), *x.shape[::-1]
+            )
+            outputs = lib.ggml_mul_mat(context, weights, inputs)
+            if not lib.ggml_backend_dev_supports_op(self._device, outputs):
+                return None
+            graph = lib.ggml_new_graph(context)
+            lib.ggml_build_forward_expand(graph, outputs)
+            buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(context, self._plain_type)
+            if not buffer:
+                raise EdgeDtmError("no memory to check the kernels: close other programs")
+            try:
+                fill()
+                x = np.ascontiguousarray(x)
+                lib.ggml_backend_tensor_set(inputs, x.ctypes.data, 0, x.nbytes)
+                status = lib.ggml_backend_graph_compute(self._backend, graph)
+                if status:
+                    raise EdgeDtmError(f"ggml could not multiply a matrix (status {status})")
+                out = np.empty((len(x), rows), dtype=np.float32)
+                lib.ggml_backend_tensor_get(outputs, out.ctypes.data, 0, out.nbytes)
+                return out
+            finally:
+                lib.ggml_backend_buffer_free(buffer)
