@@ -278,7 +278,7 @@ def test_ggufs_that_cannot_be_used(tmp_path: Path, bpe_folder: Path) -> None:
     with pytest.raises(EdgeDtmError, match="holds no tokenizer"):
         GgufTokenizer.from_gguf(bare)
     tokenizer = HfTokenizer.from_folder(bpe_folder, VOCAB_SIZE)
-    with pytest.raises(EdgeDtmError, match=r"llama\.cpp cannot read the tokenizer"):
+    with pytest.raises(EdgeDtmError, match=r"llama\.cpp cannot load the model"):
         tokenization_mismatches(tokenizer, junk, ["a"])
 
 
