@@ -19,7 +19,8 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.metrics import divergent_mask, share_of_divergent_tokens
 from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.formats.reference import PADDING, TOP_K, Reference
-from edge_dtm.llamacpp import llama, runner, schedule
+from edge_dtm.llamacpp import runner, schedule
+from edge_dtm.llamacpp.llama import runtime_info
 from edge_dtm.llamacpp.runner import LlamaRunner
 
 
@@ -281,7 +282,7 @@ def test_other_weights_give_another_answer(
 
 def test_machine_facts() -> None:
     assert 10 * 2**20 < machine.peak_rss_bytes() < 2**40
-    info = llama.runtime_info()
+    info = runtime_info()
     assert info["llama_cpp_python"]
     assert info["system_info"]
     assert info["cpus"] >= machine.default_threads() >= 1
