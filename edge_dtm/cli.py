@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from edge_dtm import __version__
-from edge_dtm.commands import device, doctor, host, pack, performance, profiles, show
+from edge_dtm.commands import compress, device, doctor, pack, performance, plan, profiles, show
 from edge_dtm.commands.common import EXIT_ERROR, EXIT_USAGE, EXIT_VERIFIED_AND_FAILED, Bytes
 from edge_dtm.core.errors import EdgeDtmError
 
@@ -61,6 +61,6 @@ def run() -> None:
     shielded(lambda: main(prog_name="edge-dtm"))
 
 
-for _module in (host, pack, device, doctor, performance, show, profiles):
+for _module in (compress, plan, pack, device, doctor, performance, show, profiles):
     for _command in _module.COMMANDS:
         main.add_command(_command)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import pkgutil
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edge_dtm.core import strict_json
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.files import write_whole
+
+if TYPE_CHECKING:
+    from edge_dtm.formats.profile import DeviceProfile
 
 EXIT_ERROR, EXIT_USAGE, EXIT_VERIFIED_AND_FAILED = 1, 2, 3
 PATH = click.Path(path_type=Path)
@@ -57,6 +64,42 @@ class Types(click.ParamType[tuple[str, ...]]):
                 ctx,
             )
         return names
+
+
+class Profile(click.ParamType["DeviceProfile"]):
+    """A device profile: the name of a packaged one, or a .toml file."""
+
+    name = "profile"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> DeviceProfile:
+        from edge_dtm.formats.profile import load_profile
+
+        return load_profile(str(value))
+
+
+def grouped(**classes: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Hand the options of a command over as dataclasses.
+
+    grouped(goal="package.module:Goal") gathers the options that are fields of Goal into one
+    argument, `goal`. An option that is None leaves the field's default. The module is imported
+    when the command runs.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(*arguments: Any, **options: Any) -> None:
+            groups = {}
+            for name, path in classes.items():
+                group = pkgutil.resolve_name(path)
+                own = {f.name: options.pop(f.name) for f in fields(group) if f.name in options}
+                groups[name] = group(**{k: v for k, v in own.items() if v is not None})
+            command(*arguments, **options, **groups)
+
+        return run
+
+    return decorate
 
 
 def folder_bytes(folder: Path) -> int:

@@ -1,0 +1,204 @@
+"""Command of the host: compress a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from edge_dtm.commands.common import PATH, Bytes, Profile, Types, grouped
+from edge_dtm.core.errors import EdgeDtmError
+
+if TYPE_CHECKING:
+    from edge_dtm.host.settings import Goal, Method, Source
+
+# What an experiment of arXiv 2311.01544 sets, as defaults of the options.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # As the paper rounds: neither scales nor feedback.
+    "paper-int8": {"types": "F16,Q8_0", "int8_share": 0.8, "feedback": False, "equalize": False},
+    "paper-sparse": {"types": "F16", "sparsity": 0.75, "distill_steps": 500, "sparsity_steps": 4},
+}
+
+
+def _set_defaults(ctx: click.Context, parameter: click.Parameter, preset: str | None) -> str | None:
+    if preset is not None:
+        ctx.default_map = dict(PRESETS[preset])
+    return preset
+
+
+def _default_model(ctx: click.Context, parameter: click.Parameter, model: Path | None) -> Path:
+    from edge_dtm.core.paths import default_model_dir
+
+    if model is not None:
+        return model
+    model = default_model_dir()
+    if not model.is_dir():
+        raise EdgeDtmError(
+            f"no MODEL given and {model} is not there: run python tools/make_smollm2.py, or "
+            "give an HF checkpoint folder or a .gguf file"
+        )
+    return model
+
+
+@click.command()
+@click.argument("model", type=PATH, required=False, callback=_default_model)
+@click.option("-o", "--output", type=PATH, required=True, help="Folder of the bundle.")
+@click.option("--prompts", type=PATH, help="Text lines, or JSONL with `prompt` or `messages`.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(2, 4096),
+    default=96,
+    show_default=True,
+    help="Greedy tokens for each prompt, at most.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--imatrix", type=PATH, help="Use these importance vectors from llama-imatrix.")
+@click.option(
+    "--profile",
+    type=Profile(),
+    default="raspberrypi",
+    show_default=True,
+    help="Device profile: a name or a .toml file.",
+)
+@click.option(
+    "--max-bytes", type=Bytes(), help="Limit of the file size, instead of the profile's: N, NM, NG."
+)
+@click.option(
+    "--max-sdt",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Make the smallest file with at most this SDT (0.02 is 2 %).",
+)
+@click.option(
+    "--min-fdt",
+    type=click.FloatRange(0, min_open=True),
+    help="Make the smallest file with at least this mean FDT, in tokens.",
+)
+@click.option(
+    "--types",
+    type=Types(),
+    help="GGML types to choose from, separated by commas [default: all but Q3_K].",
+)
+@click.option(
+    "--sparsity",
+    type=click.FloatRange(0, 0.94),  # 95 % is the most a row may have, rounded to whole weights
+    default=0.0,
+    help="Share of zeros in the block matrices, on average.",
+)
+@click.option(
+    "--sparsity-steps",
+    type=click.IntRange(1, 50),
+    default=1,
+    show_default=True,
+    help="Reach --sparsity in so many steps, with --distill after each.",
+)
+@click.option(
+    "--mask-score",
+    type=click.Choice(["activation", "saliency", "magnitude"]),
+    default="activation",
+    show_default=True,
+    help="What decides which weights of a row become zero.",
+)
+@click.option(
+    "--sequential-pruning/--no-sequential-pruning",
+    "--in-order/--no-in-order",
+    "sequential_pruning",
+    default=True,
+    show_default=True,
+    help="Fit matrices with zeros layer by layer, each to the output of the pruned layers before.",
+)
+@click.option(
+    "--distill",
+    "--recover",
+    "distill_steps",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="STEPS",
+    help="Train the compressed model on the original's own text. Masks and grids stay.",
+)
+@click.option(
+    "--feedback/--no-feedback",
+    default=True,
+    show_default=True,
+    help="Error feedback: rounding a weight corrects the errors of those rounded before.",
+)
+@click.option(
+    "--equalize/--no-equalize",
+    default=True,
+    show_default=True,
+    help="Scale channels, without changing the function, so that rounding does less harm.",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    is_eager=True,  # it sets the defaults of the other options
+    callback=_set_defaults,
+    help="An experiment of arXiv 2311.01544; see docs/sparsity.md.",
+)
+@click.option(
+    "--int8-share",
+    type=click.FloatRange(0, 1),
+    help="With --preset paper-int8: share of the matrices in Q8_0, the rest in F16 [default: 0.8].",
+)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+@click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Continue where an earlier run stopped.",
+)
+@click.pass_context
+@grouped(
+    source="edge_dtm.host.settings:Source",
+    goal="edge_dtm.host.settings:Goal",
+    method="edge_dtm.host.settings:Method",
+)
+def compress(
+    ctx: click.Context,
+    output: Path,
+    preset: str | None,
+    resume: bool,
+    source: Source,
+    goal: Goal,
+    method: Method,
+) -> None:
+    """Compress MODEL, an HF folder or a GGUF, into a bundle with one GGUF file.
+
+    Measures how sensitive every matrix is, chooses a GGML type for each, and checks the result in
+    llama.cpp. Without MODEL: SmolLM2-135M-Instruct, as tools/make_smollm2.py makes it."""
+    from edge_dtm.core.progress import Stages
+
+    _require_fitting(ctx, preset, goal)
+    if method.sparsity_steps > 1 and not (goal.sparsity and method.distill_steps):
+        if ctx.get_parameter_source("sparsity_steps") is not ParameterSource.DEFAULT_MAP:
+            raise click.UsageError("--sparsity-steps needs --sparsity and --distill")
+        method = replace(method, sparsity_steps=1)
+    goal = replace(goal, unlimited=preset is not None and goal.max_bytes is None)
+    # torch is imported only now, after all that can be wrong in the command line.
+    from edge_dtm.host.compress import compress as run
+    from edge_dtm.host.settings import Settings
+
+    run(Settings(output, source, goal, method, resume), Stages())
+
+
+def _require_fitting(ctx: click.Context, preset: str | None, goal: Goal) -> None:
+    """UsageError for options that do not go together."""
+    target = goal.max_sdt is not None or goal.min_fdt is not None
+    own_types = ctx.get_parameter_source("types") is ParameterSource.COMMANDLINE
+    if preset is not None and (target or own_types):
+        raise click.UsageError("--preset sets the types; it takes no --types and no target")
+    if preset != "paper-int8" and goal.int8_share is not None:
+        raise click.UsageError("--int8-share goes with --preset paper-int8")
+    if preset == "paper-int8" and goal.sparsity:
+        raise click.UsageError("--sparsity goes with --preset paper-sparse")
+    if goal.sparsity and target:
+        raise click.UsageError("--sparsity goes with a size, not with --max-sdt or --min-fdt")
+
+
+COMMANDS = (compress,)
