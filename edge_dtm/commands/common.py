@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,19 @@ class Profile(click.ParamType["DeviceProfile"]):
         from edge_dtm.formats.profile import load_profile
 
         return load_profile(str(value))
+
+
+class TrustedKeys(click.ParamType["Mapping[str, Any]"]):
+    """A folder of .pub files, read: key id -> public key."""
+
+    name = "path"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Mapping[str, Any]:
+        from edge_dtm.formats.signing import load_trusted
+
+        return load_trusted(Path(value))
 
 
 def grouped(**classes: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

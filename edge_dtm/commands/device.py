@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from edge_dtm.commands.common import EXIT_VERIFIED_AND_FAILED, PATH, require_folder_of, write_json
+from edge_dtm.commands.common import (
+    EXIT_VERIFIED_AND_FAILED,
+    PATH,
+    TrustedKeys,
+    grouped,
+    require_folder_of,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from edge_dtm.device.verify import Options
 
 
 @click.command()
@@ -18,6 +28,7 @@ from edge_dtm.commands.common import EXIT_VERIFIED_AND_FAILED, PATH, require_fol
     type=click.Choice(["teacher-forced", "generate"]),
     default="teacher-forced",
     show_default=True,
+    callback=lambda ctx, parameter, mode: mode.replace("-", "_"),
     help="teacher-forced: read the original's text; generate: decode one token a call.",
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores].")
@@ -38,42 +49,30 @@ from edge_dtm.commands.common import EXIT_VERIFIED_AND_FAILED, PATH, require_fol
 )
 @click.option(
     "--trusted-keys",
-    type=PATH,
+    "trusted",
+    type=TrustedKeys(),
     help="Folder of .pub files. Refuse a bundle that none of these keys signed.",
 )
 @click.option("--json", "json_file", type=PATH, help="Also write the verdict as JSON.")
 @click.option(
     "--record", type=PATH, help="Also write this device's answers, for `report --record`."
 )
-def verify(
-    bundle: Path,
-    mode: str,
-    trusted_keys: Path | None,
-    json_file: Path | None,
-    record: Path | None,
-    **options: Any,
-) -> None:
+@grouped(options="edge_dtm.device.verify:Options")
+def verify(bundle: Path, json_file: Path | None, record: Path | None, options: Options) -> None:
     """Replay the original's answers on this device: PASS (exit status 0) or FAIL (3).
 
     BUNDLE is a folder or a packed file."""
     from edge_dtm.core.machine import return_freed_buffers
     from edge_dtm.core.progress import Stages
-    from edge_dtm.device.verify import Options
     from edge_dtm.device.verify import verify as run
-    from edge_dtm.formats.signing import load_trusted
     from edge_dtm.report.verdict_table import print_verdict
 
-    chosen = Options(
-        mode="generate" if mode == "generate" else "teacher_forced",
-        trusted=None if trusted_keys is None else load_trusted(trusted_keys),
-        **options,
-    )
     for path in (json_file, record):
         if path is not None:
             require_folder_of(path, bundle)
     return_freed_buffers()
     with Stages().several() as progress:
-        verified = run(bundle, chosen, progress)
+        verified = run(bundle, options, progress)
     print_verdict(verified.verdict)
     if json_file is not None:
         write_json(json_file, verified.verdict.to_json())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
-from edge_dtm.commands.common import PATH, Bytes, folder_bytes, require_outside
+from edge_dtm.commands.common import PATH, Bytes, TrustedKeys, folder_bytes, require_outside
 
 
 @click.command()
@@ -61,22 +63,24 @@ def pack(bundle: Path, output: Path | None, key_file: Path | None, program: str 
 @click.option("-o", "--output", type=PATH, help="The folder to make [default: FILE without .edge].")
 @click.option(
     "--trusted-keys",
-    type=PATH,
+    "trusted",
+    type=TrustedKeys(),
     help="Folder of .pub files. Refuse a file that none of these keys signed.",
 )
 @click.option(
     "--max-unpacked-bytes", type=Bytes(), help="Refuse what unpacks to more: N, NK, NM or NG."
 )
 def unpack(
-    file: Path, output: Path | None, trusted_keys: Path | None, max_unpacked_bytes: int | None
+    file: Path,
+    output: Path | None,
+    trusted: Mapping[str, Any] | None,
+    max_unpacked_bytes: int | None,
 ) -> None:
     """Check a packed bundle and make a folder of it."""
     from edge_dtm.core.progress import Stages
     from edge_dtm.formats.archive import SUFFIX
     from edge_dtm.formats.archive import unpack as run
-    from edge_dtm.formats.signing import load_trusted
 
-    trusted = load_trusted(trusted_keys) if trusted_keys else None
     name = file.name.removesuffix(SUFFIX)
     target = output or file.resolve().parent / (name if name != file.name else f"{name}.bundle")
     with Stages()("Unpacking", 0) as advance:
