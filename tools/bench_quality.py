@@ -68,8 +68,9 @@ from edge_dtm.host import export
 from edge_dtm.host.blocks.activations import Activations
 from edge_dtm.host.blocks.sensitivity import component_costs, edge_costs
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
+from edge_dtm.host.checkpoint.equalized import EqualizedCheckpoint
 from edge_dtm.host.compress import Measured, Pipeline
-from edge_dtm.host.quantize.equalize import EqualizedCheckpoint, input_scale
+from edge_dtm.host.quantize.equalize import input_scale
 from edge_dtm.host.quantize.treat import treated_values
 from edge_dtm.host.settings import Settings
 from edge_dtm.host.trajectory.reference import calibration_rows

@@ -46,10 +46,10 @@ from edge_dtm.host.blocks.capture import BATCH_SEQUENCES
 from edge_dtm.host.blocks.encoded import EncodedStore
 from edge_dtm.host.blocks.sensitivity import component_costs
 from edge_dtm.host.checkpoint.checkpoint import to_hf_rows
+from edge_dtm.host.checkpoint.equalized import EqualizedCheckpoint
 from edge_dtm.host.checkpoint.model import load_model, module_name
 from edge_dtm.host.compress import Pipeline
 from edge_dtm.host.quantize.activations import activation_kind, round_activations
-from edge_dtm.host.quantize.equalize import EqualizedCheckpoint
 from edge_dtm.host.quantize.treat import treated_values
 from edge_dtm.host.settings import Settings
 from edge_dtm.host.trajectory.reference import calibration_rows

@@ -38,7 +38,7 @@ from edge_dtm.host.blocks.fit import ROW_STEP
 from edge_dtm.host.distill.distill import DistillSettings
 from edge_dtm.host.distill.trained import distillation_bytes as needed_bytes
 from edge_dtm.host.quantize.activations import activation_kind
-from edge_dtm.host.quantize.error_feedback import DESCENT_SWEEPS, ROW_GROUPS
+from edge_dtm.host.quantize.gptq import DESCENT_SWEEPS, ROW_GROUPS
 from edge_dtm.llamacpp import ggml
 
 # Measured seconds over counted seconds, SmolLM2-135M on two x86-64 cores (docs/time.md).

@@ -33,10 +33,11 @@ from edge_dtm.formats.reference import PACKAGED, Reference, load_imatrix
 from edge_dtm.host.blocks import jobs
 from edge_dtm.host.blocks.encoded import EncodedStore
 from edge_dtm.host.blocks.jobs import read_costs
+from edge_dtm.host.blocks.scales import load_scales
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
+from edge_dtm.host.checkpoint.equalized import EqualizedCheckpoint
 from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.measure import RECORD, noise_floor
-from edge_dtm.host.quantize.equalize import EqualizedCheckpoint, load_scales
 from edge_dtm.host.quantize.treat import treat
 from edge_dtm.host.trajectory import generate
 from edge_dtm.host.trajectory import reference as trajectory

@@ -16,12 +16,13 @@ from safetensors.numpy import save_file
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import uniform
+from edge_dtm.host.blocks.scales import find_scales
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
 from edge_dtm.host.checkpoint.edited import EditedCheckpoint, write_edited
+from edge_dtm.host.checkpoint.equalized import EqualizedCheckpoint
 from edge_dtm.host.checkpoint.model import load_model, module_name
 from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.export import export_gguf, fixed_bytes
-from edge_dtm.host.quantize.equalize import EqualizedCheckpoint, find_scales
 
 CPU = torch.device("cpu")
 CHANGED = ("blk.0.attn_q.weight", "blk.1.ffn_down.weight", "blk.2.ffn_norm.weight")

@@ -17,10 +17,12 @@ from edge_dtm.formats.plan import CANDIDATE_TYPES, Plan, Treatment
 from edge_dtm.host.blocks.encoded import EncodedStore, takes_feedback
 from edge_dtm.host.blocks.fit import component_importance, edge_feedback
 from edge_dtm.host.blocks.sensitivity import edge_costs
+from edge_dtm.host.checkpoint.equalized import EqualizedCheckpoint
 from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.export import export_gguf, fixed_bytes
-from edge_dtm.host.quantize.equalize import EqualizedCheckpoint, sites
-from edge_dtm.host.quantize.error_feedback import Feedback, compensate, second_moments
+from edge_dtm.host.quantize.equalize import sites
+from edge_dtm.host.quantize.gptq import gptq_quantize
+from edge_dtm.host.quantize.hessian import DampedHessian, input_hessian
 from edge_dtm.host.quantize.treat import treat
 
 Array = np.ndarray[Any, Any]
@@ -31,15 +33,15 @@ def _vector(n: int) -> Array:
     return np.random.default_rng(n).uniform(0.1, 2, n).astype(np.float32)
 
 
-def _feedback(made: Made, name: str) -> Feedback:
+def _feedback(made: Made, name: str) -> DampedHessian:
     x = torch.from_numpy(made.calibration.inputs(name))
-    return Feedback(second_moments(x, None), 0.3)
+    return DampedHessian(input_hessian(x, None), 0.3)
 
 
 def _blocks(made: Made, name: str, kind: str = "Q4_0") -> tuple[Array, Array]:
     """Bytes and values, rows as Hugging Face orders them."""
     w = torch.from_numpy(made.weights(name))
-    ((data, values),) = compensate(w, [kind], _feedback(made, name))
+    ((data, values),) = gptq_quantize(w, [kind], _feedback(made, name))
     return data, values.numpy()
 
 
@@ -142,7 +144,7 @@ def test_of_the_ends_the_measured_rows_are_shipped(
     assert len(types) > 3
     shipped.save_component(name, importance, types, feedback)
     rows = np.random.default_rng(0).permutation(len(weights))[:300]  # any, cut otherwise
-    measured = compensate(torch.from_numpy(weights[rows]), types, feedback)
+    measured = gptq_quantize(torch.from_numpy(weights[rows]), types, feedback)
     for kind, (data, _) in zip(types, measured, strict=True):
         found = shipped.encoded(component, Treatment(kind))
         assert found.shape == (component.rows, ggml_types.row_bytes(kind, component.row_length))

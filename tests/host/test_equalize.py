@@ -20,29 +20,31 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import uniform
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.formats.reference import CALIBRATION, Reference, save_npz
+from edge_dtm.host.blocks import scales as module
 from edge_dtm.host.blocks.costs import SAME_LOGITS
+from edge_dtm.host.blocks.scales import (
+    STRENGTHS,
+    find_scales,
+    load_scales,
+    logit_difference,
+    save_scales,
+    top_logits,
+)
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
 from edge_dtm.host.checkpoint.config import ModelConfig
+from edge_dtm.host.checkpoint.equalized import EqualizedCheckpoint
 from edge_dtm.host.checkpoint.model import load_model
 from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.export import export_gguf, fixed_bytes
-from edge_dtm.host.quantize import equalize as module
 from edge_dtm.host.quantize.activations import round_activations
 from edge_dtm.host.quantize.equalize import (
     LARGEST,
     SMALLEST,
-    STRENGTHS,
-    EqualizedCheckpoint,
     Scales,
     channel_scales,
-    find_scales,
     input_scale,
-    load_scales,
-    logit_difference,
     output_scale,
-    save_scales,
     sites,
-    top_logits,
 )
 from edge_dtm.host.trajectory.generate import generate_reference
 from edge_dtm.host.trajectory.prompts import Prompt

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from edge_dtm.formats import ggml_types
 from edge_dtm.formats.plan import SPARSE_LEVELS, SPARSE_TYPES, Treatment
-from edge_dtm.host.quantize.error_feedback import Feedback, second_moments
+from edge_dtm.host.quantize.hessian import DampedHessian, input_hessian
 from edge_dtm.host.quantize.masks import SCORES, fit_masks, kept_weights, prune_scores, refit
 from edge_dtm.llamacpp import ggml
 
@@ -26,25 +26,25 @@ def _moments(random: Generator, n: int) -> torch.Tensor:
     """Second moments of inputs with correlated columns of different sizes."""
     mixing = random.standard_normal((n, n)) / np.sqrt(n) + np.eye(n)
     x = random.standard_normal((4 * n, n)) @ mixing * np.exp(random.standard_normal(n) / 2)
-    return second_moments(torch.from_numpy(x.astype(np.float32)), None)
+    return input_hessian(torch.from_numpy(x.astype(np.float32)), None)
 
 
-def _feedback(random: Generator, n: int) -> Feedback:
-    return Feedback(_moments(random, n), 0.1)
+def _feedback(random: Generator, n: int) -> DampedHessian:
+    return DampedHessian(_moments(random, n), 0.1)
 
 
 def _weights(random: Generator, rows: int, n: int) -> torch.Tensor:
     return torch.from_numpy((random.standard_normal((rows, n)) / np.sqrt(n)).astype(np.float32))
 
 
-def _squares(feedback: Feedback) -> torch.Tensor:
-    return feedback.moments.diagonal().clone()
+def _squares(feedback: DampedHessian) -> torch.Tensor:
+    return feedback.damped.diagonal().clone()
 
 
-def _objective(error: torch.Tensor, h: Feedback, g: Feedback | None = None) -> float:
+def _objective(error: torch.Tensor, h: DampedHessian, g: DampedHessian | None = None) -> float:
     """tr(G E H E') by the definition, float64."""
-    e, moments = error.double().numpy(), h.moments.double().numpy()
-    left = e if g is None else g.moments.double().numpy() @ e
+    e, moments = error.double().numpy(), h.damped.double().numpy()
+    left = e if g is None else g.damped.double().numpy() @ e
     return float(np.trace(left @ moments @ e.T))
 
 
@@ -55,7 +55,7 @@ def test_scores_are_their_formulas() -> None:
     random = np.random.default_rng(0)
     feedback, w = _feedback(random, 24), _weights(random, 5, 24)
     squares = random.uniform(0.1, 4, 24).astype(np.float32)
-    inverse = np.linalg.inv(feedback.moments.double().numpy())
+    inverse = np.linalg.inv(feedback.damped.double().numpy())
     expected = {"magnitude": np.zeros((5, 24)), "activation": np.zeros((5, 24))}
     expected["saliency"] = np.zeros((5, 24))
     for r in range(5):
@@ -75,7 +75,7 @@ def test_saliency_is_the_error_once_all_others_have_made_up_for_it() -> None:
     random = np.random.default_rng(1)
     feedback, w = _feedback(random, 16), _weights(random, 3, 16)
     scores = prune_scores(w, "saliency", feedback)
-    h = feedback.moments.double().numpy()
+    h = feedback.damped.double().numpy()
     for r in range(3):
         row = w[r].double().numpy()
         for j in range(16):
@@ -94,7 +94,7 @@ def test_scores_that_lack_what_they_need() -> None:
     with pytest.raises(ValueError, match="second moments"):
         prune_scores(w, "saliency")
     with pytest.raises(ValueError, match="choose among activation"):
-        prune_scores(w, "luck", Feedback(torch.eye(4), 0.1))
+        prune_scores(w, "luck", DampedHessian(torch.eye(4), 0.1))
 
 
 @given(
@@ -143,7 +143,7 @@ def test_rows_alone_are_solved_for() -> None:
     feedback, w = _feedback(random, n), _weights(random, rows, n)
     kept = torch.from_numpy(random.uniform(size=(rows, n)) < 0.6)
     found = refit(w, kept, feedback, steps=300)
-    h = feedback.moments.double()
+    h = feedback.damped.double()
     x = torch.linalg.cholesky(h).T  # inputs with those very moments
     for r in range(rows):
         s, target = kept[r], h @ w[r].double()
@@ -161,7 +161,7 @@ def test_rows_together_are_solved_for() -> None:
     feedback, outputs, w = _feedback(random, n), _feedback(random, rows), _weights(random, rows, n)
     kept = torch.from_numpy(random.uniform(size=(rows, n)) < 0.5)
     found = refit(w, kept, feedback, outputs, steps=300).double().numpy().reshape(-1)
-    whole = np.kron(outputs.moments.double().numpy(), feedback.moments.double().numpy())
+    whole = np.kron(outputs.damped.double().numpy(), feedback.damped.double().numpy())
     s = kept.numpy().reshape(-1)
     target = whole @ w.double().numpy().reshape(-1)
     solved = np.linalg.solve(whole[np.ix_(s, s)], target[s])
@@ -216,7 +216,7 @@ def test_a_better_start_is_no_worse() -> None:
 
 
 @pytest.fixture(scope="module")
-def case() -> tuple[torch.Tensor, Feedback, Feedback, torch.Tensor]:
+def case() -> tuple[torch.Tensor, DampedHessian, DampedHessian, torch.Tensor]:
     random = np.random.default_rng(6)
     feedback = _feedback(random, 160)
     return _weights(random, 70, 160), feedback, _feedback(random, 70), _squares(feedback)

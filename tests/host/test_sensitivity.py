@@ -31,10 +31,11 @@ from edge_dtm.host.blocks.jobs import (
     read_costs,
 )
 from edge_dtm.host.blocks.sensitivity import component_costs, edge_costs
+from edge_dtm.host.checkpoint.equalized import EqualizedCheckpoint
 from edge_dtm.host.checkpoint.model import module_name
 from edge_dtm.host.quantize.activations import activation_kind, round_activations
-from edge_dtm.host.quantize.equalize import EqualizedCheckpoint, input_scale
-from edge_dtm.host.quantize.error_feedback import compensate
+from edge_dtm.host.quantize.equalize import input_scale
+from edge_dtm.host.quantize.gptq import gptq_quantize
 from edge_dtm.host.quantize.masks import fit_masks
 from edge_dtm.host.quantize.treat import treat, treated_values
 from edge_dtm.llamacpp import ggml
@@ -464,7 +465,7 @@ def test_costs_of_shipped_blocks_are_the_margins_real_change(
     assert len(real) > len(blocks)  # most matrices have two or more types on their hull
     assert 0.5 < sum(predicted) / sum(real) < 2
     assert _spearman(np.array(predicted), np.array(real)) > 0.8
-    # Feedback is for something, both in what is said and in what is.
+    # DampedHessian is for something, both in what is said and in what is.
     assert sum(real) < 0.8 * sum(plain)
 
 
@@ -606,7 +607,7 @@ def test_feedback_is_kept_where_the_local_error_is_smaller(
     tried: dict[Treatment, tuple[Any, torch.Tensor]] = {}
 
     def recorded(w: Any, types: Any, *rest: Any, **named: Any) -> Any:
-        out = compensate(w, types, *rest, **named)
+        out = gptq_quantize(w, types, *rest, **named)
         tried.update({Treatment(t): o for t, o in zip(types, out, strict=True)})
         return out
 
@@ -615,7 +616,7 @@ def test_feedback_is_kept_where_the_local_error_is_smaller(
         tried.update(zip(treatments, out, strict=True))
         return out
 
-    monkeypatch.setattr(fit, "compensate", recorded)
+    monkeypatch.setattr(fit, "gptq_quantize", recorded)
     monkeypatch.setattr(fit, "fit_masks", recorded_masks)
     monkeypatch.setattr(fit, "JUDGED_STEP", 1)
     calibration: Any = made.calibration
@@ -667,7 +668,7 @@ def test_else_costs_and_blocks_are_plain_roundings(
 ) -> None:
     component, results = made.component("blk.1.ffn_gate"), tmp_path / "costs.jsonl"
     weights = made.weights(component.name)
-    monkeypatch.setattr(fit, "compensate", _worse)
+    monkeypatch.setattr(fit, "gptq_quantize", _worse)
     monkeypatch.setattr(fit, "fit_masks", _worse_masks)
     shipped = EncodedStore(tmp_path / "shipped", made.checkpoint)
     (costs,) = measure_components(
@@ -713,7 +714,7 @@ def test_feedback_of_the_ends(kind: str, request: pytest.FixtureRequest) -> None
         assert (costs[j] < plain[j]) if kept[j] else (costs[j] == plain[j]), treatment
         if not kept[j]:
             continue
-        ((_, values),) = compensate(torch.from_numpy(weights), [treatment.type], feedback)
+        ((_, values),) = gptq_quantize(torch.from_numpy(weights), [treatment.type], feedback)
         new = values.numpy()
         total = 0.0
         for row in range(len(m.reference)):
@@ -740,7 +741,7 @@ def test_feedback_of_the_ends_that_does_not_help_is_not_taken(
     choices = [Treatment("Q8_0"), Treatment("Q4_0")]
     given = made.activations, component, choices, weights, None, False
     plain = edge_costs(*given)[0]
-    monkeypatch.setattr(module, "compensate", _worse)
+    monkeypatch.setattr(module, "gptq_quantize", _worse)
     feedback = edge_feedback(made.calibration, {}, component, False)
     assert edge_costs(*given, feedback) == (plain, [False, False])
 

@@ -20,7 +20,7 @@ from edge_dtm.host.blocks import sequential_pruning as module
 from edge_dtm.host.blocks.sequential_pruning import Pruned, prune_sequentially
 from edge_dtm.host.checkpoint.model import load_model, module_name
 from edge_dtm.host.distill.teacher import reference_sequences
-from edge_dtm.host.quantize.error_feedback import Feedback, damping_for, effective_tokens
+from edge_dtm.host.quantize.hessian import DampedHessian, damping_for, effective_tokens
 from edge_dtm.host.quantize.masks import fit_masks, kept_weights, refit
 from edge_dtm.llamacpp import ggml
 
@@ -141,7 +141,7 @@ def test_residual_streams_are_nearer_than_with_each_matrix_fitted_alone(
     original, plain, alone = _model(made), _with_zeros(made, pruned), _model(made)
     for name, item in pruned.items():
         (x,) = _inputs(original, sequences, module_name(name))
-        feedback = Feedback((x.T @ x / len(x)).float(), damping_for(len(x), x.shape[1]))
+        feedback = DampedHessian((x.T @ x / len(x)).float(), damping_for(len(x), x.shape[1]))
         importance = torch.ones(x.shape[1])
         # The same masks, those of the magnitudes.
         made_alone = fit_masks(
@@ -235,7 +235,7 @@ def test_rows_make_up_for_each_other(
     rows, width = made.weights(name).shape
     random = torch.Generator().manual_seed(2)
     root = torch.randn(rows + 20, rows, generator=random)
-    outputs = Feedback(root.T @ root, 0.1)
+    outputs = DampedHessian(root.T @ root, 0.1)
     kept = kept_weights(torch.rand(rows, width, generator=random), 1 - 6 / width)
     assert int(kept.sum()) == 6 * rows
     weights = torch.from_numpy(made.weights(name))
@@ -247,7 +247,7 @@ def test_rows_make_up_for_each_other(
     damping = damping_for(len(now), width) * float(h.diagonal().mean())
     right = weights.double() @ (was.T @ now / len(now)) + damping * weights.double()
     h.diagonal().add_(damping)
-    g = outputs.moments.double()
+    g = outputs.damped.double()
     r, c = kept.nonzero(as_tuple=True)
     system = g[r][:, r] * h[c][:, c]
     solved = torch.linalg.solve(system, (g @ right)[r, c])

@@ -20,7 +20,7 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import Component
 from edge_dtm.formats.reference import DAMAGED, Reference
 from edge_dtm.host.blocks.capture import BATCH_SEQUENCES, EMBEDDED, FINAL, Capture, input_key
-from edge_dtm.host.quantize.error_feedback import second_moments
+from edge_dtm.host.quantize.hessian import input_hessian
 
 FloatArray = npt.NDArray[np.float32]
 OUTPUT_SEQUENCES = 32
@@ -197,7 +197,7 @@ class Calibration:
                 ]
             )
             hidden = torch.from_numpy(self.inputs(name)[at])
-            out += 2 * len(at) * second_moments(hidden, None)
+            out += 2 * len(at) * input_hessian(hidden, None)
         return out / positions
 
     def remove(self) -> None:

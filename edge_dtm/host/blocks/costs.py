@@ -15,16 +15,16 @@ from edge_dtm.host.blocks.activations import Activations
 from edge_dtm.host.blocks.calibration import Calibration
 from edge_dtm.host.blocks.encoded import EncodedStore
 from edge_dtm.host.blocks.jobs import CostJobs, measure_components, read_costs
-from edge_dtm.host.checkpoint.model import load_model
-from edge_dtm.host.quantize.equalize import (
-    EqualizedCheckpoint,
+from edge_dtm.host.blocks.scales import (
     find_scales,
     load_scales,
     logit_difference,
     save_scales,
-    sites,
     top_logits,
 )
+from edge_dtm.host.checkpoint.equalized import EqualizedCheckpoint
+from edge_dtm.host.checkpoint.model import load_model
+from edge_dtm.host.quantize.equalize import sites
 from edge_dtm.host.settings import Goal
 from edge_dtm.host.trajectory.reference import calibration_rows
 from edge_dtm.host.values import Base, Costs, Run

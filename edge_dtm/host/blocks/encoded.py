@@ -14,7 +14,8 @@ import torch
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import Component, Treatment, zeros_per_row
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
-from edge_dtm.host.quantize.error_feedback import Feedback, compensate
+from edge_dtm.host.quantize.gptq import gptq_quantize
+from edge_dtm.host.quantize.hessian import DampedHessian
 from edge_dtm.host.quantize.treat import treat
 
 FloatArray = npt.NDArray[np.float32]
@@ -109,7 +110,7 @@ class EncodedStore:
         name: str,
         importance: FloatArray | None,
         compensated: Sequence[str],
-        feedback: Feedback | None = None,
+        feedback: DampedHessian | None = None,
         sparse: Mapping[Treatment, bool] | None = None,
     ) -> None:
         """The last word about a component, after its bytes.
@@ -128,7 +129,7 @@ class EncodedStore:
                 allow_pickle=False,
                 importance=none if importance is None else importance,
                 compensated=np.array(compensated, dtype=np.str_),
-                moments=none if feedback is None else feedback.moments.cpu().numpy(),
+                moments=none if feedback is None else feedback.damped.cpu().numpy(),
                 sparse_types=np.array([t.type for t, _ in masks], dtype=np.str_),
                 sparse_shares=np.array([t.zero_share for t, _ in masks]),
                 sparse_fitted=np.array([yes for _, yes in masks], dtype=np.bool_),
@@ -169,9 +170,9 @@ class EncodedStore:
                 moments = torch.from_numpy(stored["moments"])
             if takes_feedback(treatment) and treatment.type in types:
                 if len(moments):
-                    feedback = Feedback(moments, None)
+                    feedback = DampedHessian(moments, None)
                     weights = torch.from_numpy(self._weights(component))
-                    return compensate(weights, [treatment.type], feedback)[0][0]
+                    return gptq_quantize(weights, [treatment.type], feedback)[0][0]
                 data = np.load(path, mmap_mode="r", allow_pickle=False)
                 return data
         except LOST as error:

@@ -16,15 +16,15 @@ from edge_dtm.host.blocks.capture import EMBEDDED
 from edge_dtm.host.blocks.encoded import takes_feedback
 from edge_dtm.host.checkpoint.config import ModelConfig
 from edge_dtm.host.quantize.equalize import Scales, input_scale, output_scale
-from edge_dtm.host.quantize.error_feedback import (
-    Feedback,
-    compensate,
+from edge_dtm.host.quantize.gptq import gptq_quantize
+from edge_dtm.host.quantize.hessian import (
+    DampedHessian,
     damping_for,
     effective_tokens,
-    gradient_moments,
+    input_hessian,
     local_error,
+    output_hessian,
     scaled_gradients,
-    second_moments,
 )
 from edge_dtm.host.quantize.masks import SCORES, fit_masks
 from edge_dtm.host.quantize.treat import treated_values
@@ -43,8 +43,8 @@ class Moments:
 
     importance: FloatArray
     squares: torch.Tensor
-    feedback: Feedback
-    outputs: Feedback
+    feedback: DampedHessian
+    outputs: DampedHessian
 
 
 @torch.no_grad()
@@ -69,9 +69,9 @@ def component_moments(
     if scale is not None:
         x *= on_device(scale)
         squares = squares * np.square(scale, dtype=np.float64)
-    moments = second_moments(x, v)
+    moments = input_hessian(x, v)
     importance = np.ascontiguousarray(moments.diagonal().cpu().numpy())
-    feedback = Feedback(moments, damping_for(effective_tokens(v), component.row_length))
+    feedback = DampedHessian(moments, damping_for(effective_tokens(v), component.row_length))
     if vector is not None:
         importance = vector
         feedback.importance = vector / max(float(vector.mean()), 1e-30) + np.float32(
@@ -88,7 +88,7 @@ def output_moments(
     config: ModelConfig | None,
     component: Component,
     device: torch.device,
-) -> Feedback:
+) -> DampedHessian:
     """The damped moments of the margins' gradients at a block matrix's outputs."""
     name = component.name
     out = output_scale(scales, name, config) if config is not None else None
@@ -96,7 +96,7 @@ def output_moments(
     v = torch.from_numpy(calibration.token_weights(name)[: calibration.output_tokens]).to(device)
     if out is not None:
         g /= torch.from_numpy(out).to(device)
-    return Feedback(gradient_moments(g, v), damping_for(effective_tokens(v), component.rows))
+    return DampedHessian(output_hessian(g, v), damping_for(effective_tokens(v), component.rows))
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def fit_component(
     importance = m.importance
     g = on_device(activations.gradients(name))
     v = g.square().mean((0, 2)).sqrt()
-    judge = second_moments(on_device(activations.inputs(name)[::JUDGED_STEP]), v[::JUDGED_STEP])
+    judge = input_hessian(on_device(activations.inputs(name)[::JUDGED_STEP]), v[::JUDGED_STEP])
     judge_outputs = scaled_gradients(g[0, ::JUDGED_STEP], v[::JUDGED_STEP])
     which = [t for t in treatments if takes_feedback(t)]
     w = on_device(weights)
@@ -137,7 +137,7 @@ def fit_component(
     fitted = {}
     # On the CPU every core has a process of its own.
     threads = 1 if device.type == "cpu" else None
-    encoded = compensate(w, [t.type for t in which], m.feedback, m.outputs, threads=threads)
+    encoded = gptq_quantize(w, [t.type for t in which], m.feedback, m.outputs, threads=threads)
     sparse = [t for t in treatments if t.zero_share]
     encoded += fit_masks(w, sparse, m.feedback, m.outputs, m.squares, score, threads)
     for treatment, (data, values) in zip([*which, *sparse], encoded, strict=True):
@@ -152,7 +152,7 @@ def fit_component(
 
 def edge_feedback(
     calibration: Calibration, scales: Scales, component: Component, tied: bool
-) -> Feedback:
+) -> DampedHessian:
     """Error feedback for `token_embd` or `output`."""
     moments = calibration.edge_moments(component.name, tied)
     scale = input_scale(scales, component.name)
@@ -160,7 +160,7 @@ def edge_feedback(
         s = torch.from_numpy(scale)
         moments = s[:, None] * moments * s
     tokens = int(calibration.reference.generated_lengths.sum())
-    return Feedback(moments, damping_for(tokens, component.row_length))
+    return DampedHessian(moments, damping_for(tokens, component.row_length))
 
 
 def component_importance(

@@ -24,10 +24,8 @@ from edge_dtm.host.blocks.activations import SIGN_DRAWS, Activations
 from edge_dtm.host.blocks.capture import EMBEDDED
 from edge_dtm.host.blocks.encoded import takes_feedback
 from edge_dtm.host.quantize.activations import activation_kind, round_activations
-from edge_dtm.host.quantize.error_feedback import (
-    Feedback,
-    compensate,
-)
+from edge_dtm.host.quantize.gptq import gptq_quantize
+from edge_dtm.host.quantize.hessian import DampedHessian
 from edge_dtm.host.quantize.treat import prune_order, treated_values
 
 FloatArray = npt.NDArray[np.float32]
@@ -91,7 +89,7 @@ def edge_costs(
     weights: FloatArray,
     importance: FloatArray | None,
     tied: bool,
-    feedback: Feedback | None = None,
+    feedback: DampedHessian | None = None,
 ) -> tuple[list[float], list[bool]]:
     """Costs of `token_embd` (its rows are looked up) and `output` (or a tied embedding), and for
     which treatments error feedback helped.
@@ -141,7 +139,7 @@ def edge_costs(
     with_feedback = [False] * len(treatments)
     if feedback is not None:
         which = [j for j, t in enumerate(treatments) if takes_feedback(t)]
-        encoded = compensate(w, [treatments[j].type for j in which], feedback, threads=1)
+        encoded = gptq_quantize(w, [treatments[j].type for j in which], feedback, threads=1)
         for j, (_, values) in zip(which, encoded, strict=True):
             better = cost_of(treatments[j], values.numpy())
             if better < costs[j]:

@@ -24,12 +24,8 @@ import torch
 from edge_dtm.formats.plan import Treatment
 from edge_dtm.host.checkpoint.model import module_name
 from edge_dtm.host.distill.teacher import batches_by_length, padded
-from edge_dtm.host.quantize.error_feedback import (
-    Feedback,
-    compensate,
-    damping_for,
-    effective_tokens,
-)
+from edge_dtm.host.quantize.gptq import gptq_quantize
+from edge_dtm.host.quantize.hessian import DampedHessian, damping_for, effective_tokens
 from edge_dtm.host.quantize.masks import refit
 from edge_dtm.llamacpp import ggml
 
@@ -55,7 +51,7 @@ class Pruned:
     treatment: Treatment
     weights: torch.Tensor
     kept: torch.Tensor
-    outputs: Feedback | None
+    outputs: DampedHessian | None
     token_weights: torch.Tensor | None = None
 
 
@@ -208,16 +204,16 @@ def _fit(item: Pruned, fed: _Fed) -> tuple[ByteArray, torch.Tensor]:
     h, cross = weighted.T @ fed.now, fed.was.T @ weighted
     damping = damping_for(effective_tokens(v), item.weights.shape[1])
     mean = float(h.diagonal().double().mean().clamp(min=1e-30))
-    feedback = Feedback(h, damping)  # has h / mean, damped
+    feedback = DampedHessian(h, damping)  # has h / mean, damped
     wanted = item.weights @ (cross / mean) + damping * item.weights
     if fed.missing is not None:
         wanted = wanted + fed.missing.T @ weighted / mean
     # The best without zeros is wanted times the inverse; with H as the metric, what is nearest to
     # it is the best with zeros.
-    free = torch.linalg.solve(feedback.moments.double(), wanted.double().T).T.float()
+    free = torch.linalg.solve(feedback.damped.double(), wanted.double().T).T.float()
     values = refit(free, item.kept, feedback, item.outputs)
     if item.treatment.type == "F16":
         return ggml.quantize("F16", values.cpu().numpy()), values.half().float()
-    return compensate(
+    return gptq_quantize(
         values[None], [item.treatment.type], feedback, item.outputs, kept=item.kept[None]
     )[0]

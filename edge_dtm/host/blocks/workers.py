@@ -20,7 +20,7 @@ from typing import Any
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.machine import default_threads, room
-from edge_dtm.host.quantize.error_feedback import one_torch_thread
+from edge_dtm.host.threads import one_torch_thread
 
 _context: Any = None
 

@@ -14,18 +14,12 @@ gradient deciding what matters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from edge_dtm.formats.plan import Component
-from edge_dtm.formats.reference import Reference, load_npz, save_npz
-from edge_dtm.host.blocks.calibration import Calibration
-from edge_dtm.host.checkpoint.checkpoint import Checkpoint
 from edge_dtm.host.checkpoint.config import ModelConfig
 from edge_dtm.host.quantize.activations import round_activations
 from edge_dtm.llamacpp import ggml
@@ -33,9 +27,7 @@ from edge_dtm.llamacpp import ggml
 FloatArray = npt.NDArray[np.float32]
 Scales = Mapping[str, FloatArray]  # input site, such as `blk.3.ffn_down` -> (row_length,)
 
-STRENGTHS = (0.0, 0.2, 0.35, 0.5)
 JUDGED_TYPES = ("Q4_0", "Q5_0", "Q8_0")
-ROW_STEP, TOKEN_STEP = 4, 4  # every fourth is enough to tell four strengths apart
 # A channel that is silent on the calibration prompts must not be blown up for ever.
 LARGEST, SMALLEST = 64.0, 1 / 64
 SITES = ("attn_q", "attn_output", "ffn_gate", "ffn_down")
@@ -68,53 +60,23 @@ def sites(config: ModelConfig) -> list[str]:
     return blocks if config.tied else [*blocks, "output"]
 
 
-def find_scales(
-    calibration: Calibration,
-    checkpoint: Checkpoint,
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, FloatArray]:
-    """The scales of every site, each of the strength that lowers the harm of rounding most; a
-    site where none does keeps its ones. progress: called with sites done."""
-    config = checkpoint.config
-    out = {}
-    for name in sites(config):
-        consumers = _consumers(name)
-        weights = [checkpoint.hf_tensor(c + ".weight")[::ROW_STEP] for c in consumers]
-        rows = [_output_squares(calibration, c)[::ROW_STEP] for c in consumers]
-        x = torch.from_numpy(calibration.inputs(name)[::TOKEN_STEP])
-        x2, b2 = calibration.input_squares(name), calibration.gradient_squares(name)
-        best: tuple[float, FloatArray] | None = None
-        for strength in STRENGTHS:
-            s = _site_scales(name, x2, b2, config, strength)
-            harm = _harm(x, x2, b2, weights, rows, s)
-            if best is None or harm < best[0]:
-                best = (harm, s)
-        assert best is not None
-        out[name] = best[1]
-        if progress:
-            progress(1)
-    return out
-
-
-def _consumers(site: str) -> list[str]:
+def consumers(site: str) -> list[str]:
+    """Components that a site is the input of."""
     prefix, dot, part = site.rpartition(".")
     return [site, *(prefix + dot + n for n, of in _SITE_OF.items() if of == part)]
 
 
-def _output_squares(calibration: Calibration, name: str) -> npt.NDArray[np.float64]:
-    if name == "output":
-        # Which rows of a head meet in a margin is not recorded; all alike is near enough here.
-        return np.ones(calibration.vocab)
-    return calibration.output_squares(name)
-
-
-def _site_scales(
+def site_scales(
     name: str,
     x2: npt.NDArray[np.float64],
     b2: npt.NDArray[np.float64],
     config: ModelConfig,
     strength: float,
 ) -> FloatArray:
+    """A site's scales, float32 (row_length,); query heads of a group share theirs.
+
+    x2, b2: mean squares of the inputs and of the gradients there, float64 (row_length,).
+    """
     if not name.endswith("attn_output"):
         return channel_scales(x2, b2, strength)
     # Query heads of a group read the same value channels.
@@ -123,19 +85,21 @@ def _site_scales(
     return np.ascontiguousarray(np.broadcast_to(s[:, None], shape).reshape(-1))
 
 
-def _harm(
+def rounding_harm(
     x: torch.Tensor,
     x2: npt.NDArray[np.float64],
     b2: npt.NDArray[np.float64],
     weights: Sequence[FloatArray],
     rows: Sequence[npt.NDArray[np.float64]],
     scales: FloatArray,
+    row_step: int,
 ) -> float:
     """Mean log of what rounding does to the margins, over JUDGED_TYPES; inputs and weights
     together, errors of different columns taken as independent (a cost is measured later).
 
     x: float32 (tokens, row_length), some inputs; x2, b2: mean squares of inputs and gradients;
-    weights: float32 (some rows, row_length) of each matrix fed; rows: how much each row matters.
+    weights: float32 (rows / row_step, row_length) of each matrix fed; rows: how much each of
+    these rows matters, float64; scales: float32 (row_length,).
     """
     s = torch.from_numpy(scales)
     scaled = x * s
@@ -149,46 +113,9 @@ def _harm(
             columns = w / scales
             data = ggml.quantize(type_name, columns, importance)
             error = ggml.dequantize(type_name, data, w.shape[1]) - columns
-            harm += ROW_STEP * float(r @ (np.square(error) @ importance.astype(np.float64)))
+            harm += row_step * float(r @ (np.square(error) @ importance.astype(np.float64)))
         logs.append(np.log(max(harm, 1e-300)))
     return float(np.mean(logs))
-
-
-def save_scales(path: Path, scales: Scales) -> None:
-    save_npz(path, dict(scales), {"kind": "scales"})
-
-
-def load_scales(path: Path, config: ModelConfig) -> dict[str, FloatArray]:
-    """EdgeDtmError when the file is not what save_scales wrote for such a model."""
-    return load_npz(path, sites(config), "scales")[0]
-
-
-@torch.no_grad()
-def top_logits(model: Any, reference: Reference) -> FloatArray:
-    """The model's logits of the reference's top ids, float32 (sequences, tokens, TOP_K)."""
-    device = next(model.parameters()).device
-    out = np.zeros(reference.top_logits.shape, dtype=np.float32)
-    for row in range(len(reference)):
-        first, count = int(reference.prompt_lengths[row]) - 1, int(reference.generated_lengths[row])
-        ids = torch.tensor([(reference.prompt(row) + reference.generated(row))[:-1]], device=device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, first : first + count].float()
-        top = torch.from_numpy(reference.top_ids[row, :count].astype(np.int64)).to(device)
-        out[row, :count] = logits.gather(1, top).cpu().numpy()
-    return out
-
-
-def logit_difference(model: Any, reference: Reference, original: FloatArray | None = None) -> float:
-    """Largest difference of the model's logits from the reference's top logits, relative to the
-    largest of these. original: in place of the reference's, of its shape."""
-    wanted = reference.top_logits if original is None else original
-    found = top_logits(model, reference)
-    worst, largest = 0.0, 0.0
-    for row in range(len(reference)):
-        count = int(reference.generated_lengths[row])
-        # Not max(): that passes over NaN.
-        worst = float(np.maximum(worst, np.abs(found[row, :count] - wanted[row, :count]).max()))
-        largest = max(largest, float(np.abs(wanted[row, :count]).max()))
-    return worst / max(largest, 1e-30)
 
 
 def input_scale(scales: Scales, name: str) -> FloatArray | None:
@@ -205,42 +132,3 @@ def output_scale(scales: Scales, name: str, config: ModelConfig) -> FloatArray |
         return s
     group = config.heads // config.kv_heads
     return np.ascontiguousarray(s.reshape(-1, group, config.head_dim)[:, 0].reshape(-1))
-
-
-class EqualizedCheckpoint(Checkpoint):
-    """A checkpoint with the scales worked in: other tensors, the same function."""
-
-    def __init__(self, original: Checkpoint, scales: Scales) -> None:
-        super().__init__(original.path, original.config)
-        self.original, self.scales = original, scales
-        self.on_grid, self._source_is_hf = original.on_grid, original._source_is_hf
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return EqualizedCheckpoint, (self.original, self.scales)
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.original.tokenizer
-
-    def _names(self) -> set[str]:
-        return self.original._names()
-
-    def components(self) -> tuple[Component, ...]:
-        return self.original.components()
-
-    def check(self, progress: Any = None) -> str:
-        """The original's hash: that is where it comes from."""
-        return self.original.check(progress)
-
-    def _read(self, name: str) -> FloatArray:
-        data = self.original._read(name)
-        stem, _, suffix = name.rpartition(".")
-        out = output_scale(self.scales, stem, self.config)
-        if suffix == "bias":
-            return data if out is None else data * out
-        if data.ndim == 1:  # the gain of a norm
-            return data if out is None else data * out
-        columns = input_scale(self.scales, stem)
-        if columns is not None:
-            data = data / columns
-        return data if out is None else data * out[:, None]

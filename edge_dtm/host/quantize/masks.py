@@ -1,7 +1,7 @@
 """Which weights of a row become zero, and what the others become to make up for it.
 
 A mask is a grid: zero where it prunes, all real numbers elsewhere. The best point of it is found
-by least squares, in the metric in which error feedback rounds (compensate.py): the quantizer's
+by least squares, in the metric in which GPTQ rounds (gptq.py): the quantizer's
 blocks then round it with the zeros held.
 """
 
@@ -14,7 +14,9 @@ import numpy.typing as npt
 import torch
 
 from edge_dtm.formats.plan import Treatment, zeros_per_row
-from edge_dtm.host.quantize.error_feedback import Feedback, compensate, one_torch_thread
+from edge_dtm.host.quantize.gptq import gptq_quantize
+from edge_dtm.host.quantize.hessian import DampedHessian
+from edge_dtm.host.threads import one_torch_thread
 from edge_dtm.llamacpp import ggml
 
 SCORES = ("activation", "saliency", "magnitude")  # the first measured best
@@ -24,12 +26,12 @@ REFIT_STEPS = 12  # forty lower the measured cost by 2 % more (docs/experiments.
 def prune_scores(
     weights: torch.Tensor,
     kind: str,
-    feedback: Feedback | None = None,
+    hessian: DampedHessian | None = None,
     importance: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """float32 (rows, row_length): in each row the weights of the lowest scores are pruned.
 
-    weights: float32 (rows, row_length). kind, with H the damped second moments of `feedback`:
+    weights: float32 (rows, row_length). kind, with H the damped second moments of `hessian`:
     `magnitude` |w_j|; `activation` |w_j| |x_j|, x_j the root mean square of the input (Wanda, arXiv
     2306.11695), from `importance`, float32 (row_length,), the mean squares; `saliency`
     |w_j| / sqrt([H^-1]_jj), the error once all other weights have made up for it (the optimal
@@ -42,10 +44,10 @@ def prune_scores(
         if importance is None:
             raise ValueError("the score `activation` needs the inputs' importance")
         return size * importance.sqrt()
-    if feedback is None:
+    if hessian is None:
         raise ValueError(f"the score `{kind}` needs second moments")
     if kind == "saliency":
-        return size * feedback.inverse_diagonal.rsqrt()
+        return size * hessian.inverse_diagonal.rsqrt()
     raise ValueError(f"{kind!r} is no score; choose among {', '.join(SCORES)}")
 
 
@@ -63,18 +65,18 @@ def kept_weights(scores: torch.Tensor, zero_share: float) -> torch.Tensor:
 def refit(
     weights: torch.Tensor,
     kept: torch.Tensor,
-    feedback: Feedback,
-    outputs: Feedback | None = None,
+    hessian: DampedHessian,
+    outputs: DampedHessian | None = None,
     start: torch.Tensor | None = None,
     steps: int = REFIT_STEPS,
 ) -> torch.Tensor:
     """The Q that is zero where `kept` is False and makes tr(G (W - Q) H (W - Q)') least, float32
     (rows, row_length), by that many steps of conjugate gradients.
 
-    H and G are the damped moments of `feedback` and `outputs` (None: rows on their own). start: where to
-    begin, by default W itself with its zeros.
+    H and G are the damped Hessians of the inputs and of the outputs (None: rows on their own).
+    start: where to begin, by default W itself with its zeros.
     """
-    h, g = feedback.moments, None if outputs is None else outputs.moments
+    h, g = hessian.damped, None if outputs is None else outputs.damped
 
     def metric(m: torch.Tensor) -> torch.Tensor:
         product = (m if g is None else g @ m) @ h
@@ -105,8 +107,8 @@ def refit(
 def fit_masks(
     weights: torch.Tensor,
     treatments: Sequence[Treatment],
-    feedback: Feedback,
-    outputs: Feedback | None,
+    hessian: DampedHessian,
+    outputs: DampedHessian | None,
     importance: torch.Tensor,
     score: str = SCORES[0],
     threads: int | None = 1,
@@ -120,19 +122,19 @@ def fit_masks(
     """
     made: dict[Treatment, tuple[npt.NDArray[np.uint8], torch.Tensor]] = {}
     with one_torch_thread():
-        scores = prune_scores(weights, score, feedback, importance)
+        scores = prune_scores(weights, score, hessian, importance)
         kept = {s: kept_weights(scores, s) for s in {t.zero_share for t in treatments}}
-        values = {s: refit(weights, k, feedback, outputs) for s, k in sorted(kept.items())}
+        values = {s: refit(weights, k, hessian, outputs) for s, k in sorted(kept.items())}
     for t in treatments:
         if t.type == "F16":
             data = ggml.quantize("F16", values[t.zero_share].cpu().numpy(), threads=threads)
             made[t] = data, values[t.zero_share].half().float()
     others = [t for t in treatments if t.type != "F16"]
     if others:
-        rounded = compensate(
+        rounded = gptq_quantize(
             torch.stack([values[t.zero_share] for t in others]),
             [t.type for t in others],
-            feedback,
+            hessian,
             outputs,
             threads=threads,
             kept=torch.stack([kept[t.zero_share] for t in others]),

@@ -15,18 +15,17 @@ from hypothesis import strategies as st
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats import ggml_types
 from edge_dtm.formats.plan import ALL_TYPES
-from edge_dtm.host.quantize import error_feedback as module
-from edge_dtm.host.quantize.error_feedback import (
+from edge_dtm.host.quantize import gptq as module
+from edge_dtm.host.quantize.gptq import ROWS_AT_ONCE, gptq_quantize
+from edge_dtm.host.quantize.hessian import (
     MAX_DAMPING,
     MIN_DAMPING,
-    ROWS_AT_ONCE,
-    Feedback,
-    compensate,
+    DampedHessian,
     damping_for,
     effective_tokens,
-    gradient_moments,
+    input_hessian,
     local_error,
-    second_moments,
+    output_hessian,
 )
 from edge_dtm.llamacpp import ggml
 
@@ -40,7 +39,7 @@ def _moments(random: np.random.Generator, n: int, tokens: int = 0) -> torch.Tens
     mixing = random.standard_normal((n, n)) / np.sqrt(n) + np.eye(n)
     x = random.standard_normal((tokens or 4 * n, n)) @ mixing
     x *= np.exp(random.standard_normal(n))
-    return second_moments(torch.from_numpy(x.astype(np.float32)), None)
+    return input_hessian(torch.from_numpy(x.astype(np.float32)), None)
 
 
 def _weights(random: np.random.Generator, rows: int, n: int) -> torch.Tensor:
@@ -48,7 +47,7 @@ def _weights(random: np.random.Generator, rows: int, n: int) -> torch.Tensor:
     return torch.from_numpy((w / np.sqrt(n)).astype(np.float32))
 
 
-def _plain(type_name: str, w: torch.Tensor, feedback: Feedback) -> torch.Tensor:
+def _plain(type_name: str, w: torch.Tensor, feedback: DampedHessian) -> torch.Tensor:
     data = ggml.quantize(type_name, w.numpy(), feedback.importance)
     return torch.from_numpy(ggml.dequantize(type_name, data, w.shape[1]))
 
@@ -77,9 +76,9 @@ def test_moments_are_those_of_loops() -> None:
             outer += np.outer(g[t], g[t]) / v[t]
     f32 = [torch.from_numpy(a.astype(np.float32)) for a in (x, v, g)]
     # float32 sums of nine terms
-    assert np.allclose(second_moments(f32[0], f32[1]).numpy(), h, rtol=1e-5, atol=1e-6)
-    assert np.allclose(second_moments(f32[0], None).numpy(), plain, rtol=1e-5, atol=1e-6)
-    assert np.allclose(gradient_moments(f32[2], f32[1]).numpy(), outer, rtol=1e-5, atol=1e-5)
+    assert np.allclose(input_hessian(f32[0], f32[1]).numpy(), h, rtol=1e-5, atol=1e-6)
+    assert np.allclose(input_hessian(f32[0], None).numpy(), plain, rtol=1e-5, atol=1e-6)
+    assert np.allclose(output_hessian(f32[2], f32[1]).numpy(), outer, rtol=1e-5, atol=1e-5)
 
 
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=30).filter(lambda v: sum(v) > 1e-3))
@@ -108,7 +107,7 @@ def test_moments_that_are_not_finite(value: float) -> None:
     h = torch.eye(64)
     h[3, 5] = value
     with pytest.raises(EdgeDtmError, match="not finite") as caught:
-        Feedback(h, 0.1)
+        DampedHessian(h, 0.1)
     assert "\n" not in str(caught.value)
 
 
@@ -118,14 +117,14 @@ def test_moments_that_are_not_finite(value: float) -> None:
 def test_the_factor_is_the_inverses() -> None:
     n, damping = 96, 0.2
     h = _moments(np.random.default_rng(1), n).double().numpy()
-    feedback = Feedback(torch.from_numpy(h.astype(np.float32)), damping)
+    feedback = DampedHessian(torch.from_numpy(h.astype(np.float32)), damping)
     damped = h / np.diag(h).mean() + damping * np.eye(n)
-    assert np.allclose(feedback.moments.numpy(), damped, rtol=1e-5, atol=1e-6)
-    assert np.array_equal(feedback.importance, np.diag(feedback.moments.numpy()))
+    assert np.allclose(feedback.damped.numpy(), damped, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(feedback.importance, np.diag(feedback.damped.numpy()))
     upper = feedback._upper.numpy()
     assert np.array_equal(upper, np.triu(upper))
     # The same inverse, of the very float32 matrix it was made from: both in float64.
-    inverse = np.linalg.inv(feedback.moments.double().numpy())
+    inverse = np.linalg.inv(feedback.damped.double().numpy())
     assert np.abs(upper.T @ upper - inverse).max() < 1e-10 * np.abs(inverse).max()
 
 
@@ -134,9 +133,9 @@ def test_blocks_pass_on_what_the_remaining_inverse_says(block: int) -> None:
     """OBS: with C the inverse of the moments of the columns from a on, an error of the first
     block b moves the columns behind it by -E inv(C_bb) C_b,rest."""
     n = 96
-    feedback = Feedback(_moments(np.random.default_rng(2), n), 0.1)
+    feedback = DampedHessian(_moments(np.random.default_rng(2), n), 0.1)
     feedback.prepare(block)
-    h = feedback.moments.double().numpy()
+    h = feedback.damped.double().numpy()
     passing = np.zeros((n, n))
     for i, (found, inverse) in enumerate(feedback.blocks(block)):
         a, b = i * block, (i + 1) * block
@@ -189,11 +188,11 @@ def _obs(
 )
 def test_sweeps_are_those_written_out(type_name: str, n: int) -> None:
     random = np.random.default_rng(3)
-    feedback, w = Feedback(_moments(random, n), 0.1), _weights(random, 24, n)
-    h = feedback.moments.double().numpy()
+    feedback, w = DampedHessian(_moments(random, n), 0.1), _weights(random, 24, n)
+    h = feedback.damped.double().numpy()
     _, stages = _obs(type_name, w.double().numpy(), h, feedback.importance, 2)
     for sweeps, expected in enumerate(stages):
-        ((_, values),) = compensate(w, [type_name], feedback, None, sweeps, threads=1)
+        ((_, values),) = gptq_quantize(w, [type_name], feedback, None, sweeps, threads=1)
         found = values.double().numpy()
         # A target in float32 may round to the other side of a tie, and the blocks behind follow.
         same = (np.abs(found - expected) < 1e-6).all(1)
@@ -209,11 +208,11 @@ def test_sweeps_are_those_written_out(type_name: str, n: int) -> None:
 
 def _both(
     random: np.random.Generator, rows: int, n: int
-) -> tuple[torch.Tensor, Feedback, Feedback]:
+) -> tuple[torch.Tensor, DampedHessian, DampedHessian]:
     return (
         _weights(random, rows, n),
-        Feedback(_moments(random, n), 0.1),
-        Feedback(_moments(random, rows), 0.1),
+        DampedHessian(_moments(random, n), 0.1),
+        DampedHessian(_moments(random, rows), 0.1),
     )
 
 
@@ -221,7 +220,7 @@ def _both(
 def test_the_bytes_are_blocks_of_the_values(two_sided: bool) -> None:
     rows, n = 70, 512
     w, feedback, outputs = _both(np.random.default_rng(4), rows, n)
-    made = compensate(w, TYPES, feedback, outputs if two_sided else None)
+    made = gptq_quantize(w, TYPES, feedback, outputs if two_sided else None)
     assert {"Q4_K", "Q5_K", "Q6_K"} <= set(TYPES) and len(made) == len(TYPES)
     for type_name, (data, values) in zip(TYPES, made, strict=True):
         assert data.dtype == np.uint8 and data.shape == (rows, ggml_types.row_bytes(type_name, n))
@@ -233,9 +232,9 @@ def test_the_bytes_are_blocks_of_the_values(two_sided: bool) -> None:
 @settings(max_examples=4, deadline=None)
 def test_it_makes_small_what_it_is_to_make_small(seed: int) -> None:
     w, feedback, outputs = _both(np.random.default_rng(seed), 64, 128)
-    h, g = feedback.moments, outputs.moments
-    alone = compensate(w, SMALL_TYPES, feedback)
-    together = compensate(w, SMALL_TYPES, feedback, outputs)
+    h, g = feedback.damped, outputs.damped
+    alone = gptq_quantize(w, SMALL_TYPES, feedback)
+    together = gptq_quantize(w, SMALL_TYPES, feedback, outputs)
     shares = []
     for name, (_, one), (_, two) in zip(SMALL_TYPES, alone, together, strict=True):
         assert _objective(w - one, h) < _objective(w - _plain(name, w, feedback), h), name
@@ -248,9 +247,9 @@ def test_it_makes_small_what_it_is_to_make_small(seed: int) -> None:
 def test_so_it_does_with_large_blocks(type_name: str) -> None:
     w, feedback, outputs = _both(np.random.default_rng(5), 64, 512)
     plain = w - _plain(type_name, w, feedback)
-    ((_, alone),) = compensate(w, [type_name], feedback)
-    ((_, together),) = compensate(w, [type_name], feedback, outputs)
-    h, g = feedback.moments, outputs.moments
+    ((_, alone),) = gptq_quantize(w, [type_name], feedback)
+    ((_, together),) = gptq_quantize(w, [type_name], feedback, outputs)
+    h, g = feedback.damped, outputs.damped
     assert _objective(w - alone, h) < _objective(plain, h)
     assert _objective(w - together, h, g) < _objective(w - alone, h, g)
 
@@ -266,11 +265,11 @@ def test_local_error_is_the_trace() -> None:
 def test_no_descent_sweep_makes_a_row_worse(type_name: str) -> None:
     n = 512 if type_name.endswith("_K") else 160
     random = np.random.default_rng(7)
-    w, feedback = _weights(random, 48, n), Feedback(_moments(random, n), 0.05)
-    h = feedback.moments.double().numpy()
+    w, feedback = _weights(random, 48, n), DampedHessian(_moments(random, n), 0.05)
+    h = feedback.damped.double().numpy()
     before = None
     for sweeps in (0, 1, 2, 4):
-        ((_, values),) = compensate(w, [type_name], feedback, None, sweeps)
+        ((_, values),) = gptq_quantize(w, [type_name], feedback, None, sweeps)
         e = (w - values).double().numpy()
         now = np.einsum("ri,ij,rj->r", e, h, e)
         if before is not None:
@@ -288,7 +287,7 @@ def test_the_same_whatever_the_threads(two_sided: bool, rows: int) -> None:
     first: Sequence[Any] | None = None
     before = torch.get_num_threads()
     for threads in (1, 2, 3, 1):
-        made = compensate(w, given_types, feedback, outputs if two_sided else None, 1, threads)
+        made = gptq_quantize(w, given_types, feedback, outputs if two_sided else None, 1, threads)
         first = first or made
         for (data, values), (same, equal) in zip(made, first, strict=True):
             assert np.array_equal(data, same) and torch.equal(values, equal)
@@ -297,9 +296,9 @@ def test_the_same_whatever_the_threads(two_sided: bool, rows: int) -> None:
 
 def test_each_type_is_made_alone() -> None:
     w, feedback, outputs = _both(np.random.default_rng(9), 40, 256)
-    together = compensate(w, TYPES, feedback, outputs)
+    together = gptq_quantize(w, TYPES, feedback, outputs)
     for type_name, (data, _) in zip(TYPES, together, strict=True):
-        assert np.array_equal(compensate(w, [type_name], feedback, outputs)[0][0], data)
+        assert np.array_equal(gptq_quantize(w, [type_name], feedback, outputs)[0][0], data)
 
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 65, 1000])
@@ -312,10 +311,10 @@ def test_groups_cover_all_rows(rows: int) -> None:
 def test_rows_without_correlation_are_rounded_alone() -> None:
     """With G a multiple of the identity the rows have nothing to say to each other."""
     random = np.random.default_rng(10)
-    w, feedback = _weights(random, 70, 128), Feedback(_moments(random, 128), 0.1)
-    outputs = Feedback(torch.eye(70), 0.5)
-    ((alone, _),) = compensate(w, ["Q4_0"], feedback)
-    ((together, _),) = compensate(w, ["Q4_0"], feedback, outputs)
+    w, feedback = _weights(random, 70, 128), DampedHessian(_moments(random, 128), 0.1)
+    outputs = DampedHessian(torch.eye(70), 0.5)
+    ((alone, _),) = gptq_quantize(w, ["Q4_0"], feedback)
+    ((together, _),) = gptq_quantize(w, ["Q4_0"], feedback, outputs)
     # Products of another number of rows may differ in the last bit, and a tie turn.
     assert (alone == together).mean() > 0.995
 
@@ -326,10 +325,10 @@ def test_weights_on_the_grid_stay_there(type_name: str, two_sided: bool) -> None
     """Rounding again what was rounded already is (nearly) exact; feedback must not undo that."""
     w, feedback, outputs = _both(np.random.default_rng(11), 64, 512)
     on_grid = _plain(type_name, w, feedback)
-    h, g = feedback.moments, outputs.moments if two_sided else None
+    h, g = feedback.damped, outputs.damped if two_sided else None
     scale = _objective(w - on_grid, h, g)
     plain = _objective(on_grid - _plain(type_name, on_grid, feedback), h, g)
-    ((_, values),) = compensate(on_grid, [type_name], feedback, outputs if two_sided else None)
+    ((_, values),) = gptq_quantize(on_grid, [type_name], feedback, outputs if two_sided else None)
     found = _objective(on_grid - values, h, g)
     assert found <= plain + 1e-3 * scale
 
@@ -340,9 +339,9 @@ def test_a_dead_input_and_a_zero_row_do_no_harm() -> None:
     h[10] = h[:, 10] = 0
     w = _weights(random, 40, 96)
     w[7] = 0
-    feedback = Feedback(h, MIN_DAMPING)
+    feedback = DampedHessian(h, MIN_DAMPING)
     for type_name, (_, values) in zip(
-        SMALL_TYPES, compensate(w, SMALL_TYPES, feedback), strict=True
+        SMALL_TYPES, gptq_quantize(w, SMALL_TYPES, feedback), strict=True
     ):
         assert torch.isfinite(values).all(), type_name
         assert not values[7].any(), type_name
@@ -359,8 +358,8 @@ def test_zeros_are_held(two_sided: bool, rows: int) -> None:
     random = np.random.default_rng(13)
     w, feedback, outputs = _both(random, rows, 512)
     kept = torch.from_numpy(random.uniform(size=(len(HELD_TYPES), rows, 512)) < 0.6)
-    made = compensate(w, HELD_TYPES, feedback, outputs if two_sided else None, kept=kept)
-    h, g = feedback.moments, outputs.moments if two_sided else None
+    made = gptq_quantize(w, HELD_TYPES, feedback, outputs if two_sided else None, kept=kept)
+    h, g = feedback.damped, outputs.damped if two_sided else None
     for type_name, mask, (data, values) in zip(HELD_TYPES, kept, made, strict=True):
         assert np.array_equal(ggml.dequantize(type_name, data, 512), values.numpy())
         assert not values[~mask].any(), type_name
@@ -375,8 +374,8 @@ def test_a_mask_without_zeros_changes_nothing(two_sided: bool) -> None:
     w, feedback, outputs = _both(np.random.default_rng(14), 70, 256)
     given_types = ["Q8_0", "Q4_K", "Q4_0"]
     o = outputs if two_sided else None
-    without = compensate(w, given_types, feedback, o)
-    held = compensate(w, given_types, feedback, o, kept=torch.ones(3, 70, 256, dtype=torch.bool))
+    without = gptq_quantize(w, given_types, feedback, o)
+    held = gptq_quantize(w, given_types, feedback, o, kept=torch.ones(3, 70, 256, dtype=torch.bool))
     for (data, values), (same, equal) in zip(held, without, strict=True):
         assert np.array_equal(data, same) and torch.equal(values, equal)
 
@@ -391,8 +390,8 @@ def test_other_weights_for_each_type(two_sided: bool, rows: int) -> None:
     several = torch.stack([w, 2 * w, w.flip(0), -w])
     kept = torch.from_numpy(random.uniform(size=several.shape) < 0.7)
     for mask in (None, kept):
-        together = compensate(several, given_types, feedback, o, kept=mask)
+        together = gptq_quantize(several, given_types, feedback, o, kept=mask)
         for j, (data, values) in enumerate(together):
             own = None if mask is None else mask[j : j + 1]
-            ((alone, equal),) = compensate(several[j], [given_types[j]], feedback, o, kept=own)
+            ((alone, equal),) = gptq_quantize(several[j], [given_types[j]], feedback, o, kept=own)
             assert np.array_equal(data, alone) and torch.equal(values, equal), (j, mask is None)
