@@ -7,17 +7,14 @@ No torch at import: the device tests must run without it.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import shutil
-import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from fixtures.tiny_bundle import write_gguf
 
 from edge_dtm.formats.bundle import write_manifest
 from edge_dtm.formats.record import Record, RunSettings
@@ -54,9 +51,7 @@ THRESHOLDS = Thresholds(
 
 
 def _write_tiny_gguf(path: Path, seed: int) -> None:
-    load_script("tiny_bundle").write_gguf(
-        path, seed, hidden=HIDDEN, layers=LAYERS, matrix_type="F32"
-    )
+    write_gguf(path, seed, hidden=HIDDEN, layers=LAYERS, matrix_type="F32")
 
 
 @pytest.fixture(scope="session")
@@ -176,23 +171,14 @@ STARTS = [
 ]
 
 
-@cache
-def load_script(name: str) -> ModuleType:
-    """A script of tools/, which is no package, as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found
-    spec.loader.exec_module(found)
-    return found
-
-
 @pytest.fixture(scope="session")
 def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # One for all test modules that ask for it under this name.
     folder = tmp_path_factory.getbasetemp() / "tiny-trained"
     if not folder.exists():
-        load_script("make_tiny_llama").make_tiny_llama(folder, steps=STEPS)
+        from fixtures.tiny_llama import make_tiny_llama
+
+        make_tiny_llama(folder, steps=STEPS)
     return folder
 
 
@@ -256,5 +242,7 @@ def made(trained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Made
 @pytest.fixture(scope="session")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("tied") / "hf"
-    load_script("make_tiny_llama").make_tiny_llama(folder, steps=10, tied=True, layers=1)
+    from fixtures.tiny_llama import make_tiny_llama
+
+    make_tiny_llama(folder, steps=10, tied=True, layers=1)
     return Made(folder, tmp_path_factory.mktemp("made-tied"))

@@ -39,12 +39,12 @@ from typing import Any
 
 # The script also runs from a checkout where the package is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import mutations as m
 import numpy as np
-import tiny_bundle
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from fixtures import tiny_bundle
 
 from edge_dtm.commands.common import read_json
 from edge_dtm.core.errors import EdgeDtmError

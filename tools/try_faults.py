@@ -28,12 +28,12 @@ from pathlib import Path
 
 # The script also runs from a checkout where the package is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import gguf
 import mutations as m
 import numpy as np
-import tiny_bundle
+from fixtures import tiny_bundle
 
 from edge_dtm.formats.bundle import MANIFEST, SIGNATURE
 from edge_dtm.formats.record import Record

@@ -13,7 +13,8 @@ from typing import Any
 import click
 import pytest
 from cli_runner import assert_error, assert_usage, run
-from conftest import BUNDLE_FILES, load_script, seal_bundle
+from conftest import BUNDLE_FILES, seal_bundle
+from fixtures.tiny_bundle import plan as any_plan
 
 from edge_dtm.cli import EXIT_VERIFIED_AND_FAILED, Bytes, main
 
@@ -165,7 +166,7 @@ def test_no_command_puts_a_strange_file_into_a_bundle(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    plan = load_script("tiny_bundle").plan().to_json() | {
+    plan = any_plan().to_json() | {
         "frontier": [{"size_bytes": 10**6 * n, "sigma": 1, "sdt": 0.1 / n, "fdt": n} for n in (1, 2)],
         "predicted": {"sigma": 1, "sdt": 0.1, "fdt": 1},
     }  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cli_runner import assert_error, assert_usage, run
 from click.testing import Result
-from conftest import load_script
+from fixtures.tiny_llama import make_tiny_llama
 
 from edge_dtm.formats.profile import load_profile
 
@@ -21,9 +21,7 @@ Compress = Callable[..., Result]
 @pytest.fixture(scope="session")
 def cli_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("transformers")
-    out: Path = load_script("make_tiny_llama").make_tiny_llama(
-        tmp_path_factory.mktemp("cli") / "hf", steps=0, layers=1, shards=2
-    )
+    out: Path = make_tiny_llama(tmp_path_factory.mktemp("cli") / "hf", steps=0, layers=1, shards=2)
     return out
 
 

@@ -3,7 +3,6 @@ tries it in large numbers notices what it is there to notice."""
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import math
@@ -18,11 +17,13 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import fuzz
+import mutations as m
 import numpy as np
 import pytest
+from fixtures import tiny_bundle
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,20 +33,6 @@ from edge_dtm.formats.record import Record
 from edge_dtm.formats.reference import Reference, load_imatrix, load_npz, save_npz
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found
-    spec.loader.exec_module(found)
-    return found
-
-
-fuzz = _load("fuzz")
-m = sys.modules["mutations"]
-tiny_bundle = sys.modules["tiny_bundle"]
 
 
 def test_some_thousand_hostile_files(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import json
 import math
 from pathlib import Path
 
+import bench_verify
 import pytest
 from click.testing import CliRunner
-from conftest import load_script
 
 from edge_dtm.cli import main
 from edge_dtm.core.errors import EdgeDtmError
@@ -246,10 +246,9 @@ def test_kv_bytes(tiny_gguf: Path) -> None:
 def test_the_bench_of_verify_compares_the_same_answers(
     tiny_gguf: Path, tiny_reference: Reference
 ) -> None:
-    tool = load_script("bench_verify")
-    sequences = tool.random_sequences(5, 16, 300, 0)
+    sequences = bench_verify.random_sequences(5, 16, 300, 0)
     assert sequences.prompt_ids.shape == (5, 8) and sequences.generated_ids.shape == (5, 8)
-    result = tool.bench(tiny_gguf, sequences, threads=1, rounds=1)
+    result = bench_verify.bench(tiny_gguf, sequences, threads=1, rounds=1)
     assert result["same_argmax"] == 1.0
     assert result["tokens"] == 5 * 15
     assert result["decode_calls"] == 2
@@ -257,8 +256,8 @@ def test_the_bench_of_verify_compares_the_same_answers(
     assert result["speedup_over_greedy_wall"] == pytest.approx(
         times["greedy"]["wall_s"] / times["teacher_forced"]["wall_s"]
     )
-    cut = tool.short_sequences(tiny_reference, 10, 24)
+    cut = bench_verify.short_sequences(tiny_reference, 10, 24)
     assert len(cut) and (cut.prompt_lengths + cut.generated_lengths <= 24).all()
-    assert (cut.generated_lengths >= tool.FEWEST_GENERATED).all()
+    assert (cut.generated_lengths >= bench_verify.FEWEST_GENERATED).all()
     with pytest.raises(EdgeDtmError, match="no prompt is short enough"):
-        tool.short_sequences(tiny_reference, 10, 4)
+        bench_verify.short_sequences(tiny_reference, 10, 4)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from fixtures.made_up import generated_verdict, verdict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
-from made_up import generated_verdict, verdict
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.device.verify import Options, verify

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import load_script
+from fixtures.tiny_llama import make_tiny_llama
 from safetensors.torch import load_file, save_file
 
 from edge_dtm.core.errors import EdgeDtmError
@@ -64,7 +64,7 @@ def _sharpen(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("checkpoints")
-    make = load_script("make_tiny_llama").make_tiny_llama
+    make = make_tiny_llama
     out = {}
     for name, options in VARIANTS.items():
         out[name] = make(base / name, steps=2, layers=2, **options)

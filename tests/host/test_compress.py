@@ -22,7 +22,7 @@ pytest.importorskip("transformers")
 
 import gguf
 from click.testing import CliRunner, Result
-from conftest import load_script
+from fixtures import tiny_bundle
 
 from edge_dtm.cli import main
 from edge_dtm.core.work import Work
@@ -155,7 +155,7 @@ def test_held_out_sequences_are_in_the_bundle(bundle: Path, trained_folder: Path
 
 def test_the_noise_floors_near_ties_are_those_at_its_margin(tmp_path: Path) -> None:
     """Counted by hand: eight tokens of two answers, three of them divergent."""
-    reference, record = load_script("tiny_bundle").made_up()
+    reference, record = tiny_bundle.made_up()
     reference = dataclasses.replace(reference, generated_lengths=np.array([4, 4], dtype=np.int32))
     margins = np.array([[0.1, 9, 9, 0.2], [9, 9, 5, 9]], dtype=np.float32)
     top = reference.top_logits.copy()

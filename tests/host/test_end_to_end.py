@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import make_smollm2
 import pytest
-from conftest import load_script
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -44,7 +44,7 @@ def _run(*arguments: str | Path) -> Result:
 @pytest.mark.slow
 def test_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not (default_model_dir() / "config.json").is_file():
-        assert load_script("make_smollm2").main([]) == 0
+        assert make_smollm2.main([]) == 0
     monkeypatch.setattr(compress, "SAMPLED_PROMPTS", 4)
     prompts, bundle, packed = (tmp_path / n for n in ("p.txt", "bundle", "b.tar.zst"))
     prompts.write_text("\n".join(LINES) + "\n")

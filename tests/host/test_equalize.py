@@ -11,7 +11,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from conftest import Made, load_script
+from conftest import Made
+from fixtures.tiny_llama import make_tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -309,9 +310,7 @@ def test_llama_cpp_says_the_same(
 def test_llama_cpp_says_the_same_with_biases(tmp_path: Path) -> None:
     from transformers import AutoConfig, LlamaForCausalLM
 
-    folder = load_script("make_tiny_llama").make_tiny_llama(
-        tmp_path / "hf", steps=0, layers=1, attention_bias=True
-    )
+    folder = make_tiny_llama(tmp_path / "hf", steps=0, layers=1, attention_bias=True)
     config = AutoConfig.from_pretrained(folder)
     config.mlp_bias = True
     model = LlamaForCausalLM(config)

@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from conftest import load_script
+from fixtures.tiny_llama import make_tiny_llama
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import (
@@ -51,7 +51,7 @@ Importance = dict[str, np.ndarray[Any, Any] | None]
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
-    base, make = tmp_path_factory.mktemp("export"), load_script("make_tiny_llama").make_tiny_llama
+    base, make = tmp_path_factory.mktemp("export"), make_tiny_llama
     return {
         name: open_checkpoint(make(base / name, steps=1, **options))
         for name, options in VARIANTS.items()

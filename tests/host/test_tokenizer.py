@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import make_smollm2
 import pytest
-from conftest import load_script
+from fixtures.tiny_llama import make_tiny_llama
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.paths import default_model_dir
@@ -54,16 +55,14 @@ def _edit(folder: Path, name: str, **values: Any) -> None:
 @pytest.fixture(scope="session")
 def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tokenizer") / "sentencepiece"
-    made: Path = load_script("make_tiny_llama").make_tiny_llama(out, steps=1, verbose=False)
+    made: Path = make_tiny_llama(out, steps=1, verbose=False)
     return made
 
 
 @pytest.fixture(scope="session")
 def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tokenizer") / "bpe"
-    made: Path = load_script("make_tiny_llama").make_tiny_llama(
-        out, tokenizer="bpe", steps=1, verbose=False
-    )
+    made: Path = make_tiny_llama(out, tokenizer="bpe", steps=1, verbose=False)
     return made
 
 
@@ -298,7 +297,7 @@ def test_llama_cpp_stays_silent(
 def test_smollm2(tmp_path: Path) -> None:
     folder = default_model_dir()
     if not (folder / "tokenizer.json").is_file():
-        assert load_script("make_smollm2").main([]) == 0
+        assert make_smollm2.main([]) == 0
     rows = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
     tokenizer = HfTokenizer.from_folder(folder, rows)
     path = _write(tmp_path / "v.gguf", tokenizer.add_metadata)

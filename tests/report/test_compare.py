@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from cli_runner import assert_error, run
 from click.testing import Result
+from fixtures.made_up import generated_verdict, verdict
 from hypothesis import given
 from hypothesis import strategies as st
-from made_up import generated_verdict, verdict
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.report.compare import compare, outliers

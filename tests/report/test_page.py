@@ -15,11 +15,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import made_up
 import numpy as np
 import pytest
 from cli_runner import assert_error, run
 from click.testing import Result
+from fixtures import made_up
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.archive import open_bundle, pack

@@ -10,11 +10,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import arm_calibrate as calibrate
+import arm_cut as cut
+import arm_device as device
 import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, load_script
+from conftest import ROOT
 
 from edge_dtm.cli import main
 from edge_dtm.core.errors import EdgeDtmError
@@ -22,10 +25,6 @@ from edge_dtm.formats.bundle import Manifest
 from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.formats.reference import TOP_K, Reference
 from edge_dtm.llamacpp.runner import LlamaRunner
-
-device = load_script("arm_device")
-cut = load_script("arm_cut")
-calibrate = load_script("arm_calibrate")
 
 TOOL = ROOT / "tools" / "arm_device"
 # CI makes one device only: each is a build of llama.cpp of its own.

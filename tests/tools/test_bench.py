@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import bench_quality as quality
+import bench_sensitivity as sensitivity
 import numpy as np
 import pytest
+from fixtures.tiny_llama import make_tiny_llama
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -35,26 +35,12 @@ PROMPTS = [
 ]
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module
-
-
-quality = _load("bench_quality")
-sensitivity = _load("bench_sensitivity")
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny model and its bundle with the work folder."""
     folder = tmp_path_factory.mktemp("bench")
     model, bundle, prompts = folder / "tiny", folder / "bundle", folder / "prompts.txt"
-    _load("make_tiny_llama").make_tiny_llama(model, steps=40, layers=2)
+    make_tiny_llama(model, steps=40, layers=2)
     prompts.write_text("\n".join(PROMPTS) + "\n")
     settings = compress.Settings(
         model=model,

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import try_faults as tool
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "try_faults.py"
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("try_faults", TOOL)
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules["try_faults"] = found
-    spec.loader.exec_module(found)
-    return found
 
 
 @pytest.mark.slow
@@ -60,7 +49,6 @@ def test_every_fault_ends_as_expected(tmp_path: Path) -> None:
     ],
 )
 def test_an_expectation_that_is_not_met_is_told(
-    tool: ModuleType,
     code: int,
     stdout: tuple[str, ...],
     stderr: tuple[str, ...],
@@ -74,9 +62,7 @@ def test_an_expectation_that_is_not_met_is_told(
         assert any(problem in p for p in problems)
 
 
-def test_the_exit_status_tells(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_exit_status_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = tool.Row("a", "error: x", "1", "nothing"), tool.Row("b", "|", "0", "", ["wrong"])
     rows = [good]
     monkeypatch.setattr(tool, "try_all", lambda work, flips, cuts: iter(rows))
@@ -86,7 +72,7 @@ def test_the_exit_status_tells(
     assert tool.main([]) == 1
 
 
-def test_the_page_is_of_this_tool(tool: ModuleType) -> None:
+def test_the_page_is_of_this_tool() -> None:
     """docs/faults.md is what the tool wrote: its text, and the faults that it tries."""
     page = (ROOT / "docs" / "faults.md").read_text()
     before, after = tool.PAGE.split("{table}")

@@ -7,7 +7,6 @@ is downloaded when it is nowhere on the machine.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,9 +14,9 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import make_smollm2 as tool
 import numpy as np
 import pytest
 
@@ -35,17 +34,6 @@ SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["Ġ t", "h e", "Ġt he", "i n", "Ġ Ġ"]
 
 
-def _load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_smollm2", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their own module up while they are built.
-    sys.modules["make_smollm2"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = _load_script()
 SHAPE = tool.Shape(layers=LAYERS, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
 
 

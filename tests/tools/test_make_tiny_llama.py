@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from fixtures import tiny_llama as tiny
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "make_tiny_llama.py"
 TEXTS = [
     "Hello world",
     "Once upon a time there was a lamp near the harbour.",
@@ -33,18 +30,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "biases": {"attention_bias": True, "layers": 1},
     "llama3-rope": {"rope_scaling": "llama3", "layers": 1},
 }
-
-
-def _load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_tiny_llama", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = _load_script()
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 
+import predict_time as MODULE
 import pytest
-from conftest import load_script
 
 from edge_dtm.formats.plan import CANDIDATE_TYPES
 
-MODULE = load_script("predict_time")
 SHAPE = {
     "recover": 0,
     "layers": 2,
