@@ -75,8 +75,8 @@ def _raise(error: Exception) -> None:
 @pytest.mark.parametrize(
     ("read", "words"),
     [
-        (lambda data, folder: data[10], "IndexError in tests/test_hostile.py:"),
-        (lambda data, folder: bytearray(2**31), "MemoryError in tests/test_hostile.py:"),
+        (lambda data, folder: data[10], "IndexError in tests/commands/test_hostile.py:"),
+        (lambda data, folder: bytearray(2**31), "MemoryError in tests/commands/test_hostile.py:"),
         (lambda data, folder: (folder / "x").write_bytes(data), "accepted, but x left behind"),
         (lambda data, folder: (folder / "x").mkdir(), "accepted, but x left behind"),
         (lambda data, folder: _raise(EdgeDtmError("a" * 9999)), None),
@@ -144,7 +144,7 @@ def test_findings_are_written_and_replayed(
     assert fuzz.main(["--inputs", "5", "--out", str(tmp_path)]) == 1
     out = capsys.readouterr()
     assert "| one | 5 | 0 | 0 | 5 |" in out.out
-    assert "5 times: ValueError in tests/test_hostile.py" in out.err
+    assert "5 times: ValueError in tests/commands/test_hostile.py" in out.err
     written = sorted(tmp_path.iterdir())
     assert len(written) == fuzz.EXAMPLES
     assert fuzz.main(["--replay", str(written[0])]) == 1
