@@ -11,8 +11,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from edge_dtm.core.errors import EdgeDtmError
+
+LIMIT_BYTES = 16 * 2**20  # of a file; a thousand times what verify writes
 MAX_DEPTH = 32  # our own files have less than ten
 MAX_DIGITS = 20  # 2^64
 _SHOWN = 20
@@ -39,6 +43,21 @@ def loads(data: bytes) -> Any:
         # UnicodeEncodeError, a ValueError, unless the halves are pairs.
         json.dumps(tree, ensure_ascii=False).encode()
     return tree
+
+
+def read(path: Path) -> Any:
+    """The tree of a JSON file of LIMIT_BYTES at most. EdgeDtmError, in one line, for another."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(LIMIT_BYTES + 1)
+    except OSError as error:
+        raise EdgeDtmError(f"cannot read {path}: {error.strerror or error}") from None
+    if len(data) > LIMIT_BYTES:
+        raise EdgeDtmError(f"{path} is above {LIMIT_BYTES} bytes: it is none of ours")
+    try:
+        return loads(data)
+    except ValueError as error:
+        raise EdgeDtmError(f"{path} is no JSON ({error}): make it again") from None
 
 
 def plain(tree: Any) -> Any:

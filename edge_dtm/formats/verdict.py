@@ -7,30 +7,53 @@ what no compression at all would have cost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from edge_dtm.core import strict_json
 from edge_dtm.core.metrics import Divergence
+from edge_dtm.core.validation import STRICT, Count
 from edge_dtm.formats.thresholds import Thresholds
 
 SCHEMA_VERSION = 3
-
+KIND = "edge-dtm verdict"
 
 Mode = Literal["teacher_forced", "generate"]
 Code = Literal["healthy", "broken_kernels", "bad_plan", "too_close"]
 
 
+def _read_null(value: object) -> object:
+    return math.inf if value is None else value
+
+
+# Infinite where it is not finite, which JSON says with null.
+_AmountOrInfinite = Annotated[
+    float,
+    Field(ge=0, allow_inf_nan=True),
+    BeforeValidator(_read_null),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "null"}]}),
+]
+
+
 @dataclass(frozen=True)
 class Diagnosis:
-    """Why it failed, or that it did not: a code for machines, a sentence for people."""
+    """Why it failed, or that it did not."""
 
-    code: Code
-    words: str
+    __pydantic_config__ = STRICT
 
-    def to_json(self) -> dict[str, str]:
-        return {"code": self.code, "words": self.words}
+    code: Annotated[
+        Code,
+        Field(
+            description="healthy: passed. broken_kernels: the device does not compute what the "
+            "host computed. bad_plan: the host's own run misses the thresholds too. too_close: "
+            "the host just meets them, the device just does not."
+        ),
+    ]
+    words: Annotated[str, Field(description="The same for people, and what to do.")]
 
 
 @dataclass(frozen=True)
@@ -51,43 +74,39 @@ class AgainstHost:
 
 @dataclass(frozen=True)
 class KernelCheck:
-    """One kernel against numpy: a GGML type, in its plain or repacked layout, with so many columns.
+    """One kernel against numpy."""
 
-    worst_relative_error: of the sum of |weight| |activation| of an output.
-    """
+    __pydantic_config__ = STRICT
 
-    type: str
-    path: str
-    columns: int
-    worst_relative_error: float
-    component: str
-    ok: bool
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "type": self.type,
-            "path": self.path,
-            "columns": self.columns,
-            "worst_relative_error": self.worst_relative_error,
-            "component": self.component,
-            "ok": self.ok,
-        }
+    type: Annotated[str, Field(min_length=1, description="GGML type of the weights.")]
+    path: Annotated[
+        Literal["plain", "repacked"],
+        Field(description="Layout of the weights: as in the file, or rearranged for this CPU."),
+    ]
+    columns: Annotated[int, Field(ge=1, description="Tokens multiplied at once: 1 when decoding.")]
+    worst_relative_error: Annotated[
+        _AmountOrInfinite,
+        Field(
+            description="Largest error of an output, as a share of its sum of |weight| "
+            "|activation|; null when it is not finite."
+        ),
+    ]
+    component: Annotated[str, Field(description="The matrix it was tried on.")]
+    ok: Annotated[bool, Field(description="Whether the error is within this kernel's limit.")]
 
 
 @dataclass(frozen=True)
 class KernelsCompared:
     """The same positions with and without repacked weights."""
 
-    positions: int
-    differing_tokens: int
-    kl_nats: float
+    __pydantic_config__ = STRICT
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "positions": self.positions,
-            "differing_tokens": self.differing_tokens,
-            "kl_nats": self.kl_nats,
-        }
+    positions: Annotated[Count, Field(description="Positions compared.")]
+    differing_tokens: Annotated[Count, Field(description="Positions with another token.")]
+    kl_nats: Annotated[
+        _AmountOrInfinite,
+        Field(description="Mean KL divergence, nats; null when it is not finite."),
+    ]
 
 
 @dataclass(frozen=True)
@@ -137,10 +156,10 @@ class Verdict:
         e = self.evidence
         tree = {
             "schema_version": SCHEMA_VERSION,
-            "kind": "edge-dtm verdict",
+            "kind": KIND,
             "passed": self.passed,
             "reasons": list(self.reasons),
-            "diagnosis": self.diagnosis.to_json(),
+            "diagnosis": asdict(self.diagnosis),
             "notes": list(self.notes),
             "mode": e.mode,
             "bundle": dict(self.bundle),
@@ -152,9 +171,9 @@ class Verdict:
             "decided_sdt_vs_host": None if e.host is None else e.host.decided_sdt,
             "largest_margin_vs_host": None if e.host is None else e.host.largest_margin,
             "kl_probe_nats": e.kl_probe_nats,
-            "kernels": [k.to_json() for k in e.kernels],
+            "kernels": [asdict(k) for k in e.kernels],
             "kernels_compare": (
-                None if self.kernels_compared is None else self.kernels_compared.to_json()
+                None if self.kernels_compared is None else asdict(self.kernels_compared)
             ),
             "performance": dict(self.performance),
             "settings": dict(self.settings),

@@ -1,152 +1,221 @@
-"""Verdict files, read back: checked against the packaged schema before anything is believed.
-
-The schema is data/verdict.schema.json (JSON Schema, draft 2020-12). The device has no validator
-installed, so this one knows the keywords that the schema uses, and no others.
-"""
+"""verdict.json: the model that its readers check it against and that its JSON Schema comes from."""
 
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Mapping
-from functools import cache
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic.json_schema import GenerateJsonSchema
 
 from edge_dtm.core import strict_json
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.validation import (
+    Amount,
+    Count,
+    Sha256,
+    Share,
+    StrictModel,
+    check_version,
+    validated,
+)
+from edge_dtm.formats.thresholds import Thresholds
+from edge_dtm.formats.verdict import (
+    KIND,
+    SCHEMA_VERSION,
+    Diagnosis,
+    KernelCheck,
+    KernelsCompared,
+    Mode,
+)
 
-LIMIT_BYTES = 16 * 2**20  # a thousand times what verify writes
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "object": (dict,),
-    "array": (list,),
-    "string": (str,),
-    "number": (int, float),
-    "integer": (int,),
-    "boolean": (bool,),
-    "null": (type(None),),
-}
-_CHECKED = {"type", "enum", "const", "minimum", "maximum", "minLength", "pattern", "$ref",
-            "properties", "required", "additionalProperties", "items"}  # fmt: skip
-_WORDS = {"$schema", "$id", "$defs", "title", "description"}
+_Positive = Annotated[int, Field(ge=1)]
 
 
-@cache
-def schema() -> dict[str, Any]:
-    """The packaged schema of verdicts."""
-    text = resources.files("edge_dtm.data").joinpath("verdict.schema.json").read_text("utf-8")
-    return json.loads(text)  # type: ignore[no-any-return]
+class VerifiedBundle(StrictModel):
+    """What was verified."""
+
+    name: str = Field(description="Its file or folder name.")
+    manifest_sha256: Sha256 = Field(
+        description="SHA-256 of manifest.json in hex, which stands for the whole bundle."
+    )
+    model_sha256: Sha256 = Field(description="SHA-256 of model.gguf in hex.")
+    key_id: str | None = Field(
+        description="Id of the key that signed the manifest; null when it is not signed."
+    )
+
+
+class ShareInterval(StrictModel):
+    """A share with its 95 % bootstrap interval over sequences."""
+
+    value: Share = Field(description="Measured.")
+    low: Share = Field(description="Lower bound.")
+    high: Share = Field(description="Upper bound.")
+
+
+class TokensInterval(StrictModel):
+    """Tokens with their 95 % bootstrap interval over sequences."""
+
+    value: Amount = Field(description="Measured.")
+    low: Amount = Field(description="Lower bound.")
+    high: Amount = Field(description="Upper bound.")
+
+
+class DivergenceFigures(StrictModel):
+    """The tokens of one run against those of another."""
+
+    sdt: ShareInterval | None = Field(description="SDT; null in mode generate.")
+    fdt: TokensInterval = Field(description="Mean FDT.")
+    identical_share: Share = Field(description="Share of sequences without any other token.")
+    sequences: Count = Field(description="Sequences compared.")
+    tokens: Count = Field(description="Positions compared.")
+    divergent_tokens: Count | None = Field(
+        description="Positions with another token; null in mode generate."
+    )
+    near_tie_share: Share | None = Field(
+        description="Share of all positions with another token where the original's own margin is "
+        "at most near_tie_margin; null in mode generate."
+    )
+    near_tie_margin: Amount = Field(description="Logits; 0 where near-ties are not counted.")
+
+
+class Performance(StrictModel):
+    """Speed and memory; null where it was not measured."""
+
+    prefill_tokens_per_s: Amount | None = Field(description="Tokens a second of a prompt.")
+    decode_tokens_per_s: Amount | None = Field(description="Tokens a second, one after the other.")
+    time_to_first_token_s: Amount | None = Field(
+        None, description="Seconds from a prompt to its first token."
+    )
+    p50_ms: Amount | None = Field(None, description="Median time of a decoded token, milliseconds.")
+    p95_ms: Amount | None = Field(
+        None, description="95th percentile of the time of a decoded token, milliseconds."
+    )
+    peak_rss_bytes: Amount | None = Field(
+        description="Largest resident memory of the process, bytes."
+    )
+
+
+class Runtime(StrictModel):
+    """Versions and machine."""
+
+    llama_cpp_python: str = Field(description="Version of llama-cpp-python.")
+    system_info: str = Field(
+        description="llama_print_system_info(): what llama.cpp was compiled with."
+    )
+    cpus: _Positive = Field(description="CPUs of the machine.")
+    machine: str = Field(description="Instruction set, such as aarch64.")
+    platform: str = Field(description="Operating system.")
+    python: str = Field(description="Version of Python.")
+
+
+class VerdictFile(StrictModel):
+    """What edge-dtm verify --json writes: whether one device reproduces the original's tokens from
+    one bundle, and what was measured. SDT: share of divergent tokens. FDT: first divergent token, a
+    mean over sequences."""
+
+    schema_version: Literal[3] = Field(description="Of this file's form.")
+    kind: Literal["edge-dtm verdict"] = Field(description="What this file is.")
+    passed: bool = Field(description="Whether every threshold was met.")
+    reasons: list[str] = Field(
+        description="One sentence for each threshold missed, or for each one met where none is "
+        "missed."
+    )
+    diagnosis: Diagnosis
+    notes: list[str] = Field(
+        description="What limits this verdict, such as sequences left out; sentences without "
+        "their full stop."
+    )
+    mode: Mode = Field(
+        description="teacher_forced: the original's tokens are fed. generate: the device's own "
+        "tokens are."
+    )
+    bundle: VerifiedBundle
+    sequences: _Positive = Field(description="Sequences replayed.")
+    sequences_in_bundle: _Positive = Field(description="Sequences there are.")
+    against_original: DivergenceFigures = Field(
+        description="The device's tokens against the original's."
+    )
+    against_host: DivergenceFigures = Field(
+        description="The device's tokens against the host's run of the same file."
+    )
+    kl_vs_host_nats: Amount | None = Field(
+        description="Mean KL divergence of the host's run and this one, nats, on the host's top "
+        "logits, each position's capped at 1; null in mode generate."
+    )
+    decided_sdt_vs_host: Share | None = Field(
+        description="Share of other tokens among the positions that the host decided by "
+        "thresholds.decided_margin or more; null in mode generate."
+    )
+    largest_margin_vs_host: Amount | None = Field(
+        description="Largest margin of the host, logits, at which the device chose another token, "
+        "0 when it never did; null in mode generate."
+    )
+    kl_probe_nats: Amount | None = Field(
+        description="The same KL for a small F16 model, whose kernels leave no room; null when "
+        "not run."
+    )
+    kernels: list[KernelCheck] = Field(
+        description="Each kernel that the file needs, against numpy; empty when not checked."
+    )
+    kernels_compare: KernelsCompared | None = Field(
+        description="The same positions with and without repacked weights; null when not asked for."
+    )
+    performance: Performance
+    settings: dict[str, Any] = Field(
+        description="How llama.cpp was run: threads, batch_tokens and so on."
+    )
+    runtime: Runtime
+    noise_floor: dict[str, Any] = Field(
+        description="The uncompressed F16 model against the original on the host, as the manifest "
+        "has it."
+    )
+    thresholds: Thresholds = Field(
+        description="Those applied, which hold for the sequences replayed."
+    )
+    first_divergent_tokens: list[Count] = Field(
+        description="For each sequence replayed, index of the first token that is not the "
+        "original's; its length when there is none."
+    )
+    lengths: list[_Positive] = Field(description="Generated tokens of each sequence replayed.")
+
+    @model_validator(mode="after")
+    def _lists_fit(self) -> Self:
+        for name in ("first_divergent_tokens", "lengths"):
+            entries = len(getattr(self, name))
+            if entries != self.sequences:
+                raise ValueError(f"{name} has {entries} entries for {self.sequences} sequences")
+        pairs = zip(self.first_divergent_tokens, self.lengths, strict=True)
+        if any(first > length for first, length in pairs):
+            raise ValueError("a first divergent token lies beyond its sequence")
+        return self
+
+
+class _NoTitles(GenerateJsonSchema):
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def schema_text() -> str:
+    """What data/verdict.schema.json holds: the model as JSON Schema, draft 2020-12."""
+    head = {
+        "$schema": GenerateJsonSchema.schema_dialect,
+        "$id": f"urn:edge-dtm:verdict:{SCHEMA_VERSION}",
+    }
+    tree = head | VerdictFile.model_json_schema(schema_generator=_NoTitles)
+    return json.dumps(tree, indent=1) + "\n"
 
 
 def read_verdict(path: Path) -> dict[str, Any]:
     """A verdict as Verdict.to_json wrote it. EdgeDtmError, in one line, for anything else."""
-    data = read_numbers(path)
-    if not isinstance(data, dict) or data.get("kind") != "edge-dtm verdict":
+    tree = strict_json.read(path)
+    if not isinstance(tree, dict) or tree.get("kind") != KIND:
         raise EdgeDtmError(f"{path} is no verdict: give a file that edge-dtm verify --json wrote")
-    known = schema()["properties"]["schema_version"]["const"]
-    if data.get("schema_version") != known:
-        raise EdgeDtmError(
-            f"{path} has schema version {str(data.get('schema_version'))[:20]}, this edge-dtm reads "
-            f"{known}: verify again, or use the edge-dtm that wrote it"
-        )
-    found = problems(data) or _contradictions(data)
-    if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise EdgeDtmError(f"{path} is no whole verdict: {'; '.join(found[:3])}{more}")
-    return data
-
-
-def read_numbers(path: Path) -> Any:
-    """JSON without NaN and Infinity, of LIMIT_BYTES at most. EdgeDtmError when it is not."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(LIMIT_BYTES + 1)
-    except OSError as error:
-        raise EdgeDtmError(f"cannot read {path}: {error.strerror or error}") from None
-    if len(raw) > LIMIT_BYTES:
-        raise EdgeDtmError(f"{path} is above {LIMIT_BYTES} bytes: it is none of ours")
-    try:
-        return strict_json.loads(raw)
-    except ValueError as error:
-        raise EdgeDtmError(f"{path} is no JSON ({error}): make it again") from None
-
-
-def problems(data: Any) -> list[str]:
-    """What the schema says against data, one short text each, with the place."""
-    return _problems(data, schema(), "")
-
-
-def _problems(value: Any, rule: Mapping[str, Any], at: str) -> list[str]:
-    unknown = set(rule) - _CHECKED - _WORDS
-    if unknown:
-        raise ValueError(f"the schema uses {sorted(unknown)}, which is not checked here")
-    place = at or "it"
-    if "$ref" in rule:
-        name = rule["$ref"].removeprefix("#/$defs/")
-        return _problems(value, schema()["$defs"][name], at)
-    if "type" in rule:
-        names = rule["type"] if isinstance(rule["type"], list) else [rule["type"]]
-        if not any(_is(value, name) for name in names):
-            return [f"{place} is no {' or '.join(names)}"]
-    if "const" in rule and value != rule["const"]:
-        return [f"{place} is not {rule['const']!r}"]
-    if "enum" in rule and value not in rule["enum"]:
-        return [f"{place} is none of {', '.join(map(str, rule['enum']))}"]
-    if isinstance(value, str):
-        return _text_problems(value, rule, place)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        low, high = rule.get("minimum", -math.inf), rule.get("maximum", math.inf)
-        return [] if low <= value <= high else [f"{place} is {value}"]
-    if isinstance(value, list):
-        items = rule.get("items", {})
-        return [p for i, v in enumerate(value) for p in _problems(v, items, f"{at}[{i}]")]
-    if isinstance(value, dict):
-        return _object_problems(value, rule, at)
-    return []
-
-
-def _is(value: Any, name: str) -> bool:
-    """JSON's types: a boolean is no number, and 2.0 is an integer."""
-    if isinstance(value, bool):
-        return name == "boolean"
-    if name == "integer" and isinstance(value, float):
-        return value.is_integer()
-    return isinstance(value, _TYPES[name])
-
-
-def _text_problems(value: str, rule: Mapping[str, Any], place: str) -> list[str]:
-    if len(value) < rule.get("minLength", 0):
-        return [f"{place} is empty"]
-    if "pattern" in rule and not re.search(rule["pattern"], value):
-        return [f"{place} does not look like one"]
-    return []
-
-
-def _object_problems(value: Mapping[str, Any], rule: Mapping[str, Any], at: str) -> list[str]:
-    known = rule.get("properties", {})
-    dot = f"{at}." if at else ""
-    found = [f"{dot}{name} is missing" for name in rule.get("required", ()) if name not in value]
-    if rule.get("additionalProperties", True) is False:
-        found += [f"{dot}{name[:40]} is unknown" for name in value if name not in known]
-    for name, inner in known.items():
-        if name in value:
-            found += _problems(value[name], inner, f"{dot}{name}")
-    return found
-
-
-def _contradictions(data: Mapping[str, Any]) -> list[str]:
-    """What no schema can say: the lists belong to the sequences, a token to its sequence."""
-    first, lengths, n = data["first_divergent_tokens"], data["lengths"], data["sequences"]
-    found = [
-        f"{name} has {len(values)} entries for {n} sequences"
-        for name, values in (("first_divergent_tokens", first), ("lengths", lengths))
-        if len(values) != n
-    ]
-    if not found and any(f > length for f, length in zip(first, lengths, strict=True)):
-        found.append("a first divergent token lies beyond its sequence")
-    return found
+    check_version(tree, SCHEMA_VERSION, str(path))
+    validated(VerdictFile, tree, str(path), "verify again")
+    return tree
 
 
 def device_name(data: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_dtm.core import strict_json
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.metrics import Divergence, compare, divergent_mask, first_divergent_tokens
 from edge_dtm.formats import bundle as bundles
@@ -18,7 +19,7 @@ from edge_dtm.formats.bundle import Bundle, Manifest
 from edge_dtm.formats.plan import Plan
 from edge_dtm.formats.record import Record
 from edge_dtm.formats.reference import HELD_OUT, Reference
-from edge_dtm.formats.verdict_file import device_name, read_numbers, read_verdict
+from edge_dtm.formats.verdict_file import device_name, read_verdict
 from edge_dtm.report import examples
 from edge_dtm.report.charts import MeasuredFile, Series
 from edge_dtm.report.numbers import estimate, number
@@ -225,7 +226,7 @@ def _others(
     points, without = [], []
     lengths = reference.generated_lengths.tolist()
     for path in files:
-        data = read_numbers(path)
+        data = strict_json.read(path)
         sdt, size = estimate(data, "sdt"), number(data, "size_bytes")
         if sdt is None or size is None or size <= 0 or not 0 <= sdt[0] <= 1:
             raise EdgeDtmError(
@@ -265,7 +266,7 @@ def _plan(bundle: Bundle) -> tuple[Plan | None, dict[str, Any]]:
     """The plan and its file's JSON; (None, {}) for a bundle without one."""
     if PLAN not in bundle.manifest.files:
         return None, {}
-    data = read_numbers(bundle.path(PLAN))
+    data = strict_json.read(bundle.path(PLAN))
     if not isinstance(data, dict):
         return None, {}
     return Plan.from_json(data) if "components" in data else None, data

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 from fractions import Fraction
-from importlib import resources
 
 import numpy as np
 import pytest
@@ -18,13 +17,12 @@ from edge_dtm.formats.record import RunSettings
 from edge_dtm.formats.thresholds import EXACT, Healthy, thresholds_from
 from edge_dtm.formats.verdict import (
     AgainstHost,
-    Diagnosis,
     Evidence,
     KernelCheck,
     KernelsCompared,
     Verdict,
 )
-from edge_dtm.formats.verdict_file import problems
+from edge_dtm.formats.verdict_file import VerdictFile
 from edge_dtm.llamacpp.llama import runtime_info
 
 GOOD_KERNEL = KernelCheck("Q8_0", "plain", 1, 2e-3, "blk.0.attn_q", True)
@@ -420,7 +418,8 @@ def test_what_json_cannot_say_is_null():
     assert data["performance"] == {"prefill_tokens_per_s": None, "decode_tokens_per_s": None}
     # A token that the other run thinks impossible, which no cap hides there.
     data = dataclasses.replace(whole, kernels_compared=KernelsCompared(9, 1, math.inf)).to_json()
-    assert data["kernels_compare"]["kl_nats"] is None and problems(data) == []
+    assert data["kernels_compare"]["kl_nats"] is None
+    assert VerdictFile.model_validate_json(json.dumps(data)).kernels_compare.kl_nats == math.inf
 
 
 def test_evidence_from_arrays_is_plain_json_too():
@@ -447,23 +446,5 @@ def test_evidence_from_arrays_is_plain_json_too():
 
 @pytest.mark.parametrize("mode", ["teacher_forced", "generate"])
 @pytest.mark.parametrize("changes", [{}, FULL], ids=["plain", "full"])
-def test_a_verdict_is_as_its_schema_says(mode, changes):
-    jsonschema = pytest.importorskip("jsonschema")
-    schema = resources.files("edge_dtm.data") / "verdict.schema.json"
-    if not schema.is_file():
-        pytest.skip("no schema is packaged")
-    rules = json.loads(schema.read_text())
-    jsonschema.Draft202012Validator.check_schema(rules)
-    check = jsonschema.Draft202012Validator(rules)
-    data = verdict(mode, **changes).to_json()
-    assert [e.message for e in check.iter_errors(data)] == []
-    # A schema that allows anything would show nothing.
-    for spoilt in (data | {"passed": "yes"}, {k: v for k, v in data.items() if k != "reasons"}):
-        assert not check.is_valid(spoilt)
-
-
-def test_a_diagnosis_for_machines_and_people():
-    assert Diagnosis("too_close", "So close.").to_json() == {
-        "code": "too_close",
-        "words": "So close.",
-    }
+def test_its_readers_take_a_verdict(mode, changes):
+    VerdictFile.model_validate_json(json.dumps(verdict(mode, **changes).to_json()))

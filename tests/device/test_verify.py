@@ -160,7 +160,7 @@ def test_overridden_thresholds_fail(tiny_bundle: Path) -> None:
     assert "31.5" in verdict.reasons[0]
     assert verdict.thresholds.min_fdt == 31.5
     assert printed(verdict)[-1].startswith("FAIL")
-    with pytest.raises(EdgeDtmError, match=r"max_sdt is 1\.5"):
+    with pytest.raises(EdgeDtmError, match=r"max_sdt: is 1\.5"):
         verify(tiny_bundle, threads=1, max_sdt=1.5)
 
 
