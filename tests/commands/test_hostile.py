@@ -19,10 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fuzz
-import mutations as m
 import numpy as np
 import pytest
+from break_it import containers, fuzz, mutations, targets
 from fixtures import tiny_bundle
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,12 +31,22 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.record import Record
 from edge_dtm.formats.reference import Reference, load_imatrix, load_npz, save_npz
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_some_thousand_hostile_files(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, TOOLS / "fuzz.py", "--inputs", "3000", "--seed", "1", "--out", tmp_path],
+        [
+            sys.executable,
+            ROOT / "tools/break_it",
+            "fuzz",
+            "--inputs",
+            "3000",
+            "--seed",
+            "1",
+            "--out",
+            tmp_path,
+        ],
         capture_output=True,
         text=True,
     )
@@ -56,7 +65,9 @@ def test_the_same_seed_gives_the_same_inputs(tmp_path: Path) -> None:
     """In any order, so that a finding can be made again by itself."""
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    for one, other in zip(fuzz.targets(tmp_path / "a"), fuzz.targets(tmp_path / "b"), strict=True):
+    for one, other in zip(
+        targets.targets(tmp_path / "a"), targets.targets(tmp_path / "b"), strict=True
+    ):
         forth = [fuzz.input_bytes(one, 7, i) for i in range(30)]
         back = [fuzz.input_bytes(other, 7, i) for i in reversed(range(30))]
         assert forth == back[::-1], one.name
@@ -65,7 +76,7 @@ def test_the_same_seed_gives_the_same_inputs(tmp_path: Path) -> None:
 
 
 def _target(read: Callable[[bytes, Path], object]) -> Any:
-    return fuzz.Target("one", lambda source: source.randbytes(4), read, 1)
+    return targets.Target("one", lambda source: source.randbytes(4), read, 1)
 
 
 def _raise(error: Exception) -> None:
@@ -141,16 +152,16 @@ def test_findings_are_written_and_replayed(
         raise ValueError(f"{len(data)} bytes")
 
     monkeypatch.setattr(fuzz, "targets", lambda work: [_target(broken)])
-    assert fuzz.main(["--inputs", "5", "--out", str(tmp_path)]) == 1
+    assert fuzz.run_all(5, 0, tmp_path) == 1
     out = capsys.readouterr()
     assert "| one | 5 | 0 | 0 | 5 |" in out.out
     assert "5 times: ValueError in tests/commands/test_hostile.py" in out.err
     written = sorted(tmp_path.iterdir())
     assert len(written) == fuzz.EXAMPLES
-    assert fuzz.main(["--replay", str(written[0])]) == 1
+    assert fuzz.replay(written[0]) == 1
     assert "ValueError" in capsys.readouterr().out
-    assert fuzz.main(["--only", "nothing"]) == 1
-    assert capsys.readouterr().err.startswith("error: no target")
+    with pytest.raises(EdgeDtmError, match="names no target"):
+        fuzz.replay(tmp_path / "nothing-1.bin")
 
 
 # --- npz files -------------------------------------------------------------------------------
@@ -160,7 +171,7 @@ def test_findings_are_written_and_replayed(
 def members(tmp_path: Path) -> dict[str, bytes]:
     """Of a valid reference."""
     tiny_bundle.made_up()[0].save(tmp_path / "r.npz")
-    return m.read_npz((tmp_path / "r.npz").read_bytes())  # type: ignore[no-any-return]
+    return containers.read_npz((tmp_path / "r.npz").read_bytes())  # type: ignore[no-any-return]
 
 
 def _refused(tmp_path: Path, data: bytes, words: str) -> None:
@@ -173,7 +184,7 @@ def _refused(tmp_path: Path, data: bytes, words: str) -> None:
 
 def test_what_save_wrote_is_read(members: dict[str, bytes], tmp_path: Path) -> None:
     path = tmp_path / "again.npz"
-    path.write_bytes(m.write_npz(list(members.items())))
+    path.write_bytes(containers.write_npz(list(members.items())))
     found, wanted = Reference.load(path), tiny_bundle.made_up()[0]
     np.testing.assert_array_equal(found.top_logits, wanted.top_logits)
     assert list(found.texts) == list(wanted.texts)
@@ -201,8 +212,8 @@ def test_what_save_wrote_is_read(members: dict[str, bytes], tmp_path: Path) -> N
 def test_heads_that_lie(
     members: dict[str, bytes], tmp_path: Path, shape: str, descr: str, data: bytes, words: str
 ) -> None:
-    members["top_ids.npy"] = m.npy(shape, descr, data)
-    _refused(tmp_path, m.write_npz(list(members.items())), words)
+    members["top_ids.npy"] = containers.npy(shape, descr, data)
+    _refused(tmp_path, containers.write_npz(list(members.items())), words)
 
 
 def test_bombs(members: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,21 +222,23 @@ def test_bombs(members: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(reference, "ARRAYS_LIMIT_BYTES", 10**5)
     zeros = bytes(2**20)
-    members["top_ids.npy"] = m.npy("(262144,)", "'<i4'", zeros)
-    data = m.write_npz(list(members.items()))
+    members["top_ids.npy"] = containers.npy("(262144,)", "'<i4'", zeros)
+    data = containers.write_npz(list(members.items()))
     _refused(tmp_path, data, "unpacks to .* bytes, the limit is 100000")
     told = struct.pack("<I", len(members["top_ids.npy"]))
     assert data.count(told) == 2, "in the member's head and in the table of contents"
     _refused(tmp_path, data.replace(told, struct.pack("<I", 384)), "Bad CRC-32")
-    members["top_ids.npy"] = m.npy("(2, 4, 8)", "'<i4'", bytes(256))
+    members["top_ids.npy"] = containers.npy("(2, 4, 8)", "'<i4'", bytes(256))
     for how in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
-        _refused(tmp_path, m.write_npz(list(members.items()), how), "packed in a way")
+        _refused(tmp_path, containers.write_npz(list(members.items()), how), "packed in a way")
     many = [(f"{i:05}.npy", b"") for i in range(20_000)]
-    _refused(tmp_path, m.write_npz([*members.items(), *many]), "table of contents is too long")
+    _refused(
+        tmp_path, containers.write_npz([*members.items(), *many]), "table of contents is too long"
+    )
 
 
 def test_tables_of_contents_elsewhere(members: dict[str, bytes], tmp_path: Path) -> None:
-    data = m.write_npz(list(members.items()))
+    data = containers.write_npz(list(members.items()))
     out = io.BytesIO(data)
     with zipfile.ZipFile(out, "a") as archive:
         archive.comment = b"PK"
@@ -240,8 +253,10 @@ def test_tables_of_contents_elsewhere(members: dict[str, bytes], tmp_path: Path)
 def test_texts_of_what_is_no_character(
     members: dict[str, bytes], tmp_path: Path, code: int
 ) -> None:
-    members["texts.npy"] = m.npy("(2,)", "'<U1'", struct.pack("<II", 65, code))
-    _refused(tmp_path, m.write_npz(list(members.items())), "texts holds what is no character")
+    members["texts.npy"] = containers.npy("(2,)", "'<U1'", struct.pack("<II", 65, code))
+    _refused(
+        tmp_path, containers.write_npz(list(members.items())), "texts holds what is no character"
+    )
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
@@ -250,8 +265,12 @@ def test_numbers_that_are_not_finite(
 ) -> None:
     values = np.zeros((2, 4, 8), np.float32)
     values[1, 2, 3] = number
-    members["top_logits.npy"] = m.npy("(2, 4, 8)", "'<f4'", values.tobytes())
-    _refused(tmp_path, m.write_npz(list(members.items())), "top_logits holds numbers that are not")
+    members["top_logits.npy"] = containers.npy("(2, 4, 8)", "'<f4'", values.tobytes())
+    _refused(
+        tmp_path,
+        containers.write_npz(list(members.items())),
+        "top_logits holds numbers that are not",
+    )
 
 
 @pytest.mark.parametrize(
@@ -380,7 +399,7 @@ def test_a_spoilt_tree_is_still_json() -> None:
     parsed = 0
     for i in range(200):
         try:
-            json.loads(m.mutate_json(random.Random(i), tree))
+            json.loads(mutations.mutate_json(random.Random(i), tree))
             parsed += 1
         except (ValueError, RecursionError):
             pass

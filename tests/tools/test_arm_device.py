@@ -1,4 +1,4 @@
-"""tools/arm_*: emulated ARM devices, models cut for them, and how far their kernels are off."""
+"""tools/arm_device: emulated ARM devices, and what edge-dtm says on them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import arm_calibrate as calibrate
-import arm_cut as cut
 import arm_device as device
-import gguf
-import numpy as np
 import pytest
-from click.testing import CliRunner
-from conftest import ROOT
+from fixtures import tiny_bundle
 
-from edge_dtm.cli import main
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.formats.bundle import Manifest
-from edge_dtm.formats.record import Record, RunSettings
-from edge_dtm.formats.reference import TOP_K, Reference
-from edge_dtm.llamacpp.runner import LlamaRunner
+from edge_dtm.core.metrics import compare
+from edge_dtm.formats.record import Record
+from edge_dtm.formats.reference import Reference
+from edge_dtm.formats.thresholds import healthy_range, thresholds_from
 
+ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "arm_device"
 # CI makes one device only: each is a build of llama.cpp of its own.
 DEVICES = tuple(os.environ.get("EDGE_DTM_ARM_DEVICES", "pi4,pi5,i8mm").split(","))
@@ -220,148 +215,23 @@ def test_the_idlest_cpu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.idlest(sorted(allowed)) in allowed
 
 
-# --- the cut ----------------------------------------------------------------------------------
-
-
-def test_cut_keeps_the_first_layers_as_they_are(tiny_gguf: Path, tmp_path: Path) -> None:
-    out = tmp_path / "cut.gguf"
-    assert set(cut.cut_gguf(tiny_gguf, out, 1)) == {"F32"}
-    old, new = gguf.GGUFReader(tiny_gguf), gguf.GGUFReader(out)
-    kept = {t.name: t for t in old.tensors if not t.name.startswith("blk.1.")}
-    assert [t.name for t in new.tensors] == list(kept)
-    for tensor in new.tensors:
-        assert np.array_equal(tensor.data, kept[tensor.name].data)
-    for name, field in old.fields.items():
-        if not name.startswith("GGUF."):
-            wanted = 1 if name == "llama.block_count" else field.contents()
-            assert new.fields[name].contents() == wanted
-    with LlamaRunner(out, RunSettings(threads=1), 8) as llama:
-        assert llama.n_vocab == len(old.fields["tokenizer.ggml.tokens"].contents())
-
-
-def test_types_take_turns_among_those_that_fit(tiny_gguf: Path, tmp_path: Path) -> None:
-    out = tmp_path / "cut.gguf"
-    chosen = cut.cut_gguf(tiny_gguf, out, 2, TYPES)
-    assert set(chosen) == set(TYPES)
-    original = {t.name: t.data for t in gguf.GGUFReader(tiny_gguf).tensors}
-    for tensor in gguf.GGUFReader(out).tensors:
-        back = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        error = np.sqrt(np.mean((back - original[tensor.name]) ** 2) / np.mean(back**2))
-        # Four bits of a normal distribution: about 8 % of its width, half of that again to spare.
-        assert error < 0.12
-    assert cut._fitting(("Q6_K", "Q8_0"), 576) == ["Q8_0"]
-    with pytest.raises(EdgeDtmError, match="no type among Q6_K"):
-        cut._fitting(("Q6_K",), 576)
-
-
-def test_errors_of_the_cut(
-    tiny_gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "x").touch()
-    wrong: list[tuple[list[str | Path], str]] = [
-        ([tiny_gguf, "-o", tmp_path / "a", "--layers", "3"], "has 2 layers"),
-        ([tiny_gguf, "-o", tmp_path / "full"], "is there already"),
-        ([tmp_path / "none.gguf", "-o", tmp_path / "b"], "cannot read"),
-        ([tiny_gguf, "-o", tmp_path / "c", "--layers", "1", "--types", "Q9"], "not a GGML type"),
-    ]
-    for words, text in wrong:
-        assert cut.main([str(w) for w in words]) == 1
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and text in error and error.count("\n") == 1
-    assert {p.name for p in tmp_path.iterdir()} == {"full"}
+# --- on the devices ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
-def cut_bundle(_tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both layers of the tiny model in many types, since its cut has only one."""
-    folder = tmp_path_factory.mktemp("arm") / "bundle"
-    cut.make_bundle(_tiny_bundle, folder, layers=2, types=TYPES, sequences=3, tokens=24)
+def mixed_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bundle of many types, with the thresholds that compress would set."""
+    folder = tiny_bundle.make_bundle(tmp_path_factory.mktemp("arm") / "bundle", TYPES)
+    reference = Reference.load(folder / "reference.npz")
+    host = Record.load(folder / "host.npz")
+    ids, lengths = reference.generated_ids, reference.generated_lengths
+    thresholds = thresholds_from(
+        compare(ids, host.ids, lengths, reference.margins),
+        healthy_range(ids, host.top_ids, host.top_logits, lengths),
+        True,
+    )
+    tiny_bundle.seal(folder, thresholds=thresholds)
     return folder
-
-
-def test_the_cut_is_a_bundle(cut_bundle: Path, tiny_bundle: Path) -> None:
-    manifest = Manifest.parse((cut_bundle / "manifest.json").read_bytes(), "cut")
-    assert manifest.measured["tokens"] == 3 * 24
-    reference = Reference.load(cut_bundle / "reference.npz")
-    texts = set(Reference.load(tiny_bundle / "reference.npz").texts)
-    assert set(reference.texts) < texts
-    result = CliRunner().invoke(main, ["verify", str(cut_bundle), "--threads", "1"])
-    assert result.exit_code == 0, result.output
-
-
-# --- the calibration --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This machine as the device."""
-
-    def replay(device: str, model: Path, reference: Path, host: Path, out: Path) -> None:
-        calibrate.replay(model, reference, host, out)
-
-    monkeypatch.setattr(calibrate, "on_device", replay)
-
-
-@pytest.mark.usefixtures("here")
-def test_this_machine_is_not_off_from_itself(cut_bundle: Path, tmp_path: Path) -> None:
-    reference = calibrate.shortened(Reference.load(cut_bundle / "reference.npz"), 2, 10)
-    assert reference.generated_lengths.tolist() == [10, 10]
-    found = list(calibrate.lines([cut_bundle / "model.gguf"], reference, ["pi4"], tmp_path / "w"))
-    assert len(found) == 4
-    assert found[0].count("|") == found[1].count("|") == found[2].count("|")
-    cells = [cell.strip() for cell in found[2].strip("|").split("|")]
-    assert cells[:5] == ["model.gguf", "pi4", "20", "20", "0"]
-    assert all(cell.startswith("0.00% of ") for cell in cells[5:9])
-    assert found[3].startswith("| the F16 probe | pi4 | 96 | 96 | 0 |")
-
-
-def test_figures_of_a_device_that_differs(tiny_reference: Reference, tmp_path: Path) -> None:
-    s, n = tiny_reference.generated_ids.shape
-    lengths = tiny_reference.generated_lengths
-    top = np.zeros((s, n, TOP_K), np.float32)
-    top[..., 0] = 1.2  # the margin everywhere
-    ids = np.zeros((s, n), np.int32)
-    record = Record(
-        mode="teacher_forced",
-        ids=ids,
-        top_ids=np.zeros((s, n, TOP_K), np.int32),
-        top_logits=top,
-        log_normalizers=np.zeros((s, n), np.float32),
-        reference_log_probabilities=np.zeros((s, n), np.float32),
-        lengths=lengths,
-        prefill_tokens_per_s=1.0,
-        decode_tokens_per_s=1.0,
-        settings={},
-    )
-    other, logits = ids.copy(), top.copy()
-    other[0, :3] = 1
-    other[3, 5] = 1  # behind the end of that sequence
-    logits[0, 0] = (-50, *[0] * (TOP_K - 1))
-    calibrate.save_npz(tmp_path / "r.npz", {"ids": other, "logits": logits}, {"kind": "replay"})
-    total = int(lengths.sum())
-    cells = calibrate.figures(tiny_reference, record, tmp_path / "r.npz")
-    share = f"{3 / total:.2%} of {total}"
-    # One position of far more than 1 nat counts 1.
-    assert cells == [
-        str(total), str(total - 3), f"{1 / total:.2g}", share, share, "0.00% of 0", "0.00% of 0",
-        "1.20",
-    ]  # fmt: skip
-
-
-def test_a_device_that_fails_is_one_line(
-    cut_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.setattr(
-        calibrate, "TOOL", _program(tmp_path, "tool", "echo error: no QEMU >&2; exit 1")
-    )
-    words = [cut_bundle, cut_bundle / "model.gguf", "--sequences", "1", "--work", tmp_path / "w"]
-    assert calibrate.main([str(w) for w in words]) == 1
-    assert capsys.readouterr().err == "error: model.gguf on pi4: no QEMU\n"
-
-
-# --- on the devices ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -391,9 +261,11 @@ def _need(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DEVICES)
-def test_healthy_device_passes(name: str, on_device: Run, cut_bundle: Path, tmp_path: Path) -> None:
+def test_healthy_device_passes(
+    name: str, on_device: Run, mixed_bundle: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "verdict.json"
-    done = on_device(name, "--", "edge-dtm", "verify", cut_bundle, "--json", out)
+    done = on_device(name, "--", "edge-dtm", "verify", mixed_bundle, "--json", out)
     assert done.returncode == 0, done.stderr + done.stdout
     verdict = json.loads(out.read_text())
     assert verdict["passed"] is True
@@ -405,8 +277,8 @@ def test_healthy_device_passes(name: str, on_device: Run, cut_bundle: Path, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DEVICES)
-def test_doctor_finds_nothing_wrong(name: str, on_device: Run, cut_bundle: Path) -> None:
-    done = on_device(name, "--", "edge-dtm", "doctor", cut_bundle)
+def test_doctor_finds_nothing_wrong(name: str, on_device: Run, mixed_bundle: Path) -> None:
+    done = on_device(name, "--", "edge-dtm", "doctor", mixed_bundle)
     assert done.returncode == 0, done.stderr + done.stdout
 
 
@@ -414,10 +286,10 @@ def test_doctor_finds_nothing_wrong(name: str, on_device: Run, cut_bundle: Path)
 @pytest.mark.parametrize("command", ["verify", "doctor"])
 @pytest.mark.parametrize(("name", "feature"), [("pi5", "DOTPROD"), ("i8mm", "MATMUL_INT8")])
 def test_build_for_another_cpu_is_refused(
-    command: str, name: str, feature: str, on_device: Run, cut_bundle: Path
+    command: str, name: str, feature: str, on_device: Run, mixed_bundle: Path
 ) -> None:
     _need(name)
-    done = on_device(name, "--cpu", "cortex-a72", "--", "edge-dtm", command, cut_bundle)
+    done = on_device(name, "--cpu", "cortex-a72", "--", "edge-dtm", command, mixed_bundle)
     assert done.returncode == 1, done.stderr + done.stdout
     lines = [line for line in done.stderr.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("error: ")

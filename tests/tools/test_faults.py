@@ -8,17 +8,26 @@ import sys
 from pathlib import Path
 
 import pytest
-import try_faults as tool
+from break_it import faults
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "tools" / "try_faults.py"
 
 
 @pytest.mark.slow
 def test_every_fault_ends_as_expected(tmp_path: Path) -> None:
     page = tmp_path / "faults.md"
     done = subprocess.run(
-        [sys.executable, TOOL, "--flips", "5", "--cuts", "5", "--out", page],
+        [
+            sys.executable,
+            ROOT / "tools/break_it",
+            "table",
+            "--flips",
+            "5",
+            "--cuts",
+            "5",
+            "--out",
+            page,
+        ],
         capture_output=True,
         text=True,
     )
@@ -55,7 +64,7 @@ def test_an_expectation_that_is_not_met_is_told(
     expected: int,
     problem: str | None,
 ) -> None:
-    problems = tool.Seen(code, stdout, stderr).problems(expected)
+    problems = faults.Seen(code, stdout, stderr).problems(expected)
     if problem is None:
         assert problems == []
     else:
@@ -63,19 +72,22 @@ def test_an_expectation_that_is_not_met_is_told(
 
 
 def test_the_exit_status_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good, bad = tool.Row("a", "error: x", "1", "nothing"), tool.Row("b", "|", "0", "", ["wrong"])
+    good, bad = (
+        faults.Row("a", "error: x", "1", "nothing"),
+        faults.Row("b", "|", "0", "", ["wrong"]),
+    )
     rows = [good]
-    monkeypatch.setattr(tool, "try_all", lambda work, flips, cuts: iter(rows))
-    assert tool.main(["--out", str(tmp_path / "a.md")]) == 0
+    monkeypatch.setattr(faults, "try_all", lambda work, flips, cuts: iter(rows))
+    assert faults.run(1, 3, tmp_path / "a.md") == 0
     assert "| a | `error: x` | 1 | nothing |" in (tmp_path / "a.md").read_text()
     rows.append(bad)
-    assert tool.main([]) == 1
+    assert faults.run(1, 3, None) == 1
 
 
 def test_the_page_is_of_this_tool() -> None:
     """docs/faults.md is what the tool wrote: its text, and the faults that it tries."""
     page = (ROOT / "docs" / "faults.md").read_text()
-    before, after = tool.PAGE.split("{table}")
+    before, after = faults.PAGE.split("{table}")
     assert page.startswith(before)
     assert page.endswith(after)
     assert sum(line.startswith("| ") for line in page.splitlines()) > 40

@@ -1,15 +1,11 @@
-"""Every fault that a device may meet, tried for real: the command line in a child process.
+"""Known faults, each tried with the real command line in a child process.
 
-A bundle of a tiny random model is made on the spot and spoilt in one way a row. Each row has an
-expectation: the exit code, and exactly one `error:` line, or a FAIL line with its diagnosis, and
-never a traceback. The table is Markdown; the exit status is 1 if an expectation is not met.
-
-    python tools/try_faults.py --out docs/faults.md
+A bundle of a tiny random model is made and spoilt in one way a row. Each row has an expectation: the
+exit code; exactly one `error:` line, or a FAIL line with its diagnosis; never a traceback.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -26,21 +22,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# The script also runs from a checkout where the package is not installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
 import gguf
-import mutations as m
 import numpy as np
 from fixtures import tiny_bundle
 
+from break_it import containers
 from edge_dtm.formats.bundle import MANIFEST, SIGNATURE
 from edge_dtm.formats.record import Record
 from edge_dtm.formats.reference import Reference
 from edge_dtm.llamacpp.gguf_header import read_header
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PASSED, ERROR, FAILED = 0, 1, 3
 MATRIX_TYPE, SAME_SIZE_TYPE = "Q4_0", "IQ4_NL"  # both take 18 bytes for 32 weights
 SHOWN = 230  # characters of a line in the table
@@ -279,31 +271,45 @@ def wrong_hands(bench: Bench) -> Iterator[Row]:
 
 
 def _archives(bench: Bench) -> Iterator[tuple[str, bytes]]:
-    members = [m.member(MANIFEST, (bench.bundle / MANIFEST).read_bytes())]
-    members += [m.member(n, (bench.bundle / n).read_bytes()) for n in sorted(tiny_bundle.FILES)]
+    members = [containers.member(MANIFEST, (bench.bundle / MANIFEST).read_bytes())]
+    members += [
+        containers.member(n, (bench.bundle / n).read_bytes()) for n in sorted(tiny_bundle.FILES)
+    ]
     first, *rest = members
-    evil = m.member("../../evil", b"x")
-    yield "zip-slip: a member named ../../evil", m.frame(m.tar([first, evil, *rest]))
-    absolute = m.member("/tmp/edge-dtm-evil", b"x")
-    yield "a member with an absolute path", m.frame(m.tar([first, absolute, *rest]))
-    link = m.member("model.gguf", b"", type=b"2", linkname="/etc/passwd")
-    yield "a member that is a link", m.frame(m.tar([first, link, *rest]))
+    evil = containers.member("../../evil", b"x")
+    yield (
+        "zip-slip: a member named ../../evil",
+        containers.frame(containers.tar([first, evil, *rest])),
+    )
+    absolute = containers.member("/tmp/edge-dtm-evil", b"x")
+    yield (
+        "a member with an absolute path",
+        containers.frame(containers.tar([first, absolute, *rest])),
+    )
+    link = containers.member("model.gguf", b"", type=b"2", linkname="/etc/passwd")
+    yield "a member that is a link", containers.frame(containers.tar([first, link, *rest]))
     zeros = bytes(2**28)
-    yield "tar bomb: 256 MB behind the end", m.frame(m.tar(members, zeros), 19)
-    bomb = m.member("model.gguf", zeros)
-    yield "tar bomb: 256 MB instead of 1", m.frame(m.tar([first, bomb, *rest]), 19)
+    yield "tar bomb: 256 MB behind the end", containers.frame(containers.tar(members, zeros), 19)
+    bomb = containers.member("model.gguf", zeros)
+    yield (
+        "tar bomb: 256 MB instead of 1",
+        containers.frame(containers.tar([first, bomb, *rest]), 19),
+    )
     tree = json.loads(first[1])
     tree["files"]["model.gguf"]["size_bytes"] = 2**60
-    claim = m.member(MANIFEST, json.dumps(tree).encode())
-    yield "tar bomb: a manifest of an exabyte", m.frame(m.tar([claim, *rest]))
+    claim = containers.member(MANIFEST, json.dumps(tree).encode())
+    yield "tar bomb: a manifest of an exabyte", containers.frame(containers.tar([claim, *rest]))
     tree["files"]["model.gguf"]["size_bytes"] = 1
     tree["schema_version"] = "\x1b[31m\n" + "a" * 3000
-    escape = m.member(MANIFEST, json.dumps(tree).encode())
-    yield "a manifest with terminal escapes and 3,000 letters", m.frame(m.tar([escape, *rest]))
+    escape = containers.member(MANIFEST, json.dumps(tree).encode())
+    yield (
+        "a manifest with terminal escapes and 3,000 letters",
+        containers.frame(containers.tar([escape, *rest])),
+    )
     tree = json.loads(first[1])
     tree["thresholds"]["min_fdt"] = 10**400
-    huge = m.member(MANIFEST, json.dumps(tree).encode())
-    yield "a manifest with a number of 400 digits", m.frame(m.tar([huge, *rest]))
+    huge = containers.member(MANIFEST, json.dumps(tree).encode())
+    yield "a manifest with a number of 400 digits", containers.frame(containers.tar([huge, *rest]))
 
 
 # --- a model that is none, or not this one ---------------------------------------------------
@@ -405,9 +411,9 @@ def wrong_pieces(bench: Bench) -> Iterator[Row]:
     yield bench.row("host.npz of another reference", ERROR, lambda: bench.verify(short))
 
     bomb = bench.copy()
-    members = m.read_npz((bomb / "reference.npz").read_bytes())
-    members["top_ids.npy"] = m.npy(f"({2**28},)", "'<i4'", bytes(2**24))
-    (bomb / "reference.npz").write_bytes(m.write_npz(list(members.items())))
+    members = containers.read_npz((bomb / "reference.npz").read_bytes())
+    members["top_ids.npy"] = containers.npy(f"({2**28},)", "'<i4'", bytes(2**24))
+    (bomb / "reference.npz").write_bytes(containers.write_npz(list(members.items())))
     tiny_bundle.seal(bomb)
     yield bench.row(
         "reference.npz with a shape of a gigabyte in 16 MB", ERROR, lambda: bench.verify(bomb)
@@ -462,7 +468,7 @@ def no_room(bench: Bench) -> Iterator[Row]:
 def _little_memory(bench: Bench) -> Row:
     """Limits from what the program itself takes to where it passes in peace."""
     loaded = (
-        "import edge_dtm.device.verify, edge_dtm.verdict_table; "
+        "import edge_dtm.device.verify, edge_dtm.report.verdict_table; "
         "print(open('/proc/self/statm').read().split()[0])"
     )
     done = subprocess.run(
@@ -592,43 +598,34 @@ def markdown(row: Row) -> str:
 HEAD = ("| fault | what the user sees last | exit code | what was lost |", "|---|---|---|---|")
 PAGE = """# Faults, and what a user sees
 
-Each of these was tried with the real command line on a bundle of a tiny random model; `nothing` in
-the last column means that no file was changed, left behind or lost. Exit code 0 is a pass, 1 an
-error, 3 verified and failed. A FAIL is preceded by a line with the diagnosis. To try them all again:
+Each fault was tried with the real command line on a bundle of a tiny random model. `nothing` in the
+last column means that no file was changed, left behind or lost. Exit codes: 0 pass, 1 error, 3
+verified and failed. Before a FAIL stands a line with the diagnosis. To try them all again:
 
 ```sh
-python tools/try_faults.py --out docs/faults.md
+python tools/break_it table --out docs/faults.md
 ```
 
 {table}
 
-Hostile files in large numbers, spoilt in ways that nobody thought of, are tried by
-`python tools/fuzz.py`: each is accepted, or refused with one printable line, within limits of time,
-memory and disk.
+`python tools/break_it fuzz` tries many files damaged at random. Each is accepted, or refused with
+one printable line, within limits of time, memory and disk.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--flips", type=int, default=200, help="flipped bytes [%(default)s]")
-    parser.add_argument("--cuts", type=int, default=50, help="truncations [%(default)s]")
-    parser.add_argument("--out", type=Path, help="also write the page, such as docs/faults.md")
-    options = parser.parse_args(arguments)
+def run(flips: int, cuts: int, out: Path | None) -> int:
+    """Try all faults, print the table, and write the page to out. Returns the exit status."""
     rows = []
     print("\n".join(HEAD), flush=True)
     with tempfile.TemporaryDirectory(prefix="edge-dtm-faults-") as work:
-        for row in try_all(Path(work), max(options.flips, 1), max(options.cuts, 3)):
+        for row in try_all(Path(work), max(flips, 1), max(cuts, 3)):
             rows.append(row)
             print(markdown(row), flush=True)
             for problem in row.problems:
                 print(f"not as expected: {row.fault}: {problem}", file=sys.stderr, flush=True)
     bad = sum(bool(row.problems) for row in rows)
     print(f"{len(rows) - bad} of {len(rows)} as expected", file=sys.stderr)
-    if options.out is not None:
+    if out is not None:
         table = "\n".join([*HEAD, *map(markdown, rows)])
-        options.out.write_text(PAGE.format(table=table), encoding="utf-8")
+        out.write_text(PAGE.format(table=table), encoding="utf-8")
     return int(bad > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

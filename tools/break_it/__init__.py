@@ -1,0 +1,1 @@
+"""Break what a device reads, and see what it says: `python tools/break_it --help`."""
