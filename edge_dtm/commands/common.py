@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_dtm.core import strict_json
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.files import write_whole
 
 if TYPE_CHECKING:
     from edge_dtm.formats.profile import DeviceProfile
@@ -120,6 +118,8 @@ def folder_bytes(folder: Path) -> int:
 
 
 def read_json(path: Path) -> Any:
+    from edge_dtm.core import strict_json
+
     try:
         return strict_json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -130,6 +130,9 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, data: Any) -> None:
     """Numbers that are not finite become null, as the readers expect it."""
+    from edge_dtm.core import strict_json
+    from edge_dtm.core.files import write_whole
+
     write_whole(path, strict_json.dumps(data).encode())
 
 
