@@ -55,14 +55,14 @@ def _edit(folder: Path, name: str, **values: Any) -> None:
 @pytest.fixture(scope="session")
 def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tokenizer") / "sentencepiece"
-    made: Path = make_tiny_llama(out, steps=1, verbose=False)
+    made: Path = make_tiny_llama(out, steps=1)
     return made
 
 
 @pytest.fixture(scope="session")
 def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tokenizer") / "bpe"
-    made: Path = make_tiny_llama(out, tokenizer="bpe", steps=1, verbose=False)
+    made: Path = make_tiny_llama(out, tokenizer="bpe", steps=1)
     return made
 
 
