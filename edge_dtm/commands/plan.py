@@ -66,7 +66,7 @@ def recipe(bundle: Path, output: Path | None) -> None:
     plan = Plan.from_json(read_json(bundle / "plan.json"))
     manifest = read_json(bundle / "manifest.json")
     measured = manifest.get("measured", {})
-    if measured.get("recovery"):
+    if measured.get("distillation"):
         raise EdgeDtmError(
             f"{bundle} is no recipe's: --distill changed the model, and llama-quantize would start "
             "from the original; use the bundle's own model.gguf"

@@ -110,11 +110,11 @@ def results_of(
         "run_settings": run.run_settings.to_json(),
     }
     if distillations:
-        results["recovery"] = {d.name: d.to_json() for d in distillations}
+        results["distillation"] = {d.name: d.to_json() for d in distillations}
     if method.sparsity_steps > 1:
         results["sparsity_steps"] = method.sparsity_steps
     if method.distill_steps:
-        results["before_recovery"] = before_distillation.to_json()
+        results["before_distillation"] = before_distillation.to_json()
     return results
 
 
@@ -150,7 +150,7 @@ def _details(run: Run, reference: Reference) -> dict[str, Any]:
         "held_out_sequences": len(reference.part(HELD_OUT)),
         **({"mask_score": method.mask_score} if goal.sparsity else {}),
         **({"sparsity_steps": method.sparsity_steps} if goal.sparsity else {}),
-        **({"recover_steps": method.distill_steps} if method.distill_steps else {}),
+        **({"distill_steps": method.distill_steps} if method.distill_steps else {}),
     }
 
 

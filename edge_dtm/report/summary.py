@@ -89,7 +89,7 @@ def print_summary(
     ]
     if plan.zero_share:
         lines.append(f"{plan.zero_share:.2%} zeros in the block matrices.")
-    if before := measured.get("before_recovery"):
+    if before := measured.get("before_distillation"):
         lines.append(f"before distillation: {_figures(before)}")
     lines += [
         f"{sum(seconds.values()):.0f} s in all; measured on {measured['sequences']} held-out sequences",
@@ -169,11 +169,11 @@ def _zeros(plan: Plan, zeros: Mapping[str, float]) -> list[str]:
 
 
 def _distillation(measured: Mapping[str, Any]) -> list[str]:
-    stages = measured.get("recovery")
+    stages = measured.get("distillation")
     if not stages:
         return []
     parts = ["## Distillation"]
-    if before := measured.get("before_recovery"):
+    if before := measured.get("before_distillation"):
         parts.append(f"Before: {_figures(before)}, on the held-out sequences.")
     return [
         *parts,

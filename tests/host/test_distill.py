@@ -1,4 +1,4 @@
-"""Recovery lowers SDT, holds zeros and grids, never makes it worse, and goes on after a kill."""
+"""Distillation lowers SDT, holds zeros and grids, never makes it worse, and goes on after a kill."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def _components(made: Made, type_: str, share: float, damage: float = 0.0) -> di
     return out
 
 
-Recover = Callable[..., tuple[Distilled, Any]]
+Distill = Callable[..., tuple[Distilled, Any]]
 
 
 @pytest.fixture
-def run(made: Made, text: TeacherText, tmp_path: Path) -> Recover:
+def run(made: Made, text: TeacherText, tmp_path: Path) -> Distill:
     def go(
         components: dict[str, Trained], settings: DistillSettings = SETTINGS, **options: Any
     ) -> tuple[Distilled, Any]:
@@ -101,7 +101,7 @@ def _same(a: Distilled, b: Distilled) -> None:
         assert all(np.array_equal(ours[k], theirs[k]) for k in ours), name
 
 
-def test_recovery_of_a_pruned_model(made: Made, run: Recover, tmp_path: Path) -> None:
+def test_distillation_of_a_pruned_model(made: Made, run: Distill, tmp_path: Path) -> None:
     components = _components(made, "F16", 0.75)
     done: list[tuple[int, float, float]] = []
     found, student = run(components, progress=lambda *p: done.append(p))
@@ -137,13 +137,13 @@ def test_recovery_of_a_pruned_model(made: Made, run: Recover, tmp_path: Path) ->
     assert [json.loads(line)["sdt"] for line in lines] == [p["sdt"] for p in curve]
     found.save(tmp_path / "saved")
     _same(Distilled.load(tmp_path / "saved"), found)
-    (tmp_path / "saved" / "recovered.safetensors").write_bytes(b"x")
-    with pytest.raises(EdgeDtmError, match="no readable recovery"):
+    (tmp_path / "saved" / "distilled.safetensors").write_bytes(b"x")
+    with pytest.raises(EdgeDtmError, match="no readable distillation"):
         Distilled.load(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(("type_", "share"), [("Q4_0", 0.0), ("Q8_0", 0.5), ("Q4_K", 0.0)])
-def test_values_lie_on_the_grid(made: Made, run: Recover, type_: str, share: float) -> None:
+def test_values_lie_on_the_grid(made: Made, run: Distill, type_: str, share: float) -> None:
     components = _components(made, type_, share, damage=3.0)
     settings = replace(SETTINGS, steps=9, check_every=9, round_every=4)
     kept: dict[str, torch.Tensor] = {}
@@ -167,7 +167,7 @@ def test_values_lie_on_the_grid(made: Made, run: Recover, type_: str, share: flo
             assert ((values == 0).sum(1) >= zeros_per_row(values.shape[1], share)).all()
 
 
-def test_a_type_without_a_zero_holds_none(made: Made, run: Recover) -> None:
+def test_a_type_without_a_zero_holds_none(made: Made, run: Distill) -> None:
     components = _components(made, "Q8_0", 0.5)
     spoilt = {n: replace(t, treatment=Treatment("IQ4_NL", 0.5)) for n, t in components.items()}
     with pytest.raises(EdgeDtmError, match="cannot hold zeros"):
@@ -208,7 +208,7 @@ def test_the_original_does_not_differ_from_itself(made: Made, text: TeacherText)
 
 
 @pytest.mark.parametrize("type_", ["F16", "Q4_K"])
-def test_never_worse_than_the_start(made: Made, run: Recover, tmp_path: Path, type_: str) -> None:
+def test_never_worse_than_the_start(made: Made, run: Distill, tmp_path: Path, type_: str) -> None:
     components = _components(made, type_, 0.0)
     settings = replace(SETTINGS, steps=8, learning_rate=3.0, check_every=1, patience=2)
     found, student = run(components, settings)
@@ -226,7 +226,7 @@ def test_never_worse_than_the_start(made: Made, run: Recover, tmp_path: Path, ty
 
 @pytest.mark.parametrize("type_", ["F16", "Q4_K"])
 def test_too_large_steps_are_taken_back(
-    run: Recover, made: Made, type_: str, tmp_path: Path
+    run: Distill, made: Made, type_: str, tmp_path: Path
 ) -> None:
     """Two checks at a rate that ruins the model, then from the start with hardly a step at all."""
     components = _components(made, type_, 0.0)
@@ -248,7 +248,7 @@ def test_too_large_steps_are_taken_back(
 
 @pytest.mark.parametrize(("type_", "share"), [("F16", 0.75), ("Q4_K", 0.0)])
 def test_a_killed_run_goes_on_to_the_same(
-    made: Made, run: Recover, tmp_path: Path, type_: str, share: float
+    made: Made, run: Distill, tmp_path: Path, type_: str, share: float
 ) -> None:
     components = _components(made, type_, share, damage=3.0)
     settings = replace(SETTINGS, steps=9, check_every=3, round_every=2)
@@ -279,7 +279,7 @@ def test_a_killed_run_goes_on_to_the_same(
         run(components, settings, folder=tmp_path / "cut")
 
 
-def test_checkpointing_and_bfloat16_change_little(made: Made, run: Recover, tmp_path: Path) -> None:
+def test_checkpointing_and_bfloat16_change_little(made: Made, run: Distill, tmp_path: Path) -> None:
     components = _components(made, "F32", 0.5)
     settings = replace(SETTINGS, steps=2, check_every=2)
     plain, _ = run(components, settings, folder=tmp_path / "a")
@@ -310,7 +310,7 @@ def test_learning_rate_rises_and_falls() -> None:
     assert settings.steps_to_check == 10 and replace(settings, steps=5).steps_to_check == 1
 
 
-def test_errors_say_what_to_do(made: Made, run: Recover, text: TeacherText, tmp_path: Path) -> None:
+def test_errors_say_what_to_do(made: Made, run: Distill, text: TeacherText, tmp_path: Path) -> None:
     components = _components(made, "F16", 0.0)
     with pytest.raises(EdgeDtmError, match="lower the learning rate"):
         run(components, replace(SETTINGS, learning_rate=1e7))
@@ -322,7 +322,7 @@ def test_errors_say_what_to_do(made: Made, run: Recover, text: TeacherText, tmp_
             replace(SETTINGS, **wrong)  # type: ignore[arg-type]
 
 
-def test_embedding_and_head_are_set_and_frozen(made: Made, run: Recover) -> None:
+def test_embedding_and_head_are_set_and_frozen(made: Made, run: Distill) -> None:
     components = _components(made, "F16", 0.0)
     for name in ("token_embd", "output"):
         start = treated_values(made.weights(name), Treatment("Q4_0"), None)

@@ -169,7 +169,7 @@ def _sections(folder: Path) -> set[str]:
     return {line[3:] for line in lines if line.startswith("## ")}
 
 
-def _recovered(folder: Path, curve: list[dict[str, Any]]) -> Distilled:
+def _distilled(folder: Path, curve: list[dict[str, Any]]) -> Distilled:
     """The one in the work folder with that curve."""
     found = []
     for path in (folder / "work").glob("distilled-*"):
@@ -190,10 +190,10 @@ def _gguf_order(name: str, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return rows.reshape(heads, 2, HEAD_DIM // 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _exported_is_recovered(runs: Runs, folder: Path) -> None:
-    """Of the last recovery: blocks and norm gains."""
-    story = _manifest(folder)["measured"]["recovery"]["of the plan"]
-    result = _recovered(folder, story["curve"])
+def _exported_is_distilled(runs: Runs, folder: Path) -> None:
+    """Of the last distillation: blocks and norm gains."""
+    story = _manifest(folder)["measured"]["distillation"]["of the plan"]
+    result = _distilled(folder, story["curve"])
     assert result.best_step == story["best_step"] > 0
     tensors, plan = _tensors(folder / "model.gguf"), _plan(folder)
     assert set(result.blocks) == {c.name for c in plan.components if c.in_block}
@@ -209,7 +209,7 @@ def _exported_is_recovered(runs: Runs, folder: Path) -> None:
     assert not np.array_equal(gains[name], open_checkpoint(runs.model).tensor(name))
 
 
-# --- zeros and recovery ---------------------------------------------------------------------
+# --- zeros and distillation ------------------------------------------------------------------
 
 
 def test_zeros_of_the_file_are_the_plans(sparse: Path) -> None:
@@ -219,25 +219,25 @@ def test_zeros_of_the_file_are_the_plans(sparse: Path) -> None:
 
 
 def test_report_and_manifest_tell_it(sparse: Path) -> None:
-    assert {"Zeros", "Recovery"} <= _sections(sparse)
+    assert {"Zeros", "Distillation"} <= _sections(sparse)
     for path in sparse.glob("*.json"):
         _strict(path)
     measured = _manifest(sparse)["measured"]
-    assert set(measured["recovery"]) == {"of the plan"}
-    stage = measured["recovery"]["of the plan"]
+    assert set(measured["distillation"]) == {"of the plan"}
+    stage = measured["distillation"]["of the plan"]
     assert [p["step"] for p in stage["curve"]] == list(range(7)) and stage["steps"] == 6
     assert stage["curve"][0]["loss"] is None and stage["curve"][1]["loss"] > 0
     best = min(stage["curve"], key=lambda p: (p["sdt"], p["perplexity"]))
     assert stage["best_step"] == best["step"]
-    before = measured["before_recovery"]
+    before = measured["before_distillation"]
     assert before["perplexity"] > measured["perplexity"]
     assert before["sdt"]["value"] >= measured["sdt"]["value"] - 0.02
     provenance = _manifest(sparse)["provenance"]
-    assert provenance["recover_steps"] == 6 and provenance["sparsity_steps"] == 1
+    assert provenance["distill_steps"] == 6 and provenance["sparsity_steps"] == 1
 
 
 def test_what_was_trained_is_what_is_exported(runs: Runs, sparse: Path) -> None:
-    _exported_is_recovered(runs, sparse)
+    _exported_is_distilled(runs, sparse)
 
 
 def test_zeros_were_fitted_in_order(sparse: Path) -> None:
@@ -274,7 +274,7 @@ def test_zeros_of_the_first_step_stay(runs: Runs, stepped: Path) -> None:
         zeros, total = zeros + int(held.sum()), total + held.size
     assert zeros / total == pytest.approx(1 - (1 - 0.8) ** 0.5, abs=0.005)
     measured = _manifest(stepped)["measured"]
-    assert set(measured["recovery"]) == {"at 55.3% zeros", "of the plan"}
+    assert set(measured["distillation"]) == {"at 55.3% zeros", "of the plan"}
     assert measured["sparsity_steps"] == 2
     _run("verify", "--threads", "1", stepped)
 
@@ -286,7 +286,7 @@ def test_the_papers_sparse_experiment(runs: Runs) -> None:
     _zeros_are_the_plans(out, 0.7)
     assert {t.type for t in _plan(out).treatments} == {"F16"}
     assert "Budget: none" in (out / "report.md").read_text()
-    assert set(_manifest(out)["measured"]["recovery"]) == {"at 45.2% zeros", "of the plan"}
+    assert set(_manifest(out)["measured"]["distillation"]) == {"at 45.2% zeros", "of the plan"}
 
 
 # --- the paper's int8 -----------------------------------------------------------------------
@@ -344,9 +344,8 @@ _MOMENTS = {
     "matrix pruned": "patch(sequential_pruning, '_fit', 5)",
     "pruned matrices kept": "patch(prune.SequentiallyPruned, 'save', 3)",
     "texts sampled": "patch(teacher, '_sample', 2)",
-    "between two checks": "patch(distill._Run, '_step', 4)",
+    "best kept": "patch(distill._Run, '_keep', 1, after=True)",
     "state saved": "patch(distill._Run, '_save', 3, after=True)",
-    "best kept": "patch(distill._Run, '_keep', 2, after=True)",
 }
 _PROGRAM = """
 import importlib, os, signal, sys
@@ -402,7 +401,7 @@ def test_a_run_killed_in_every_new_stage_ends_in_the_same_bytes(runs: Runs, spar
         assert not (out / "manifest.json").exists()
     _run(*arguments)
     _same(sparse, out)
-    stories = [_manifest(f)["measured"]["recovery"] for f in (sparse, out)]
+    stories = [_manifest(f)["measured"]["distillation"] for f in (sparse, out)]
     for name in stories[0]:
         assert stories[0][name]["curve"] == stories[1][name]["curve"]
     _run("verify", "--threads", "1", out)

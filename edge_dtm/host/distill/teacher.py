@@ -1,4 +1,4 @@
-"""What recovery trains on: texts of the original's own, and what the original says to them.
+"""What distillation trains on: texts of the original's own, and what the original says to them.
 
 Of the original only its final hidden states are kept. Its logits are the head times these, so
 that while the student trains the original need not be in memory, and a token takes 2 x hidden
@@ -169,7 +169,7 @@ class TeacherText:
         self.folder, self.hidden = folder, hidden
         self.sequences = [list(map(int, s)) for s in sequences if len(s)]
         if not self.sequences:
-            raise EdgeDtmError("there is no text to recover with: give more prompts")
+            raise EdgeDtmError("there is no text to distill on: give more prompts")
         self.lengths = [len(s) for s in self.sequences]
         self.edges = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
         self.tokens = int(self.edges[-1])
@@ -196,7 +196,7 @@ class TeacherText:
         if not self._done and free < self.size_bytes * 1.05:
             raise EdgeDtmError(
                 f"{self.folder} has {free / 1e9:.1f} GB free, the original's hidden states need "
-                f"{self.size_bytes / 1e9:.1f} GB: free some space or recover with less text"
+                f"{self.size_bytes / 1e9:.1f} GB: free some space or distill on less text"
             )
 
     @property
