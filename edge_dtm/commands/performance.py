@@ -51,7 +51,7 @@ def bench(
     from rich.console import Console
 
     from edge_dtm.core.machine import default_threads
-    from edge_dtm.device.cpu import first_decode_in_child
+    from edge_dtm.device.first_decode import first_decode_in_child
     from edge_dtm.device.performance import (
         CONTEXT_TOKENS,
         estimated_tokens_per_s,

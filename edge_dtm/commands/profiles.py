@@ -51,7 +51,8 @@ def profiles_detect(output: Path | None, name: str | None) -> None:
     """
     from edge_dtm.core.progress import Stages
     from edge_dtm.device.cpu import read_cpu
-    from edge_dtm.device.detect import board, check_name, default_name, detect, require_new, save
+    from edge_dtm.device.detect import check_name, default_name, detect, require_new, save
+    from edge_dtm.device.linux import board
 
     root = Path("/")
     name = check_name(name or default_name(board(root), read_cpu(root)))

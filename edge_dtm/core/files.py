@@ -11,7 +11,10 @@ from typing import Any
 
 from edge_dtm.core.errors import EdgeDtmError
 
-Advance = Callable[[int], None]  # called with the amount done since its last call
+Advance = Callable[[int], None]
+StageProgress = Callable[
+    [str, int, int], None
+]  # stage, amount done, amount in all  # called with the amount done since its last call
 
 
 def digest_of(data: Any) -> str:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,38 +49,42 @@ def room(root: Path = Path("/")) -> Room:
     return min(rooms, key=lambda r: r.free_bytes)
 
 
-def _cgroup_rooms(root: Path) -> list[Room]:
-    """Of the process's own control group and those above it, version 2 and 1."""
-    out = []
+def control_groups(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
+    """Folders of this process's control group and those above it, and whether they are version 1."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return []
+        return
     for line in lines:
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if controllers and "memory" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        base = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        names = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            if controllers
-            else ("memory.max", "memory.current")
-        )
+        base = root / "sys/fs/cgroup" / (controller if controllers else "")
         folder = base / path.lstrip("/")
         for place in (folder, *folder.parents):
-            try:
-                limit = (place / names[0]).read_text().strip()
-                used = int((place / names[1]).read_text())
-                used -= _page_cache_bytes(place / "memory.stat")
-                if limit.isdigit() and int(limit) < 2**60:
-                    out.append(
-                        Room(max(int(limit) - used, 0), "the memory limit of the control group")
-                    )
-            except (OSError, ValueError):
-                pass
+            yield place, bool(controllers)
             if place == base:
                 break
-    return out
+
+
+def _cgroup_rooms(root: Path) -> list[Room]:
+    rooms = []
+    for folder, version_1 in control_groups(root, "memory"):
+        names = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            if version_1
+            else ("memory.max", "memory.current")
+        )
+        try:
+            limit = (folder / names[0]).read_text().strip()
+            used = int((folder / names[1]).read_text())
+        except (OSError, ValueError):
+            continue
+        used -= _page_cache_bytes(folder / "memory.stat")
+        if limit.isdigit() and int(limit) < 2**60:
+            free = max(int(limit) - used, 0)
+            rooms.append(Room(free, "the memory limit of the control group"))
+    return rooms
 
 
 def _page_cache_bytes(path: Path) -> int:

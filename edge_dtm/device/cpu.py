@@ -3,36 +3,20 @@
 llama.cpp fixes its instruction sets when it is compiled. A build for a newer CPU loads and then
 dies of SIGILL in its first decode; a build for an older one runs, several times slower. Features
 have the names of `llama_print_system_info` (ggml/src/ggml-cpu/ggml-cpu.cpp of llama.cpp).
-
-    python -m edge_dtm.device.cpu info
-    python -m edge_dtm.device.cpu decode '{"threads": 4}' [MODEL.gguf]
-
-are the child processes that this module starts, since a wrong build may crash when it is imported.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import platform
 import re
-import signal
 import struct
-import subprocess
 import sys
-import tempfile
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.scratch import Scratch
-
-if TYPE_CHECKING:
-    from edge_dtm.formats.record import RunSettings
-
-CHILD_TIMEOUT_S = 900.0  # a Pi needs seconds; an emulated one minutes
+from edge_dtm.device.linux import program_output, read_text
 
 # Feature of llama.cpp's build: the flags of /proc/cpuinfo it needs. AVX512 is compiled with all
 # five (GGML_AVX512 in ggml/src/ggml-cpu/CMakeLists.txt).
@@ -109,16 +93,6 @@ _ARM_PARTS = {
     0xD82: "Cortex-X4", 0xD84: "Neoverse-V3", 0xD85: "Cortex-X925", 0xD87: "Cortex-A725",
 }  # fmt: skip
 
-# What a program does to itself, and what that says about llama.cpp.
-_CRASHES = {
-    "SIGILL": "it was built for another CPU",
-    "SIGSEGV": "the build is broken, or was made for another machine",
-    "SIGBUS": "a file or library cannot be read whole, or the build is broken",
-    "SIGFPE": "the build is broken",
-    "SIGTRAP": "the build is broken",
-    "SIGABRT": "it gave up",
-}
-
 
 @dataclass(frozen=True)
 class Cpu:
@@ -184,27 +158,27 @@ def mac_features(text: str) -> tuple[frozenset[str], frozenset[str]]:
     keys = ("machdep.cpu.features", "machdep.cpu.leaf7_features")
     words = {word for key in keys for word in values.get(key, "").split()}
     if words:
-        found = {name for name, needed in MAC_INTEL_WORDS.items() if set(needed) <= words}
-        return frozenset(found), frozenset(MAC_INTEL_WORDS)
+        features = {name for name, needed in MAC_INTEL_WORDS.items() if set(needed) <= words}
+        return frozenset(features), frozenset(MAC_INTEL_WORDS)
     if "hw.optional.AdvSIMD" in values or "hw.optional.arm.FEAT_DotProd" in values:
         # A key that this release of macOS does not know yet says nothing about the CPU.
         known = {name for name, key in MAC_ARM_KEYS.items() if key in values}
-        found = {name for name in known if values[MAC_ARM_KEYS[name]].strip() == "1"}
-        return frozenset(found), frozenset(known)
+        features = {name for name in known if values[MAC_ARM_KEYS[name]].strip() == "1"}
+        return frozenset(features), frozenset(known)
     return frozenset(), frozenset()
 
 
 def cpu_name(cpuinfo: str) -> str:
     """The CPU's name from the text of /proc/cpuinfo, all kinds of cores, empty when it has none."""
     # On ARM a `model name` says no more than "ARMv8 Processor rev 3 (v8l)".
-    found = [
+    names = [
         _ARM_PARTS[int(part, 16)]
         for implementer, part in re.findall(
             r"^CPU implementer\s*:\s*(\w+)$.*?^CPU part\s*:\s*(\w+)$", cpuinfo, re.M | re.S
         )
         if implementer == "0x41" and int(part, 16) in _ARM_PARTS
     ] or re.findall(r"^model name\s*:\s*(.+)$", cpuinfo, re.M)
-    return " and ".join(dict.fromkeys(" ".join(name.split()) for name in found))
+    return " and ".join(dict.fromkeys(" ".join(name.split()) for name in names))
 
 
 def read_cpu(root: Path = Path("/")) -> Cpu:
@@ -221,8 +195,8 @@ def read_cpu(root: Path = Path("/")) -> Cpu:
         words = _auxiliary(AT_HWCAP), _auxiliary(AT_HWCAP2)
         if words[0]:
             features, known = arm_features(*words), frozenset(ARM_BITS)
-    elif found := re.search(r"^flags\s*:\s*(.+)$", cpuinfo, re.M):
-        features, known = x86_features(found[1].split()), frozenset(X86_FLAGS)
+    elif flags := re.search(r"^flags\s*:\s*(.+)$", cpuinfo, re.M):
+        features, known = x86_features(flags[1].split()), frozenset(X86_FLAGS)
     return Cpu(machine, cpu_name(cpuinfo) or machine, features, known)
 
 
@@ -273,151 +247,6 @@ def rebuild_command(version: str = "", *options: str) -> str:
     )
 
 
-def require_runnable(build: Build | None = None, cpu: Cpu | None = None) -> None:
-    """EdgeDtmError when llama.cpp was built with features that this CPU lacks.
-
-    build: asked for in a child when None; cpu: this machine's when None.
-    """
-    build = build_in_child() if build is None else build
-    cpu = read_cpu() if cpu is None else cpu
-    if missing := missing_on_cpu(build, cpu):
-        raise EdgeDtmError(
-            f"llama.cpp was built with {_listed(missing)}, which this CPU ({cpu.name}) does not "
-            f"have: rebuild it here: {rebuild_command(build.version)}"
-        )
-
-
-def build_in_child() -> Build:
-    """What the installed llama.cpp says, asked in a child, which a wrong build may kill.
-
-    EdgeDtmError when it cannot be imported or kills the child.
-    """
-    done = _run_child(["info"], CHILD_TIMEOUT_S)
-    return _finished(done, _said(done.stdout))
-
-
-def first_decode_in_child(
-    settings: RunSettings, path: Path | None = None, timeout_s: float = CHILD_TIMEOUT_S
-) -> Build:
-    """Let a child decode for the first time, so that a build that crashes does not take us along.
-
-    A prompt and single tokens, through the small model of `probe_model` as F16, Q8_0 and Q4_0,
-    whose kernels are the ones that differ between builds, and through the GGUF at path if given.
-    Returns what llama.cpp was built with. EdgeDtmError when features are missing on this CPU, and
-    when the child dies of a signal, fails, or takes longer than timeout_s seconds.
-    """
-    words = ["decode", json.dumps(settings.to_json())]
-    done = _run_child(words if path is None else [*words, str(path)], timeout_s)
-    build = _said(done.stdout)
-    if build is not None:
-        # Before the death is looked at: it says why.
-        require_runnable(build)
-    return _finished(done, build)
-
-
-def _run_child(words: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            [sys.executable, "-m", "edge_dtm.device.cpu", *words],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            check=False,
-            timeout=timeout_s,
-        )
-    except subprocess.TimeoutExpired:
-        raise EdgeDtmError(
-            f"llama.cpp did not finish its first decode within {timeout_s:g} s: stop what keeps "
-            f"the CPU busy, or rebuild it here: {rebuild_command()}"
-        ) from None
-    except OSError as error:
-        raise EdgeDtmError(
-            f"{sys.executable} could not be started for a first decode "
-            f"({error.strerror or error}): activate the environment edge-dtm is installed in"
-        ) from None
-
-
-def _said(stdout: str) -> Build | None:
-    """What the child said of its build before anything else, None when it did not come so far."""
-    for answer in _json_lines(stdout):
-        if "system_info" in answer:
-            return parse_system_info(str(answer["system_info"]), str(answer.get("version", "")))
-    return None
-
-
-def _finished(done: subprocess.CompletedProcess[str], build: Build | None) -> Build:
-    """The build of a child that did all it was asked. EdgeDtmError otherwise."""
-    _require_alive(done.returncode, done.stderr, build)
-    if build is None or not any(answer.get("done") for answer in _json_lines(done.stdout)):
-        raise EdgeDtmError(
-            "llama.cpp answered nothing in its first decode: rebuild it here: "
-            + rebuild_command(build.version if build else "")
-        )
-    return build
-
-
-def _require_alive(returncode: int, stderr: str, build: Build | None) -> None:
-    """EdgeDtmError unless a child ended by itself and well."""
-    if returncode == 0:
-        return
-    last = " ".join((stderr.strip().splitlines() or [""])[-1].split())
-    if last.startswith("error: "):
-        raise EdgeDtmError(last.removeprefix("error: "))
-    when = "when it was loaded" if build is None else "in its first decode"
-    rebuild = f"rebuild it here: {rebuild_command(build.version if build else '')}"
-    # A shell between us and the child turns the signal into 128 and its number.
-    number = -returncode if returncode < 0 else returncode - 128
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        reason = last or f"exit status {returncode}"
-        raise EdgeDtmError(f"llama.cpp failed {when} ({reason}): {rebuild}") from None
-    if name not in _CRASHES:
-        raise EdgeDtmError(
-            f"llama.cpp was ended {when} by {name}, which comes from outside, or from the system "
-            "when memory runs out: stop other programs and start again"
-        )
-    why = _CRASHES[name] + (f" ({last})" if last and name == "SIGABRT" else "")
-    raise EdgeDtmError(
-        f"llama.cpp died of {name} {when} on this machine ({read_cpu().name}): {why}; {rebuild}"
-    )
-
-
-def _json_lines(text: str) -> list[dict[str, Any]]:
-    out = []
-    for line in text.splitlines():
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue  # what a library printed
-        if isinstance(found, dict):
-            out.append(found)
-    return out
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def read_text(path: Path) -> str:
-    """A file of proc or sys, empty where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def program_output(words: Sequence[str]) -> str:
-    """What a program of the system prints, empty when it is not there or fails."""
-    try:
-        return subprocess.run(
-            words, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=10
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
 def _auxiliary(entry: int) -> int:
     """getauxval of the C library, 0 where there is none."""
     try:
@@ -426,75 +255,3 @@ def _auxiliary(entry: int) -> int:
         return 0
     function.restype, function.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
     return int(function(entry))
-
-
-def _child(words: Sequence[str]) -> None:
-    """What the child does: say what llama.cpp is, then decode."""
-    import resource
-
-    # The crash is expected; nobody wants its core file.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    from edge_dtm.formats.record import RunSettings
-    from edge_dtm.llamacpp.gguf_header import check_gguf
-    from edge_dtm.llamacpp.llama import runtime_info
-    from edge_dtm.llamacpp.runner import LlamaRunner
-
-    try:
-        info = runtime_info()
-    except ImportError as error:
-        raise EdgeDtmError(
-            f"llama-cpp-python cannot be imported ({error}): pip install llama-cpp-python"
-        ) from None
-    except (OSError, RuntimeError) as error:
-        # How llama_cpp reports a shared library that is missing or for another machine.
-        raise EdgeDtmError(
-            f"llama-cpp-python cannot be loaded ({' '.join(str(error).split())}): rebuild it here: "
-            + rebuild_command()
-        ) from None
-    said = {"system_info": info["system_info"], "version": info["llama_cpp_python"]}
-    print(json.dumps(said), flush=True)
-    if words[0] == "decode":
-        # One sequence is fed, so that memory for more would be for nothing.
-        settings = replace(RunSettings.from_json(json.loads(words[1])), parallel_sequences=1)
-
-        def decode(path: Path) -> None:
-            with LlamaRunner(path, settings, 32) as llama:
-                llama.measure_speed(16, 2)
-
-        with Scratch("edge-dtm", Path(tempfile.gettempdir())) as folder:
-            for path in _small_models(folder):
-                decode(path)
-        for given in words[2:]:
-            check_gguf(Path(given))
-            decode(Path(given))
-    print(json.dumps({"done": True}), flush=True)
-
-
-def _small_models(folder: Path) -> list[Path]:
-    """probe_model's GGUF as F16, Q8_0 and Q4_0."""
-    from llama_cpp import llama_cpp as lib
-
-    from edge_dtm.llamacpp import probe_model
-
-    source = folder / "F16.gguf"
-    probe_model.write(source)
-    paths = [source]
-    for name in ("Q8_0", "Q4_0"):
-        params = lib.llama_model_quantize_default_params()
-        params.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{name}")
-        params.nthread = 1
-        target = folder / f"{name}.gguf"
-        code = lib.llama_model_quantize(
-            str(source).encode(), str(target).encode(), ctypes.byref(params)
-        )
-        if code:
-            raise EdgeDtmError(f"llama.cpp cannot quantize a small model to {name} (code {code})")
-        paths.append(target)
-    return paths
-
-
-if __name__ == "__main__":
-    try:
-        _child(sys.argv[1:])
-    except EdgeDtmError as failure:
-        sys.exit(f"error: {failure}")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from edge_dtm.core.metrics import Divergence, compare, divergent_mask, first_divergent_tokens
 from edge_dtm.formats.record import Mode
 from edge_dtm.formats.thresholds import Thresholds
-from edge_dtm.formats.verdict import AgainstHost, Diagnosis, Evidence
+from edge_dtm.formats.verdict import AgainstHost, Diagnosis, Evidence, KernelCheck
 
 KL_CAP_NATS = 1.0  # so that one position cannot decide over thousands
 
@@ -63,100 +63,71 @@ def limits_of_part(
 
 
 @dataclass(frozen=True)
-class _Check:
+class ThresholdCheck:
     """of_host: whether it compares the machine with the host, not the model with the original."""
 
     name: str
     met: bool
     text: str
-    of_host: bool
+    of_host: bool = True
 
 
-def _checks(e: Evidence, t: Thresholds) -> list[_Check]:
-    def _check(
-        name: str,
-        met: bool,
-        what: str,
-        value: str,
-        relation: str,
-        limit: str,
-        of_host: bool = False,
-    ) -> _Check:
-        wanted = ", wanted" if met else ", but wanted is"
-        text = f"{what} is {value}{wanted} {relation} {limit}."
-        return _Check(name, met, text, of_host)
+def _at_most(
+    name: str,
+    what: str,
+    value: float,
+    limit: float,
+    form: str = "{:.2g} nats",
+    of_host: bool = True,
+) -> ThresholdCheck:
+    met = value <= limit
+    wanted = "wanted" if met else "but wanted is"
+    limit_text = form.removesuffix(" nats").format(limit)
+    text = f"{what} is {form.format(value)}, {wanted} at most {limit_text}."
+    return ThresholdCheck(name, met, text, of_host)
 
-    fdt, sdt = e.against_original.fdt.value, e.against_original.sdt.value
-    out = [
-        _check(
-            "fdt",
-            fdt >= t.min_fdt,
-            "FDT against the original",
-            f"{fdt:.2f} tokens",
-            "at least",
-            f"{t.min_fdt:.2f}",
-        )
-    ]
+
+def _threshold_checks(e: Evidence, t: Thresholds) -> list[ThresholdCheck]:
+    fdt = e.against_original.fdt.value
+    met = fdt >= t.min_fdt
+    wanted = "wanted" if met else "but wanted is"
+    text = f"FDT against the original is {fdt:.2f} tokens, {wanted} at least {t.min_fdt:.2f}."
+    checks = [ThresholdCheck("fdt", met, text, of_host=False)]
     if e.mode == "teacher_forced":
-        out.append(
-            _check(
-                "sdt",
-                sdt <= t.max_sdt,
-                "SDT against the original",
-                f"{sdt:.3%}",
-                "at most",
-                f"{t.max_sdt:.3%}",
-            )
+        sdt = e.against_original.sdt.value
+        checks.append(
+            _at_most("sdt", "SDT against the original", sdt, t.max_sdt, "{:.3%}", of_host=False)
         )
     if e.host is not None:
-        out += [
-            _check(
-                "kl",
-                e.host.kl_nats <= t.max_kl_vs_host,
-                "KL against the host's run of this file",
-                f"{e.host.kl_nats:.2g} nats",
-                "at most",
-                f"{t.max_kl_vs_host:.2g}",
-                True,
+        decided = f"The share of other tokens where the host was sure ({t.decided_margin:g} logits)"
+        checks += [
+            _at_most(
+                "kl", "KL against the host's run of this file", e.host.kl_nats, t.max_kl_vs_host
             ),
-            _check(
-                "decided",
-                e.host.decided_sdt <= t.max_decided_sdt_vs_host,
-                f"The share of other tokens where the host was sure ({t.decided_margin:g} logits)",
-                f"{e.host.decided_sdt:.3%}",
-                "at most",
-                f"{t.max_decided_sdt_vs_host:.3%}",
-                True,
-            ),
+            _at_most("decided", decided, e.host.decided_sdt, t.max_decided_sdt_vs_host, "{:.3%}"),
         ]
     if e.kl_probe_nats is not None:
-        out.append(
-            _check(
-                "probe",
-                e.kl_probe_nats <= t.max_kl_probe,
-                "KL of the small F16 model against the host's",
-                f"{e.kl_probe_nats:.2g} nats",
-                "at most",
-                f"{t.max_kl_probe:.2g}",
-                True,
-            )
-        )
+        what = "KL of the small F16 model against the host's"
+        checks.append(_at_most("probe", what, e.kl_probe_nats, t.max_kl_probe))
     if e.kernels:
-        worst = max(e.kernels, key=lambda k: (not k.ok, k.worst_relative_error))
-        out.append(
-            _Check(
-                "kernels",
-                worst.ok,
-                f"All {len(e.kernels)} kernels agree with numpy (largest relative error "
-                f"{worst.worst_relative_error:.1g})."
-                if worst.ok
-                else f"{sum(not k.ok for k in e.kernels)} of {len(e.kernels)} kernels compute "
-                f"wrong products (worst: {worst.type} {worst.path}, {worst.columns} columns, "
-                f"{worst.component}, relative error {worst.worst_relative_error:.1g}).",
-                True,
-            )
+        checks.append(_kernels_check(e.kernels))
+    return checks
+
+
+def _kernels_check(kernels: Sequence[KernelCheck]) -> ThresholdCheck:
+    worst = max(kernels, key=lambda k: (not k.ok, k.worst_relative_error))
+    if worst.ok:
+        text = (
+            f"All {len(kernels)} kernels agree with numpy (largest relative error "
+            f"{worst.worst_relative_error:.1g})."
         )
-    return out
+    else:
+        text = (
+            f"{sum(not k.ok for k in kernels)} of {len(kernels)} kernels compute wrong products "
+            f"(worst: {worst.type} {worst.path}, {worst.columns} columns, {worst.component}, "
+            f"relative error {worst.worst_relative_error:.1g})."
+        )
+    return ThresholdCheck("kernels", worst.ok, text)
 
 
 def judge(
@@ -166,13 +137,13 @@ def judge(
 ) -> tuple[bool, list[str], Diagnosis]:
     """(passed, reasons, diagnosis). host_meets: whether the host's own run of this file meets the
     thresholds against the original."""
-    checks = _checks(evidence, thresholds)
+    checks = _threshold_checks(evidence, thresholds)
     passed = all(c.met for c in checks)
     reasons = [c.text for c in checks if c.met == passed]
     return passed, reasons, _diagnosis(checks, evidence, host_meets)
 
 
-def _diagnosis(checks: Sequence[_Check], e: Evidence, host_meets: bool) -> Diagnosis:
+def _diagnosis(checks: Sequence[ThresholdCheck], e: Evidence, host_meets: bool) -> Diagnosis:
     if all(c.met for c in checks):
         return Diagnosis("healthy", "This machine computes what the host computed.")
     if any(c.of_host and not c.met for c in checks):

@@ -10,7 +10,6 @@ prints one line of JSON.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,8 +19,9 @@ import numpy as np
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.machine import peak_rss_bytes
-from edge_dtm.device.probe import DECODE_TOKENS, PROMPT_TOKENS, in_child
-from edge_dtm.device.sensors import Sampler, condition, find_power
+from edge_dtm.device.child import child_main, last_line, run_child
+from edge_dtm.device.power import Sampler, find_power
+from edge_dtm.device.sensors import condition
 from edge_dtm.formats.profile import DeviceProfile
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.llamacpp.gguf_header import check_gguf, kv_bytes_per_token, read_header
@@ -29,6 +29,7 @@ from edge_dtm.llamacpp.runner import LlamaRunner, Timing
 from edge_dtm.search.budget import estimate_decode_tokens_per_s
 
 SCHEMA_VERSION = 1
+PROMPT_TOKENS, DECODE_TOKENS = 128, 64
 CONTEXT_TOKENS = PROMPT_TOKENS + DECODE_TOKENS
 SWEEP_SECONDS = 2.0  # of decoding, for each number of threads
 MOST_ROUNDS = 1000
@@ -98,7 +99,14 @@ def measure(
 ) -> Performance:
     """As measure_here, in a child. EdgeDtmError with the child's last words when it fails."""
     request = {"settings": settings.to_json(), "seconds": seconds, "sweep": list(sweep)}
-    return in_child(__name__, path, request, Performance.from_json)
+    done = run_child(__name__, [str(path), json.dumps(request)])
+    try:
+        return Performance.from_json(json.loads(done.stdout.splitlines()[-1]))
+    except (ValueError, IndexError, KeyError, TypeError):
+        reason = last_line(done.stderr) or f"exit status {done.returncode}"
+        raise EdgeDtmError(
+            f"{path} could not be measured: {reason.removeprefix('error: ')}"
+        ) from None
 
 
 def measure_here(
@@ -246,15 +254,12 @@ def _reasons(p: Performance, profile: DeviceProfile) -> list[str]:
     return out
 
 
-def main() -> None:
-    request = json.loads(sys.argv[2])
+def main(words: list[str]) -> None:
+    path, request = Path(words[0]), json.loads(words[1])
     settings = RunSettings.from_json(request["settings"])
-    found = measure_here(Path(sys.argv[1]), settings, request["seconds"], request["sweep"])
-    print(json.dumps(found.to_json()))
+    performance = measure_here(path, settings, request["seconds"], request["sweep"])
+    print(json.dumps(performance.to_json()))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except EdgeDtmError as error:
-        sys.exit(f"error: {error}")
+    child_main(main)

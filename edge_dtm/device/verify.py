@@ -8,44 +8,36 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from edge_dtm.core import machine
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.metrics import compare, top_kl
+from edge_dtm.core.files import StageProgress
+from edge_dtm.core.metrics import compare
 from edge_dtm.core.scratch import Scratch
-from edge_dtm.device import cpu
+from edge_dtm.device.first_decode import first_decode_in_child
+from edge_dtm.device.inputs import Inputs, check_host_ids, check_tokens, load_inputs
 from edge_dtm.device.judge import against_host, divergences, judge, limits_of_part
+from edge_dtm.device.replay import Replayed, compare_repacking, replay, stage_counter
 from edge_dtm.formats import bundle as bundles
 from edge_dtm.formats.archive import open_bundle
 from edge_dtm.formats.record import Record, RunSettings
-from edge_dtm.formats.reference import Reference
 from edge_dtm.formats.thresholds import Thresholds
-from edge_dtm.formats.verdict import (
-    Evidence,
-    KernelCheck,
-    KernelsCompared,
-    Mode,
-    Verdict,
-)
+from edge_dtm.formats.verdict import Evidence, KernelCheck, Mode, Verdict
 from edge_dtm.llamacpp import probe_model
 from edge_dtm.llamacpp.gguf_header import check_gguf
 from edge_dtm.llamacpp.llama import runtime_info
 from edge_dtm.llamacpp.memory import require_memory
-from edge_dtm.llamacpp.runner import LlamaRunner
-from edge_dtm.llamacpp.schedule import context_needed, replay_tokens
-from edge_dtm.llamacpp.vocabulary import tokenize
+from edge_dtm.llamacpp.runner import LlamaRunner, Timing
+from edge_dtm.llamacpp.schedule import context_needed
 
 SPEED_PROMPT_TOKENS, SPEED_DECODE_TOKENS = 128, 32
 
-# Stage, amount done, amount in all; the stages are "check" (bytes) and "replay" (tokens).
-Progress = Callable[[str, int, int], None]
 Kernels = Literal["check", "compare", "skip"]
 
 
@@ -87,211 +79,184 @@ class Verified:
     record: Record
 
 
-def verify(bundle_path: Path, options: Options, progress: Progress | None = None) -> Verified:
+@dataclass(frozen=True)
+class Health:
+    """Checks of the machine without the bundle's text; None and () where they were skipped."""
+
+    kl_probe_nats: float | None = None
+    kernels: tuple[KernelCheck, ...] = ()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """asked: the thresholds for all sequences; applied: those for the ones replayed. host_meets:
+    whether the host's own run of these meets the applied ones against the original."""
+
+    asked: Thresholds
+    applied: Thresholds
+    host_meets: bool
+
+
+def verify(bundle_path: Path, options: Options, progress: StageProgress | None = None) -> Verified:
     """Check a bundle, folder or packed, replay its reference on this machine and judge.
 
-    EdgeDtmError for a bundle that is not as it was made, that llama.cpp reads differently, that
-    does not fit into memory, or that this build of llama.cpp cannot run.
+    progress: called in the stages "check" (bytes) and "replay" (tokens). EdgeDtmError for a bundle
+    that is not as it was made, that llama.cpp reads differently, that does not fit into memory, or
+    that this build of llama.cpp cannot run.
     """
     with open_bundle(Path(bundle_path), trusted=options.trusted) as bundle:
-        bundle.check(_counter(progress, "check", bundle.size_bytes))
+        bundle.check(stage_counter(progress, "check", bundle.size_bytes))
         model = bundle.path(bundles.MODEL)
         check_gguf(model)
-        reference, host, probe = _load(bundle)
+        whole = load_inputs(bundle)
         noise_floor = bundle.manifest.noise_floor(bundle.source)
         # All but the threads as on the host: these settings can change an argmax.
         settings = replace(
-            RunSettings.from_json(host.settings),
+            RunSettings.from_json(whole.host.settings),
             threads=options.threads or machine.default_threads(),
         )
-        context = max(context_needed(reference), SPEED_PROMPT_TOKENS + SPEED_DECODE_TOKENS)
+        speed_tokens = SPEED_PROMPT_TOKENS + SPEED_DECODE_TOKENS
+        context = max(context_needed(whole.reference), speed_tokens)
         # One thread has the same kernels, and a busy machine is quicker with it.
-        cpu.first_decode_in_child(replace(settings, threads=1))
+        first_decode_in_child(replace(settings, threads=1))
         require_memory(model, settings, context)
-        check_tokens(model, reference)
-        kl_probe: float | None = None
-        checked: list[KernelCheck] = []
+        check_tokens(model, whole.reference)
+        health = Health()
         if options.kernels != "skip":
-            # It loads ggml, which the child above has shown to be safe.
-            from edge_dtm.llamacpp import kernels
-
-            with Scratch("edge-dtm", Path(tempfile.gettempdir())) as folder:
-                kl_probe = probe_model.kl(
-                    probe,
-                    folder / "probe.gguf",
-                    replace(RunSettings.from_json(probe.settings), threads=settings.threads),
-                )
-            checked = [
-                KernelCheck(r.type, r.path, r.columns, r.relative_error, r.component, r.ok)
-                for r in kernels.check_kernels(model, settings.threads)
-            ]
-        in_bundle = len(reference)
-        overridden = {
-            name: value
-            for name, value in (("max_sdt", options.max_sdt), ("min_fdt", options.min_fdt))
-            if value is not None
-        }
-        asked = thresholds = replace(bundle.manifest.thresholds, **overridden)
-        compared = None
+            health = _check_health(model, whole.probe, settings.threads)
+        part = _part(whole, options.max_sequences)
         with LlamaRunner(model, settings, context) as llama:
-            _check_host_ids(host, llama.n_vocab)
-            replayed = _replay(llama, reference, host, options, progress)
+            check_host_ids(whole.host, llama.n_vocab)
+            replayed = replay(llama, part.reference, part.host, options.mode, progress)
             llama.time_decoding(16, 2)  # the first round is slower
             timing = llama.time_decoding(SPEED_PROMPT_TOKENS, SPEED_DECODE_TOKENS)
+        compared = None
         if options.kernels == "compare":
-            with LlamaRunner(
-                model, replace(settings, repack=not settings.repack), context
-            ) as llama:
-                compared = _compare(llama, reference.rows(replayed.rows), replayed.record, progress)
-        rows = replayed.rows
-        part, host_part = reference.rows(rows), host.rows(rows)
-        evidence = _evidence(part, host_part, replayed, kl_probe, checked, noise_floor, thresholds)
-        lengths = reference.generated_lengths
-        host_all = compare(reference.generated_ids, host.ids, lengths)
-        host_there = compare(part.generated_ids, host_part.ids, part.generated_lengths)
-        moved = limits_of_part(thresholds, host_all, host_there, in_bundle, len(rows))
-        thresholds = replace(moved, **overridden)
-        host_meets = (
-            host_there.sdt.value <= thresholds.max_sdt
-            and host_there.fdt.value >= thresholds.min_fdt
+            other = replace(settings, repack=not settings.repack)
+            with LlamaRunner(model, other, context) as llama:
+                compared = compare_repacking(llama, part.reference, replayed.record, progress)
+        limits = _limits(bundle.manifest.thresholds, options, whole, part)
+        evidence = _evidence(
+            part,
+            replayed,
+            health,
+            float(noise_floor.get("near_tie_margin", 0.0)),
+            limits.asked.decided_margin,
         )
-        passed, reasons, diagnosis = judge(evidence, thresholds, host_meets)
+        passed, reasons, diagnosis = judge(evidence, limits.applied, limits.host_meets)
         verdict = Verdict(
             passed=passed,
             reasons=reasons,
             diagnosis=diagnosis,
             evidence=evidence,
-            sequences=len(rows),
-            sequences_in_bundle=in_bundle,
-            thresholds=thresholds,
+            sequences=len(part.reference),
+            sequences_in_bundle=len(whole.reference),
+            thresholds=limits.applied,
             noise_floor=noise_floor,
-            bundle={
-                "name": Path(bundle_path).name,
-                "manifest_sha256": hashlib.sha256(
-                    (bundle.folder / bundles.MANIFEST).read_bytes()
-                ).hexdigest(),
-                "model_sha256": bundle.manifest.files[bundles.MODEL].sha256,
-                "key_id": bundle.key_id,
-            },
-            performance={
-                "prefill_tokens_per_s": timing.prefill_tokens_per_s,
-                "decode_tokens_per_s": timing.decode_tokens_per_s,
-                "time_to_first_token_s": timing.prefill_s,
-                "p50_ms": 1e3 * float(np.percentile(timing.decode_s, 50)),
-                "p95_ms": 1e3 * float(np.percentile(timing.decode_s, 95)),
-                "peak_rss_bytes": machine.peak_rss_bytes(),
-            },
+            bundle=_identity(bundle, bundle_path),
+            performance=_performance(timing),
             settings=settings.to_json(),
             runtime=runtime_info(),
             kernels_compared=compared,
-            notes=_notes(options, replayed, in_bundle, asked, thresholds),
+            notes=_notes(options, len(part.reference), len(whole.reference), limits),
         )
-        meta = {"rows": [int(row) for row in rows]}
+        meta = {"rows": list(range(len(part.reference)))}
         return Verified(verdict, replace(replayed.record, meta=meta))
 
 
-@dataclass(frozen=True)
-class _Replayed:
-    """rows: which sequences; record and kl (nats, (rows, N)) in that order."""
+def _check_health(model: Path, probe: Record, threads: int) -> Health:
+    # It loads ggml, which the first decode in a child has shown to be safe.
+    from edge_dtm.llamacpp.kernels import check_kernels
 
-    rows: npt.NDArray[np.int64]
-    record: Record
-    kl: npt.NDArray[np.float64]
-
-
-def _replay(
-    llama: LlamaRunner,
-    reference: Reference,
-    host: Record,
-    options: Options,
-    progress: Progress | None,
-) -> _Replayed:
-    rows = np.arange(min(options.max_sequences or len(reference), len(reference)))
-    part = reference.rows(rows)
-    count = _counter(progress, "replay", replay_tokens(part))
-    if options.mode == "generate":
-        record = llama.greedy(part, count)
-        return _Replayed(rows, record, np.zeros(record.ids.shape))
-    record, kl = _teacher_forced(llama, part, host.rows(rows), count)
-    return _Replayed(rows, record, kl)
+    settings = replace(RunSettings.from_json(probe.settings), threads=threads)
+    with Scratch("edge-dtm", Path(tempfile.gettempdir())) as folder:
+        kl_nats = probe_model.kl(probe, folder / "probe.gguf", settings)
+    checks = (
+        KernelCheck(r.type, r.path, r.columns, r.relative_error, r.component, r.ok)
+        for r in check_kernels(model, threads)
+    )
+    return Health(kl_nats, tuple(checks))
 
 
-def _teacher_forced(
-    llama: LlamaRunner,
-    reference: Reference,
-    other: Record,
-    count: Callable[[int], None] | None,
-) -> tuple[Record, npt.NDArray[np.float64]]:
-    """The record, and the KL, other || this run, at each position."""
-    there = np.zeros_like(other.top_logits)
-
-    def observe(row: int, position: int, logits: npt.NDArray[np.float32]) -> None:
-        there[row, position] = logits[other.top_ids[row, position]]
-
-    record = llama.teacher_forced(reference, count, observe)
-    return record, top_kl(other.top_logits, there)
+def _part(whole: Inputs, max_sequences: int | None) -> Inputs:
+    rows = np.arange(min(max_sequences or len(whole.reference), len(whole.reference)))
+    return replace(whole, reference=whole.reference.rows(rows), host=whole.host.rows(rows))
 
 
-def _compare(
-    llama: LlamaRunner, reference: Reference, record: Record, progress: Progress | None
-) -> KernelsCompared:
-    count = _counter(progress, "replay without repacking", replay_tokens(reference))
-    other, kl = _teacher_forced(llama, reference, record, count)
-    lengths = reference.generated_lengths
-    counted = np.arange(kl.shape[1])[None, :] < lengths[:, None]
-    differing = compare(record.ids, other.ids, lengths).divergent_tokens
-    return KernelsCompared(int(lengths.sum()), differing, float(kl[counted].mean()))
+def _limits(bundled: Thresholds, options: Options, whole: Inputs, part: Inputs) -> Limits:
+    overridden = {
+        name: value
+        for name, value in (("max_sdt", options.max_sdt), ("min_fdt", options.min_fdt))
+        if value is not None
+    }
+    asked = replace(bundled, **overridden)
+    host, host_part = (
+        compare(i.reference.generated_ids, i.host.ids, i.reference.generated_lengths)
+        for i in (whole, part)
+    )
+    moved = limits_of_part(asked, host, host_part, len(whole.reference), len(part.reference))
+    applied = replace(moved, **overridden)
+    meets = host_part.sdt.value <= applied.max_sdt and host_part.fdt.value >= applied.min_fdt
+    return Limits(asked, applied, meets)
 
 
 def _evidence(
-    part: Reference,
-    host: Record,
-    replayed: _Replayed,
-    kl_probe: float | None,
-    checked: list[KernelCheck],
-    noise_floor: Mapping[str, Any],
-    thresholds: Thresholds,
+    part: Inputs,
+    replayed: Replayed,
+    health: Health,
+    near_tie_margin: float,
+    decided_margin: float,
 ) -> Evidence:
-    mode = replayed.record.mode
-    lengths = part.generated_lengths
+    record, host = replayed.record, part.host
+    reference, lengths = part.reference, part.reference.generated_lengths
     original, against, first = divergences(
-        part.generated_ids,
+        reference.generated_ids,
         host.ids,
-        replayed.record.ids,
+        record.ids,
         lengths,
-        part.margins,
-        float(noise_floor.get("near_tie_margin", 0.0)),
-        mode,
+        reference.margins,
+        near_tie_margin,
+        record.mode,
     )
+    agreement = None
+    if record.mode == "teacher_forced":
+        agreement = against_host(
+            host.ids, host.top_logits, record.ids, replayed.kl, lengths, decided_margin
+        )
     return Evidence(
-        mode=mode,
+        mode=record.mode,
         against_original=original,
         against_host=against,
-        host=None
-        if mode == "generate"
-        else against_host(
-            host.ids,
-            host.top_logits,
-            replayed.record.ids,
-            replayed.kl,
-            lengths,
-            thresholds.decided_margin,
-        ),
-        kl_probe_nats=kl_probe,
-        kernels=checked,
+        host=agreement,
+        kl_probe_nats=health.kl_probe_nats,
+        kernels=health.kernels,
         first_divergent_tokens=first,
         lengths=[int(n) for n in lengths],
     )
 
 
-def _notes(
-    options: Options,
-    replayed: _Replayed,
-    in_bundle: int,
-    asked: Thresholds,
-    applied: Thresholds,
-) -> list[str]:
-    """asked: the thresholds for all sequences; applied: those for the ones replayed."""
+def _identity(bundle: bundles.Bundle, path: Path) -> dict[str, str | None]:
+    manifest = (bundle.folder / bundles.MANIFEST).read_bytes()
+    return {
+        "name": Path(path).name,
+        "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+        "model_sha256": bundle.manifest.files[bundles.MODEL].sha256,
+        "key_id": bundle.key_id,
+    }
+
+
+def _performance(timing: Timing) -> dict[str, float | None]:
+    return {
+        "prefill_tokens_per_s": timing.prefill_tokens_per_s,
+        "decode_tokens_per_s": timing.decode_tokens_per_s,
+        "time_to_first_token_s": timing.prefill_s,
+        "p50_ms": 1e3 * float(np.percentile(timing.decode_s, 50)),
+        "p95_ms": 1e3 * float(np.percentile(timing.decode_s, 95)),
+        "peak_rss_bytes": machine.peak_rss_bytes(),
+    }
+
+
+def _notes(options: Options, taken: int, total: int, limits: Limits) -> list[str]:
     notes = []
     if options.mode == "generate":
         notes.append(
@@ -300,11 +265,10 @@ def _notes(
         )
     if options.kernels == "skip":
         notes.append("the kernels were not checked by themselves")
-    taken = len(replayed.rows)
-    if taken < in_bundle:
+    if taken < total:
         notes.append(
-            f"the first {taken} of {in_bundle} sequences were replayed; "
-            + _which_moved(options.mode, asked, applied)
+            f"the first {taken} of {total} sequences were replayed; "
+            + _which_moved(options.mode, limits.asked, limits.applied)
         )
     return notes
 
@@ -323,63 +287,3 @@ def _which_moved(mode: Mode, asked: Thresholds, applied: Thresholds) -> str:
     return (
         f"the {stayed[0]} threshold was applied to those as it is, the {moved} threshold was {to}"
     )
-
-
-def check_tokens(model: Path, reference: Reference) -> None:
-    """EdgeDtmError unless llama.cpp makes the reference's prompt ids from its texts."""
-    made = tokenize(model, [str(text) for text in reference.texts])
-    wrong = [row for row, ids in enumerate(made) if ids != reference.prompt(row)]
-    if wrong:
-        row = wrong[0]
-        expected = reference.prompt(row)
-        pairs = zip(made[row], expected, strict=False)
-        at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        at = min(len(made[row]), len(expected)) if at is None else at
-        raise EdgeDtmError(
-            f"wrong tokenizer: llama.cpp makes other token ids from {len(wrong)} of "
-            f"{len(reference)} prompts than the original's tokenizer (first: prompt {row + 1}, "
-            f"token {at + 1}: {made[row][at : at + 3]} instead of {expected[at : at + 3]}): make "
-            "the bundle again, or take the llama-cpp-python that the host had"
-        )
-
-
-def _load(bundle: bundles.Bundle) -> tuple[Reference, Record, Record]:
-    reference = Reference.load(bundle.path(bundles.REFERENCE))
-    host = Record.load(bundle.path(bundles.HOST_RECORD))
-    probe = Record.load(bundle.path(bundles.PROBE_RECORD))
-    if not len(reference):
-        raise EdgeDtmError(f"{bundle.source}: its reference has no sequences; make it again")
-    if host.mode != "teacher_forced" or not (
-        host.ids.shape == reference.generated_ids.shape
-        and np.array_equal(host.lengths, reference.generated_lengths)
-    ):
-        raise EdgeDtmError(
-            f"{bundle.source}: its host record does not belong to its reference; make it again"
-        )
-    expected = probe_model.sequences()
-    if (
-        probe.ids.shape != expected.generated_ids.shape
-        or not ((probe.top_ids >= 0) & (probe.top_ids < probe_model.VOCAB)).all()
-    ):
-        raise EdgeDtmError(f"{bundle.source}: its probe record is not ours; make it again")
-    return reference, host, probe
-
-
-def _check_host_ids(host: Record, n_vocab: int) -> None:
-    counted = np.arange(host.ids.shape[1])[None, :] < host.lengths[:, None]
-    ids = host.top_ids[counted]
-    if ids.size and (ids.min() < 0 or ids.max() >= n_vocab):
-        raise EdgeDtmError("the host record has ids outside the vocabulary; make the bundle again")
-
-
-def _counter(progress: Progress | None, stage: str, total: int) -> Callable[[int], None] | None:
-    if progress is None:
-        return None
-    done = 0
-
-    def count(amount: int) -> None:
-        nonlocal done
-        done += amount
-        progress(stage, done, total)
-
-    return count

@@ -18,17 +18,17 @@ import numpy.typing as npt
 from edge_dtm.core.metrics import top_kl
 from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.formats.reference import HELD_OUT, TOP_K, Reference
+from edge_dtm.llamacpp.llama_gguf import LlamaShape, llama_writer
 from edge_dtm.llamacpp.runner import LlamaRunner
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, VOCAB = 128, 2, 4, 2, 256, 256
 SEQUENCES, PROMPT_TOKENS, TOKENS = 4, 8, 24
+SHAPE = LlamaShape(HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, VOCAB, PROMPT_TOKENS + TOKENS)
 SEED = 20251103
 
 
 def write(path: Path) -> None:
     """Write the model as a GGUF of about 0.7 MB."""
-    import gguf
-
     words = np.random.PCG64(SEED)
 
     def uniform(*shape: int) -> npt.NDArray[np.float64]:
@@ -36,18 +36,7 @@ def write(path: Path) -> None:
         raw = words.random_raw(int(np.prod(shape))) >> np.uint64(11)
         return (raw.astype(np.float64) / 2.0**52 - 1).reshape(shape)
 
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("edge-dtm probe")
-    writer.add_vocab_size(VOCAB)
-    writer.add_context_length(PROMPT_TOKENS + TOKENS)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(FFN)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_rope_dimension_count(HIDDEN // HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("none")
+    writer = llama_writer(path, SHAPE, "edge-dtm probe")
 
     def matrix(name: str, rows: int, columns: int) -> None:
         # The standard deviation of a uniform in -1 to 1 is 1 / sqrt(3).
@@ -61,16 +50,10 @@ def write(path: Path) -> None:
     matrix("output", VOCAB, HIDDEN)
     norm("output_norm", 3)
     for layer in range(LAYERS):
-        kv = HIDDEN // HEADS * KV_HEADS
         norm(f"blk.{layer}.attn_norm", 1)
         norm(f"blk.{layer}.ffn_norm", 1)
-        matrix(f"blk.{layer}.attn_q", HIDDEN, HIDDEN)
-        matrix(f"blk.{layer}.attn_k", kv, HIDDEN)
-        matrix(f"blk.{layer}.attn_v", kv, HIDDEN)
-        matrix(f"blk.{layer}.attn_output", HIDDEN, HIDDEN)
-        matrix(f"blk.{layer}.ffn_gate", FFN, HIDDEN)
-        matrix(f"blk.{layer}.ffn_up", FFN, HIDDEN)
-        matrix(f"blk.{layer}.ffn_down", HIDDEN, FFN)
+        for name, (rows, columns) in SHAPE.matrices().items():
+            matrix(f"blk.{layer}.{name}", rows, columns)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

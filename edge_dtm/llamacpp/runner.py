@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.files import Advance
 from edge_dtm.formats.record import Mode, Record, RunSettings
 from edge_dtm.formats.reference import PADDING, TOP_K, Reference
 from edge_dtm.llamacpp import llama
 from edge_dtm.llamacpp.schedule import Step, calls, chunks, prompt_steps, steps_of
 
-Advance = Callable[[int], None]
 Observer = Callable[[int, int, npt.NDArray[np.float32]], None]
 
 
