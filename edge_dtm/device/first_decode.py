@@ -50,7 +50,7 @@ def require_runnable(build: Build, cpu: Cpu | None = None) -> None:
     cpu = read_cpu() if cpu is None else cpu
     if missing := missing_on_cpu(build, cpu):
         raise EdgeDtmError(
-            f"llama.cpp was built with {' and '.join(missing)}, which this CPU ({cpu.name}) does not "
+            f"llama.cpp was built with {', '.join(missing)}, which this CPU ({cpu.name}) does not "
             f"have: rebuild it here: {rebuild_command(build.version)}"
         )
 

@@ -8,8 +8,6 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given
@@ -18,31 +16,20 @@ from hypothesis import strategies as st
 from edge_dtm.cli import main
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.machine import Room
+from edge_dtm.device import bandwidth
 from edge_dtm.device import detect as module
+from edge_dtm.device.bandwidth import Bandwidth, Rate, read_rate, write_model
 from edge_dtm.device.cpu import ARM_BITS, Build, Cpu, parse_system_info
 from edge_dtm.device.detect import (
-    Bandwidth,
-    Rate,
-    cache_bytes,
+    MachineFacts,
     check_name,
-    decoding_rate,
     default_name,
     detect,
-    fewest_threads,
-    measure,
     profile_of,
-    read_rate,
     save,
-    size_to_measure,
-    thread_counts,
     toml_string,
-    total_bytes,
-    usable_cores,
-    write_model,
 )
 from edge_dtm.formats.profile import DeviceProfile, list_profiles, load_profile
-from edge_dtm.llamacpp import ggml
-from edge_dtm.llamacpp.gguf_header import check_gguf
 from edge_dtm.llamacpp.llama import runtime_info
 from edge_dtm.search.budget import byte_budget
 
@@ -62,26 +49,25 @@ MEASURED = Bandwidth(
 )
 
 
-def made(**changes: Any) -> DeviceProfile:
-    given: dict[str, Any] = {
-        "name": "pi",
-        "board": "Raspberry Pi 5 Model B Rev 1.0",
-        "cpu": PI5,
-        "build": NATIVE,
-        "ram_bytes": 8_000_000_000,
-        "room": Room(7_000_000_000, "free memory"),
-        "cores": 4,
-        "measured": MEASURED,
-        "date": "2026-03-01",
-    }
-    return profile_of(**(given | changes))
+FACTS = MachineFacts(
+    board="Raspberry Pi 5 Model B Rev 1.0",
+    cpu=PI5,
+    build=NATIVE,
+    ram_bytes=8_000_000_000,
+    room=Room(7_000_000_000, "free memory"),
+    cores=4,
+)
+
+
+def pi_profile(name: str = "pi", **changes: Any) -> DeviceProfile:
+    return profile_of(name, dataclasses.replace(FACTS, **changes), MEASURED, "2026-03-01")
 
 
 # --- the profile -------------------------------------------------------------------------------
 
 
 def test_the_profile_says_what_was_measured(tmp_path: Path) -> None:
-    profile = made()
+    profile = pi_profile()
     assert profile.effective_bandwidth_bytes_per_s == 9_000_000_000  # the slower median
     assert (profile.cores, profile.threads) == (4, 3)
     assert profile.reserve_bytes == 1_000_000_000
@@ -98,7 +84,7 @@ def test_the_profile_says_what_was_measured(tmp_path: Path) -> None:
 
 def test_it_is_read_back_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "pi.toml"
-    profile = made()
+    profile = pi_profile()
     save(profile, path)
     assert load_profile(str(path)) == profile and load_profile(str(path)).sources == profile.sources
     assert [p.name for p in tmp_path.iterdir()] == ["pi.toml"]
@@ -121,34 +107,30 @@ def test_any_text_is_a_toml_string(text: str) -> None:
 
 
 def test_board_names_with_quotes(tmp_path: Path) -> None:
-    profile = made(board='Odd "board" \\ 5 😀 \x7f')
+    profile = pi_profile(board='Odd "board" \\ 5 😀 \x7f')
     save(profile, tmp_path / "p.toml")
     assert load_profile(str(tmp_path / "p.toml")).description == profile.description
 
 
 def test_a_machine_without_repacking_or_known_features(tmp_path: Path) -> None:
     cpu = Cpu("riscv64", "riscv64", frozenset(), frozenset())
-    profile = made(cpu=cpu, build=Build(frozenset()), board="")
+    profile = pi_profile(cpu=cpu, build=Build(frozenset()), board="")
     assert profile.isa_features == ("riscv64",) and set(profile.fast_types) == {"Q4_0", "Q8_0"}
     assert "repacks no type" in profile.sources["fast_types"]
     save(profile, tmp_path / "p.toml")
 
 
 def test_no_memory_is_taken(tmp_path: Path) -> None:
-    profile = made(room=Room(9_000_000_000, "free memory"))
+    profile = pi_profile(room=Room(9_000_000_000, "free memory"))
     assert profile.reserve_bytes == 1  # load_profile wants more than 0
     save(profile, tmp_path / "p.toml")
 
 
-def test_one_core_is_singular() -> None:
-    assert "1 core (" in made(cores=1).description and "4 cores (" in made().description
-
-
 def test_a_profile_that_would_not_load_is_not_written(tmp_path: Path) -> None:
     for broken in (
-        dataclasses.replace(made(), threads=9),
-        dataclasses.replace(made(), ram_bytes=-1),
-        dataclasses.replace(made(), wanted_tokens_per_s=float("nan")),
+        dataclasses.replace(pi_profile(), threads=9),
+        dataclasses.replace(pi_profile(), ram_bytes=-1),
+        dataclasses.replace(pi_profile(), wanted_tokens_per_s=float("nan")),
     ):
         with pytest.raises(EdgeDtmError):
             save(broken, tmp_path / "p.toml")
@@ -175,133 +157,25 @@ def test_any_board_gives_a_name(text: str) -> None:
 
 
 def test_where_it_is_written(tmp_path: Path) -> None:
-    for path, said in (
+    for path, words in (
         (tmp_path / "p.txt", "end in .toml"),
         (tmp_path / "none" / "p.toml", "folder that exists"),
     ):
-        with pytest.raises(EdgeDtmError, match=said):
-            save(made(), path)
+        with pytest.raises(EdgeDtmError, match=words):
+            save(pi_profile(), path)
     (tmp_path / "p.toml").write_text("mine")
     with pytest.raises(EdgeDtmError, match="exists already"):
-        save(made(), tmp_path / "p.toml")
+        save(pi_profile(), tmp_path / "p.toml")
     assert (tmp_path / "p.toml").read_text() == "mine"
 
 
 # --- what is measured --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
-def test_the_model_is_a_llama_of_that_type_and_size(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "m.gguf"
-    write_model(path, kind, 2_000_000, hidden=256, ffn=512)
-    check_gguf(path)
-    assert abs(path.stat().st_size / 2_000_000 - 1) < 0.3  # a layer is 0.3 to 0.6 MB
-    matrices = [t for t in gguf.GGUFReader(path).tensors if len(t.shape) == 2]
-    assert {t.tensor_type.name for t in matrices} == {kind}
-    down = next(t for t in matrices if t.name == "blk.1.ffn_down.weight")
-    assert list(down.shape) == [512, 256]
-    values = ggml.dequantize(kind, np.asarray(down.data), 512)
-    # Ordinary numbers: slow ones (denormal, infinite) would be measured instead of memory.
-    assert np.isfinite(values).all() and 0.8 < values.std() * np.sqrt(512) < 1.2
-
-
-def test_rates_are_positive_and_of_the_threads_asked_for(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    write_model(path, "Q4_0", 1, hidden=256, ffn=512)
-    rate = decoding_rate(path, 1)
-    assert rate.threads == 1 and len(rate.values) == module.REPEATS and min(rate.values) > 0
-    plain = read_rate(1 << 20, 2)
-    assert plain.threads == 2 and len(plain.values) == module.REPEATS and min(plain.values) > 0
-
-
-def test_all_types_are_measured_with_the_best_threads(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    speeds = {1: 5e9, 2: 8e9, 3: 10e9, 4: 10.1e9}
-    asked: list[tuple[str, int]] = []
-
-    def write(path: Path, kind: str, size: int) -> None:
-        path.write_text(kind)
-
-    def rate(path: Path, threads: int) -> Rate:
-        asked.append((path.read_text(), threads))
-        return Rate(threads, (speeds[threads],))
-
-    monkeypatch.setattr(module, "write_model", write)
-    monkeypatch.setattr(module, "decoding_rate", rate)
-    monkeypatch.setattr(module, "read_rate", lambda size, threads: Rate(threads, (2e10,)))
-    steps: list[tuple[str, int, int]] = []
-    found = measure(100, [1, 2, 3, 4], lambda *step: steps.append(step))
-    assert asked == [("Q4_0", 1), ("Q4_0", 2), ("Q4_0", 3), ("Q4_0", 4), ("Q8_0", 3)]
-    assert found.threads == found.plain.threads == 3 and found.bytes_per_s == 10_000_000_000
-    assert [s[1:] for s in steps] == [(n, 6) for n in range(1, 7)]
-
-
-@given(st.lists(st.floats(1e8, 1e11), min_size=1, max_size=8))
-def test_fewest_threads(speeds: list[float]) -> None:
-    sweep = [Rate(n + 1, (speed,)) for n, speed in enumerate(speeds)]
-    found = fewest_threads(sweep)
-    assert found.bytes_per_s >= 0.97 * max(speeds)
-    assert all(r.bytes_per_s < 0.97 * max(speeds) for r in sweep if r.threads < found.threads)
-
-
-@given(st.integers(1, 512))
-def test_thread_counts(cores: int) -> None:
-    counts = thread_counts(cores)
-    assert counts == sorted(set(counts)) and counts[0] == 1 and counts[-1] == cores
-    assert len(counts) <= 24
-
-
-def test_thread_counts_of_boards() -> None:
-    assert thread_counts(4) == [1, 2, 3, 4]
-    assert thread_counts(8) == [1, 2, 3, 4, 6, 8]
-    assert thread_counts(40) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40]
-
-
-def test_sizes() -> None:
-    here = Path("/tmp")
-    assert size_to_measure(2**21, 2**34, 2**34, here) == 256_000_000
-    assert size_to_measure(2**28, 2**34, 2**34, here) == 2**30
-    assert size_to_measure(2**21, 300_000_000, 2**34, here) == 100_000_000
-    with pytest.raises(EdgeDtmError, match="too few to measure"):
-        size_to_measure(2**21, 60_000_000, 2**34, here)
-    with pytest.raises(EdgeDtmError, match="too few to measure"):
-        size_to_measure(2**28, 10**9, 2**34, here)
-    with pytest.raises(EdgeDtmError, match="TMPDIR"):
-        size_to_measure(2**21, 2**34, 300_000_000, here)
-
-
 def _write(root: Path, name: str, text: str) -> None:
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-
-
-def test_caches(tmp_path: Path) -> None:
-    assert cache_bytes(tmp_path) == 0
-    for n in range(4):
-        caches = {0: ("1", "32K", f"{n}"), 2: ("2", "1024K", f"{n}"), 3: ("3", "8M", f"{n // 2}")}
-        for index, (level, size, shared) in caches.items():
-            folder = f"sys/devices/system/cpu/cpu{n}/cache/index{index}"
-            for name, text in (("level", level), ("size", size), ("shared_cpu_list", shared)):
-                _write(tmp_path, f"{folder}/{name}", text + "\n")
-    assert cache_bytes(tmp_path) == 2 * 8 * 2**20  # two chips with a cache each
-
-
-def test_cores_that_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "usable_cpus", lambda: [0, 1, 2, 3])
-    assert usable_cores(tmp_path) == 4
-    for n in range(4):
-        _write(tmp_path, f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list", f"{n % 2}")
-    assert usable_cores(tmp_path) == 2
-    _write(tmp_path, "proc/self/cgroup", "0::/\n")
-    _write(tmp_path, "sys/fs/cgroup/cpu.max", "50000 100000\n")
-    assert usable_cores(tmp_path) == 1
-
-
-def test_memory_of_the_machine() -> None:
-    assert total_bytes("MemTotal:        8245032 kB\nMemFree: 1 kB\n") == 8245032 * 1024
-    assert total_bytes("") == 0
 
 
 def test_a_system_without_proc(tmp_path: Path) -> None:
@@ -336,9 +210,9 @@ def test_detect_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     real = write_model
     monkeypatch.setattr(module, "first_decode_in_child", lambda settings: build)
     monkeypatch.setattr(
-        module, "write_model", lambda path, kind, size: real(path, kind, 1, 256, 512)
+        bandwidth, "write_model", lambda path, kind, size: real(path, kind, 1, 256, 512)
     )
-    monkeypatch.setattr(module, "read_rate", lambda size, threads: read_rate(1 << 20, threads))
+    monkeypatch.setattr(bandwidth, "read_rate", lambda size, threads: read_rate(1 << 20, threads))
     result = run("-o", tmp_path / "me.toml", "--name", "me")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"{tmp_path / 'me.toml'}: ")
@@ -355,19 +229,19 @@ def test_the_file_is_looked_at_before_anything_is_measured(
 ) -> None:
     monkeypatch.setattr(module, "detect", lambda *_: pytest.fail("measured"))
     (tmp_path / "p.toml").write_text("mine")
-    for arguments, said in (
+    for arguments, words in (
         (["-o", str(tmp_path / "p.toml")], "exists already"),
         (["-o", str(tmp_path / "p")], "end in .toml"),
         (["--name", "a b"], "no name for a profile"),
     ):
         result = run(*arguments)
-        assert result.exit_code == 1 and said in result.stderr
+        assert result.exit_code == 1 and words in result.stderr
         assert len(result.stderr.splitlines()) == 1
 
 
 def test_the_name_is_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "detect", lambda name, *_: made(name=name))
+    monkeypatch.setattr(module, "detect", lambda name, *_: pi_profile(name=name))
     assert run("--name", "pi").exit_code == 0
     profile = load_profile("./pi.toml")
-    assert profile == made(name="pi") and profile.sources == made(name="pi").sources
+    assert profile == pi_profile(name="pi") and profile.sources == pi_profile(name="pi").sources

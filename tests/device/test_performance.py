@@ -170,7 +170,7 @@ def fake_measure(monkeypatch: pytest.MonkeyPatch, found: Performance) -> list[tu
         return dataclasses.replace(found, sweep=(ThreadSpeed(1, 8.0, 7.0),))
 
     monkeypatch.setattr(module, "measure", measure)
-    monkeypatch.setattr("edge_dtm.device.cpu.first_decode_in_child", lambda settings: None)
+    monkeypatch.setattr("edge_dtm.device.first_decode.first_decode_in_child", lambda settings: None)
     return asked
 
 

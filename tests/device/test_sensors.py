@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_dtm.device import sensors
-from edge_dtm.device.sensors import Absent, Gauge, Rapl, Sampler, condition, find_power
+from edge_dtm.device.power import Gauge, Rapl, Sampler, find_power, pmic_watts
+from edge_dtm.device.sensors import Absent, condition
 
 NOWHERE = "no-such-vcgencmd"
 # A Raspberry Pi 5's answer, shortened; EXT5V and BATT have a voltage only.
@@ -118,9 +119,9 @@ def test_without_anything_all_is_absent(tmp_path: Path) -> None:
 
 def test_pmic_sums_rails_that_have_both(tmp_path: Path, vcgencmd: Callable[[str], str]) -> None:
     expected = 0.0975937 * 3.7 + 1.5 * 0.8
-    assert sensors.pmic_watts(PMIC) == pytest.approx(expected)
+    assert pmic_watts(PMIC) == pytest.approx(expected)
     with pytest.raises(ValueError, match="no rails"):
-        sensors.pmic_watts("error=1 error_msg=Command not registered")
+        pmic_watts("error=1 error_msg=Command not registered")
     sensor, absent = find_power(tmp_path, vcgencmd(f"cat <<'END'\n{PMIC}END"))
     assert isinstance(sensor, Gauge) and sensor.watts() == pytest.approx(expected)
     assert not absent
@@ -193,7 +194,10 @@ def test_temperatures_throttling_and_clock(tmp_path: Path, vcgencmd: Callable[[s
     found = condition(tmp_path, vcgencmd("echo throttled=0x50004"))
     assert found.temperatures_c == {"cpu-thermal": 61.234, "cpu-thermal (thermal_zone1)": 40.0}
     # Bit 2 now, bits 16 and 18 since the start; 18 is 2's own.
-    assert found.throttled == ["throttled", "voltage too low since the start"]
+    assert found.throttled == [
+        "the CPU is throttled",
+        "the supply voltage is too low since the start",
+    ]
     assert found.throttle_count == 7
     assert not found.absent
     assert sensors.clock_share(tmp_path) == pytest.approx(0.75)
@@ -202,7 +206,7 @@ def test_temperatures_throttling_and_clock(tmp_path: Path, vcgencmd: Callable[[s
 @pytest.mark.parametrize("text", ["", "throttled=", "throttled=0xzz"])
 def test_throttled_that_is_no_number(text: str) -> None:
     with pytest.raises(ValueError, match="no number"):
-        sensors.throttled_words(text)
+        sensors.throttled(text)
 
 
 def test_sampler_takes_the_whole_block_and_nothing_before(tmp_path: Path) -> None:

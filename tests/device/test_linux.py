@@ -1,0 +1,69 @@
+"""What /proc and /sys say, by made-up files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edge_dtm.device import linux as module
+from edge_dtm.device.linux import (
+    cache_bytes,
+    cpu_quota,
+    file_system_of,
+    total_bytes,
+    usable_cores,
+)
+
+
+def _write(root: Path, name: str, text: str) -> None:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_caches(tmp_path: Path) -> None:
+    assert cache_bytes(tmp_path) == 0
+    for n in range(4):
+        caches = {0: ("1", "32K", f"{n}"), 2: ("2", "1024K", f"{n}"), 3: ("3", "8M", f"{n // 2}")}
+        for index, (level, size, shared) in caches.items():
+            folder = f"sys/devices/system/cpu/cpu{n}/cache/index{index}"
+            for name, text in (("level", level), ("size", size), ("shared_cpu_list", shared)):
+                _write(tmp_path, f"{folder}/{name}", text + "\n")
+    assert cache_bytes(tmp_path) == 2 * 8 * 2**20  # two chips with a cache each
+
+
+def test_cores_that_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "usable_cpus", lambda: [0, 1, 2, 3])
+    assert usable_cores(tmp_path) == 4
+    for n in range(4):
+        _write(tmp_path, f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list", f"{n % 2}")
+    assert usable_cores(tmp_path) == 2
+    _write(tmp_path, "proc/self/cgroup", "0::/\n")
+    _write(tmp_path, "sys/fs/cgroup/cpu.max", "50000 100000\n")
+    assert usable_cores(tmp_path) == 1
+
+
+def test_memory_of_the_machine() -> None:
+    assert total_bytes("MemTotal:        8245032 kB\nMemFree: 1 kB\n") == 8245032 * 1024
+    assert total_bytes("") == 0
+
+
+def test_file_systems() -> None:
+    mounts = (
+        "/dev/root / ext4 rw 0 0\ntmpfs /tmp tmpfs rw 0 0\n/dev/sda /mnt/a\\040b xfs rw 0 0\nbad\n"
+    )
+    assert file_system_of(Path("/tmp/x"), mounts) == "tmpfs"
+    assert file_system_of(Path("/tmpfoo"), mounts) == "ext4"
+    assert file_system_of(Path("/mnt/a b/c"), mounts) == "xfs"
+    assert file_system_of(Path("/mnt"), "") == ""
+
+
+def test_a_quota_of_version_1(tmp_path: Path) -> None:
+    _write(tmp_path, "proc/self/cgroup", "4:memory:/x\n3:cpu,cpuacct:/x\n0::/\n")
+    _write(tmp_path, "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "-1\n")
+    _write(tmp_path, "sys/fs/cgroup/cpu/x/cpu.cfs_period_us", "100000\n")
+    assert cpu_quota(tmp_path) is None
+    _write(tmp_path, "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "200000\n")
+    assert cpu_quota(tmp_path) == 2
+    assert cpu_quota(tmp_path / "none") is None
