@@ -58,7 +58,11 @@ def validated(model: type[T], tree: object, source: str, remedy: str) -> T:
     EdgeDtmError that begins with source, lists every offence with its place and ends with remedy.
     """
     try:
-        return TypeAdapter(model).validate_json(json.dumps(tree, default=str))
+        text = json.dumps(tree, default=str)
+    except ValueError:  # TOML's hexadecimal numbers can be longer than Python prints any
+        raise EdgeDtmError(f"{source} is wrong: a number in it is too long; {remedy}") from None
+    try:
+        return TypeAdapter(model).validate_json(text)
     except ValidationError as error:
         _refuse(error, source, remedy)
 

@@ -5,13 +5,19 @@ the fields. Validation is strict because a mistyped key would otherwise fall bac
 end in a model that does not fit the device.
 """
 
+from __future__ import annotations
+
+import math
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import field
 from pathlib import Path
-from typing import TypeGuard
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic.dataclasses import dataclass
 
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.validation import STRICT, StrictDataclass, check_version, validated
 
 SCHEMA_VERSION = 1
 
@@ -32,29 +38,52 @@ KV_TYPE_NAMES: frozenset[str] = frozenset(
     {"F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL"}
 )
 
-_INT_KEYS = (
+# Every number needs a source, the others may have one.
+SOURCE_REQUIRED = (
     "ram_bytes",
     "reserve_bytes",
     "effective_bandwidth_bytes_per_s",
     "cores",
     "threads",
     "n_ctx",
+    "wanted_tokens_per_s",
+    "max_share_of_f16",
 )
-_FLOAT_KEYS = ("wanted_tokens_per_s", "max_share_of_f16")
-_STRING_KEYS = ("name", "description", "kv_type")
-_LIST_KEYS = ("isa_features", "fast_types")
-_SOURCE_REQUIRED = _INT_KEYS + _FLOAT_KEYS
-_SOURCE_ALLOWED = (*_SOURCE_REQUIRED, *_LIST_KEYS, "kv_type")
+_SOURCE_ALLOWED = {*SOURCE_REQUIRED, "isa_features", "fast_types", "kv_type"}
 
+
+def _one_line(text: str) -> str:
+    if not text.strip() or len(text.splitlines()) != 1:
+        raise ValueError(f"is {text!r}, should be one line of text")
+    return text
+
+
+def _no_repeats(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) != len(names):
+        raise ValueError("should name each entry once")
+    return names
+
+
+def _known(known: frozenset[str]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in known:
+            raise ValueError(f"is {name!r}, known are {', '.join(sorted(known))}")
+        return name
+
+    return AfterValidator(check)
+
+
+_Line = Annotated[str, AfterValidator(_one_line)]
+# Not strict: TOML has no tuples.
+_Distinct = (Field(min_length=1, strict=False), AfterValidator(_no_repeats))
 # TOML guarantees 64-bit signed integers only.
-_INT_MAX = 2**63 - 1
-# Keeps a message with a long faulty value readable.
-_SHOWN_MAX = 80
+_PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
+_PositiveFloat = Annotated[float, Field(gt=0, lt=2**63)]
 
 
-@dataclass(frozen=True)
-class DeviceProfile:
-    """One device, as read from a profile file.
+@dataclass(frozen=True, config=STRICT)
+class DeviceProfile(StrictDataclass):
+    """One device, as read from a profile file. EdgeDtmError when one is made with a wrong value.
 
     Attributes:
         schema_version: version of the file format, ``SCHEMA_VERSION``.
@@ -75,21 +104,45 @@ class DeviceProfile:
     """
 
     schema_version: int
-    name: str
-    description: str
-    ram_bytes: int
-    reserve_bytes: int
-    effective_bandwidth_bytes_per_s: int
-    cores: int
-    threads: int
-    isa_features: tuple[str, ...]
-    fast_types: tuple[str, ...]
-    n_ctx: int
-    wanted_tokens_per_s: float
-    max_share_of_f16: float
-    kv_type: str
+    name: _Line
+    description: _Line
+    ram_bytes: _PositiveInt
+    reserve_bytes: _PositiveInt
+    effective_bandwidth_bytes_per_s: _PositiveInt
+    cores: _PositiveInt
+    threads: _PositiveInt
+    isa_features: Annotated[tuple[_Line, ...], *_Distinct]
+    fast_types: Annotated[tuple[Annotated[str, _known(GGML_TYPE_NAMES)], ...], *_Distinct]
+    n_ctx: _PositiveInt
+    wanted_tokens_per_s: _PositiveFloat
+    max_share_of_f16: Annotated[float, Field(gt=0, le=1)]
+    kv_type: Annotated[str, _known(KV_TYPE_NAMES)]
     # A dict has no hash; the other fields identify a profile well enough.
-    sources: dict[str, str] = field(hash=False)
+    sources: dict[str, _Line] = field(hash=False)
+
+    # A field that was refused itself is not in info.data: one mistake is one offence.
+    @field_validator("reserve_bytes")
+    @classmethod
+    def _leaves_memory(cls, value: int, info: ValidationInfo) -> int:
+        if value >= info.data.get("ram_bytes", math.inf):
+            raise ValueError(f"is {value}, leaves nothing of ram_bytes {info.data['ram_bytes']}")
+        return value
+
+    @field_validator("threads")
+    @classmethod
+    def _has_cores(cls, value: int, info: ValidationInfo) -> int:
+        if value > info.data.get("cores", math.inf):
+            raise ValueError(f"is {value}, more than cores {info.data['cores']}")
+        return value
+
+    @field_validator("sources")
+    @classmethod
+    def _names_every_number(cls, value: dict[str, str]) -> dict[str, str]:
+        problems = [f"{key!r} is unknown" for key in value if key not in _SOURCE_ALLOWED]
+        problems += [f"no source for {key}" for key in SOURCE_REQUIRED if key not in value]
+        if problems:
+            raise ValueError(", ".join(problems))
+        return value
 
 
 def profiles_dir() -> Path:
@@ -167,164 +220,7 @@ def _load_file(path: Path) -> DeviceProfile:
         raise EdgeDtmError(
             f"device profile {path} is not valid TOML: {reason}; correct the file"
         ) from error
-    return _parse(table, path)
-
-
-def _parse(table: Mapping[str, object], path: Path) -> DeviceProfile:
-    version = table.get("schema_version")
-    # Alone and first: the keys of another version would only give misleading complaints.
-    if version is not None and not (_is_int(version) and version == SCHEMA_VERSION):
-        raise EdgeDtmError(
-            f"device profile {path} has schema_version {_shown(version)}, this edge-dtm reads "
-            f"{SCHEMA_VERSION}; update the file (docs/add-a-profile.md) or edge-dtm"
-        )
-
-    known = [item.name for item in fields(DeviceProfile)]
-    problems = [f"unknown key {key!r}" for key in table if key not in known]
-    problems += [f"missing key {key!r}" for key in known if key not in table]
-
-    strings = {key: _string(table, key, problems) for key in _STRING_KEYS}
-    lists = {key: _string_list(table, key, problems) for key in _LIST_KEYS}
-    ints = {key: _positive_int(table, key, problems) for key in _INT_KEYS}
-    floats = {key: _positive_float(table, key, problems) for key in _FLOAT_KEYS}
-    sources = _sources(table, problems)
-
-    kv_type = strings["kv_type"]
-    if kv_type and kv_type not in KV_TYPE_NAMES:
-        problems.append(
-            f"kv_type {kv_type!r} is no KV cache type (known: {', '.join(sorted(KV_TYPE_NAMES))})"
-        )
-    unknown_types = [name for name in lists["fast_types"] if name not in GGML_TYPE_NAMES]
-    if unknown_types:
-        problems.append(
-            f"fast_types has unknown GGML types {', '.join(map(repr, unknown_types))} "
-            f"(known: {', '.join(sorted(GGML_TYPE_NAMES))})"
-        )
-    # A value of 0 stands for one that was already reported.
-    if ints["cores"] and ints["threads"] > ints["cores"]:
-        problems.append(f"threads {ints['threads']} is more than cores {ints['cores']}")
-    if ints["ram_bytes"] and ints["reserve_bytes"] >= ints["ram_bytes"]:
-        problems.append(
-            f"reserve_bytes {ints['reserve_bytes']} leaves nothing of ram_bytes {ints['ram_bytes']}"
-        )
-    if floats["max_share_of_f16"] > 1:
-        problems.append(f"max_share_of_f16 {floats['max_share_of_f16']:g} is above 1")
-
-    if problems:
-        raise EdgeDtmError(
-            f"device profile {path} is invalid: {'; '.join(problems)}; "
-            "correct the file (docs/add-a-profile.md)"
-        )
-    return DeviceProfile(
-        schema_version=SCHEMA_VERSION,
-        name=strings["name"],
-        description=strings["description"],
-        ram_bytes=ints["ram_bytes"],
-        reserve_bytes=ints["reserve_bytes"],
-        effective_bandwidth_bytes_per_s=ints["effective_bandwidth_bytes_per_s"],
-        cores=ints["cores"],
-        threads=ints["threads"],
-        isa_features=lists["isa_features"],
-        fast_types=lists["fast_types"],
-        n_ctx=ints["n_ctx"],
-        wanted_tokens_per_s=floats["wanted_tokens_per_s"],
-        max_share_of_f16=floats["max_share_of_f16"],
-        kv_type=kv_type,
-        sources=sources,
-    )
-
-
-# The readers below report a problem and return an empty value, so that one pass finds them all;
-# a missing key is reported by the caller.
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    # bool is a subclass of int; `cores = true` is a mistake, not one core.
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _shown(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python prints no integer above 4300 digits, but TOML hex can hold one.
-        return "a huge number"
-    return text if len(text) <= _SHOWN_MAX else text[:_SHOWN_MAX] + "..."
-
-
-def _string(table: Mapping[str, object], key: str, problems: list[str]) -> str:
-    if key not in table:
-        return ""
-    value = table[key]
-    if not isinstance(value, str):
-        problems.append(f"{key} is {_shown(value)}, needs to be a string")
-        return ""
-    if not value.strip() or len(value.splitlines()) != 1:
-        problems.append(f"{key} is {_shown(value)}, needs to be one line of text")
-        return ""
-    return value
-
-
-def _string_list(table: Mapping[str, object], key: str, problems: list[str]) -> tuple[str, ...]:
-    if key not in table:
-        return ()
-    value = table[key]
-    if not isinstance(value, list):
-        problems.append(f"{key} is {_shown(value)}, needs to be a list of strings")
-        return ()
-    names = tuple(item for item in value if isinstance(item, str) and item.strip())
-    if len(names) != len(value):
-        problems.append(f"{key} is {_shown(value)}, needs to be a list of strings")
-        return ()
-    if len(set(names)) != len(names):
-        problems.append(f"{key} is {_shown(value)}, needs to name each entry once")
-    if not names:
-        problems.append(f"{key} is empty, needs at least one entry")
-    return names
-
-
-def _positive_int(table: Mapping[str, object], key: str, problems: list[str]) -> int:
-    if key not in table:
-        return 0
-    value = table[key]
-    if not _is_int(value):
-        problems.append(f"{key} is {_shown(value)}, needs to be a whole number")
-        return 0
-    if not 0 < value <= _INT_MAX:
-        problems.append(f"{key} is {_shown(value)}, needs to be above 0 and below 2^63")
-        return 0
-    return value
-
-
-def _positive_float(table: Mapping[str, object], key: str, problems: list[str]) -> float:
-    if key not in table:
-        return 0.0
-    value = table[key]
-    if not (_is_int(value) or isinstance(value, float)):
-        problems.append(f"{key} is {_shown(value)}, needs to be a number")
-        return 0.0
-    # Written so that nan fails too; the upper bound keeps float() from overflowing.
-    if not 0 < value <= _INT_MAX:
-        problems.append(f"{key} is {_shown(value)}, needs to be above 0 and below 2^63")
-        return 0.0
-    return float(value)
-
-
-def _sources(table: Mapping[str, object], problems: list[str]) -> dict[str, str]:
-    if "sources" not in table:
-        return {}
-    value = table["sources"]
-    if not isinstance(value, dict):
-        problems.append(f"sources is {_shown(value)}, needs to be a table")
-        return {}
-    problems += [f"unknown key {key!r} in sources" for key in value if key not in _SOURCE_ALLOWED]
-    sources: dict[str, str] = {}
-    for key in _SOURCE_ALLOWED:
-        source = value.get(key)
-        if source is None:
-            if key in _SOURCE_REQUIRED:
-                problems.append(f"no source for {key}")
-        elif not isinstance(source, str) or not source.strip():
-            problems.append(f"source for {key} is {_shown(source)}, needs to be a sentence")
-        else:
-            sources[key] = source
-    return sources
+    source = f"device profile {path}"
+    if "schema_version" in table:
+        check_version(table, SCHEMA_VERSION, source)
+    return validated(DeviceProfile, table, source, "correct the file (docs/add-a-profile.md)")

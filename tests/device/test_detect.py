@@ -127,13 +127,9 @@ def test_no_memory_is_taken(tmp_path: Path) -> None:
 
 
 def test_a_profile_that_would_not_load_is_not_written(tmp_path: Path) -> None:
-    for broken in (
-        dataclasses.replace(pi_profile(), threads=9),
-        dataclasses.replace(pi_profile(), ram_bytes=-1),
-        dataclasses.replace(pi_profile(), wanted_tokens_per_s=float("nan")),
-    ):
-        with pytest.raises(EdgeDtmError):
-            save(broken, tmp_path / "p.toml")
+    for wrong in ({"threads": 9}, {"ram_bytes": -1}, {"wanted_tokens_per_s": float("nan")}):
+        with pytest.raises(EdgeDtmError, match=next(iter(wrong))):
+            save(dataclasses.replace(pi_profile(), **wrong), tmp_path / "p.toml")
     assert list(tmp_path.iterdir()) == []
 
 
