@@ -38,7 +38,7 @@ class Thresholds(StrictDataclass):
         return asdict(self)
 
 
-# The healthy band, from emulated ARM devices (docs/emulated-devices.md), with room above: kernels
+# The tolerance of healthy kernels, from emulated ARM devices (docs/emulated-devices.md), with room above: kernels
 # of quantized types round activations each in their own way, those of F16 next to not at all.
 MAX_KL_VS_HOST_NATS = {"quantized": 0.05, "F16": 1e-3}
 
@@ -59,20 +59,20 @@ ROOM = 1.5
 
 def thresholds_from(
     host: Divergence,
-    healthy: Healthy,
+    tolerance: Tolerance,
     quantized: bool,
     max_sdt: float | None = None,
     min_fdt: float | None = None,
 ) -> Thresholds:
     """The thresholds of a bundle whose GGUF did `host` against the original on the host.
 
-    healthy: what a device may do that is not broken (healthy_range). quantized: whether the file
+    tolerance: how far a device that is not broken may be off (tolerance_of_kernels). quantized: whether the file
     has other types than F32, F16 and BF16. max_sdt (share) and min_fdt (tokens) are the user's own,
     who may be stricter than the file is.
     """
     sdt, fdt = host.sdt, host.fdt
-    most = max(sdt.value + ROOM * (sdt.high - sdt.value), healthy.sdt)
-    least = min(fdt.value - ROOM * (fdt.value - fdt.low), healthy.fdt)
+    most = max(sdt.value + ROOM * (sdt.high - sdt.value), tolerance.sdt)
+    least = min(fdt.value - ROOM * (fdt.value - fdt.low), tolerance.fdt)
     return Thresholds(
         max_sdt=min(most, 1.0) if max_sdt is None else max_sdt,
         min_fdt=max(least, 0.0) if min_fdt is None else min_fdt,
@@ -90,17 +90,19 @@ WITHIN = 0.99  # of the draws
 
 
 @dataclass(frozen=True)
-class Healthy:
+class Tolerance:
     """The largest SDT (share) and the smallest mean FDT (tokens) against the original."""
 
     sdt: float
     fdt: float
 
 
-EXACT = Healthy(0.0, math.inf)  # of devices that round as the host does: no room beyond its figures
+EXACT = Tolerance(
+    0.0, math.inf
+)  # of devices that round as the host does: no room beyond its figures
 
 
-def healthy_range(
+def tolerance_of_kernels(
     reference_ids: npt.NDArray[np.integer[Any]],
     top_ids: npt.NDArray[np.integer[Any]],
     top_logits: npt.NDArray[np.floating[Any]],
@@ -108,7 +110,7 @@ def healthy_range(
     kl_nats: float = KERNELS_KL_NATS,
     draws: int = DRAWS,
     seed: int = 0,
-) -> Healthy:
+) -> Tolerance:
     """What WITHIN of all devices stay in whose mean KL to the host is kl_nats.
 
     reference_ids: the original's tokens, (S, N); top_ids and top_logits: the host's run of the
@@ -120,7 +122,7 @@ def healthy_range(
     counted = np.arange(top_ids.shape[1])[None, :] < np.asarray(lengths)[:, None]
     ids, logits = top_ids[counted], top_logits[counted].astype(np.float64)
     if not len(ids):
-        return Healthy(0.0, 0.0)
+        return Tolerance(0.0, 0.0)
     shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
     shares /= shares.sum(axis=-1, keepdims=True)
     spread = float((1 - np.square(shares).sum(axis=-1)).mean())
@@ -134,4 +136,4 @@ def healthy_range(
         mask = divergent_mask(reference_ids, said, lengths)
         sdt.append(share_of_divergent_tokens(mask, lengths))
         fdt.append(float(first_divergent_tokens(mask, lengths).mean()))
-    return Healthy(float(np.quantile(sdt, WITHIN)), float(np.quantile(fdt, 1 - WITHIN)))
+    return Tolerance(float(np.quantile(sdt, WITHIN)), float(np.quantile(fdt, 1 - WITHIN)))

@@ -11,7 +11,7 @@ from edge_dtm.core.metrics import divergent_mask, first_divergent_tokens, perple
 from edge_dtm.formats import bundle
 from edge_dtm.formats.plan import Plan, distinct_texts
 from edge_dtm.formats.reference import CALIBRATION, EXTRA, HELD_OUT, Reference
-from edge_dtm.formats.thresholds import Thresholds, healthy_range, thresholds_from
+from edge_dtm.formats.thresholds import Thresholds, thresholds_from, tolerance_of_kernels
 from edge_dtm.host import export
 from edge_dtm.host.distill.stage import Distillation
 from edge_dtm.host.measure import model_path
@@ -156,7 +156,7 @@ def _details(run: Run, reference: Reference) -> dict[str, Any]:
 
 def _thresholds(run: Run, plan: Plan, measurement: Measurement, held_out: Reference) -> Thresholds:
     record, goal = measurement.record, run.settings.goal
-    tolerance = healthy_range(
+    tolerance = tolerance_of_kernels(
         held_out.generated_ids, record.top_ids, record.top_logits, held_out.generated_lengths
     )
     quantized = any(t.type not in HALF_TYPES for t in plan.treatments)

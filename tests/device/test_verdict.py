@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edge_dtm.core.metrics import Divergence, Interval, compare, divergent_mask
 from edge_dtm.device.judge import against_host, divergences, judge, limits_of_part
 from edge_dtm.formats.record import RunSettings
-from edge_dtm.formats.thresholds import EXACT, Healthy, thresholds_from
+from edge_dtm.formats.thresholds import EXACT, Tolerance, thresholds_from
 from edge_dtm.formats.verdict import (
     AgainstHost,
     Evidence,
@@ -117,9 +117,11 @@ def test_the_users_own_thresholds_are_kept(max_sdt, min_fdt, quantized):
 
 def test_no_threshold_is_tighter_than_what_healthy_devices_do():
     host = divergence(0.01, 80.0)  # an interval without width, as that of a file like the original
-    made = thresholds_from(host, Healthy(0.03, 55.0), quantized=False)
+    made = thresholds_from(host, Tolerance(0.03, 55.0), quantized=False)
     assert (made.max_sdt, made.min_fdt) == (0.03, 55.0)
-    assert thresholds_from(host, Healthy(0.005, 85.0), False) == thresholds_from(host, EXACT, False)
+    assert thresholds_from(host, Tolerance(0.005, 85.0), False) == thresholds_from(
+        host, EXACT, False
+    )
 
 
 def test_f16_leaves_less_room_than_quantized_types():

@@ -18,7 +18,7 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.metrics import compare
 from edge_dtm.formats.record import Record
 from edge_dtm.formats.reference import Reference
-from edge_dtm.formats.thresholds import healthy_range, thresholds_from
+from edge_dtm.formats.thresholds import thresholds_from, tolerance_of_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "arm_device"
@@ -227,7 +227,7 @@ def mixed_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids, lengths = reference.generated_ids, reference.generated_lengths
     thresholds = thresholds_from(
         compare(ids, host.ids, lengths, reference.margins),
-        healthy_range(ids, host.top_ids, host.top_logits, lengths),
+        tolerance_of_kernels(ids, host.top_ids, host.top_logits, lengths),
         True,
     )
     tiny_bundle.seal(folder, thresholds=thresholds)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from edge_dtm.core.metrics import compare, top_kl
 from edge_dtm.device.judge import against_host, divergences, judge
-from edge_dtm.formats.thresholds import healthy_range, thresholds_from
+from edge_dtm.formats.thresholds import thresholds_from, tolerance_of_kernels
 from edge_dtm.formats.verdict import Evidence
 
 SEQUENCES, TOKENS, K = 40, 32, 8
@@ -36,7 +36,9 @@ def verdict(reference, ids, logits, lengths, sigma, seed, quantized=False):
     said, kl = device(ids, logits, sigma, seed)
     host = ids[..., 0]
     found = compare(reference, host, lengths)
-    limits = thresholds_from(found, healthy_range(reference, ids, logits, lengths), quantized)
+    limits = thresholds_from(
+        found, tolerance_of_kernels(reference, ids, logits, lengths), quantized
+    )
     margins = logits[..., 0] - logits[..., 1]
     original, against, first = divergences(
         reference, host, said, lengths, margins, 0.0, "teacher_forced"
@@ -69,7 +71,7 @@ def test_the_noise_has_the_kl_that_was_asked_for(kl_nats):
         sigma = (low * high) ** 0.5
         mean = np.mean([device(ids, logits, sigma, s)[1][counted].mean() for s in range(5)])
         low, high = (sigma, high) if mean < kl_nats else (low, sigma)
-    limits = healthy_range(ids[..., 0], ids, logits, lengths, kl_nats)
+    limits = tolerance_of_kernels(ids[..., 0], ids, logits, lengths, kl_nats)
     runs = [compare(ids[..., 0], device(ids, logits, sigma, 100 + s)[0], lengths)
             for s in range(200)]  # fmt: skip
     assert 0.95 <= np.mean([r.sdt.value <= limits.sdt for r in runs]) <= 1
@@ -87,20 +89,22 @@ def test_without_noise_it_is_the_hosts_own_figures(seed, share):
     reference = np.where(random.random(ids.shape[:2]) < share, 1000, ids[..., 0])
     logits[..., 1:] -= 1e-3  # no exact ties
     own = compare(reference, ids[..., 0], lengths)
-    found = healthy_range(reference, ids, logits, lengths, kl_nats=0.0, draws=3)
+    found = tolerance_of_kernels(reference, ids, logits, lengths, kl_nats=0.0, draws=3)
     assert (found.sdt, found.fdt) == pytest.approx((own.sdt.value, own.fdt.value))
 
 
 def test_more_noise_is_more_room_and_the_same_seed_the_same():
     ids, logits, lengths = host_run(2)
-    found = [healthy_range(ids[..., 0], ids, logits, lengths, kl) for kl in (0, 1e-4, 1e-3, 1e-2)]
+    found = [
+        tolerance_of_kernels(ids[..., 0], ids, logits, lengths, kl) for kl in (0, 1e-4, 1e-3, 1e-2)
+    ]
     assert [f.sdt for f in found] == sorted({f.sdt for f in found})
     assert [f.fdt for f in found] == sorted({f.fdt for f in found}, reverse=True)
-    assert found[2] == healthy_range(ids[..., 0], ids, logits, lengths, 1e-3)
+    assert found[2] == tolerance_of_kernels(ids[..., 0], ids, logits, lengths, 1e-3)
 
 
 def test_a_host_that_is_always_sure_leaves_no_room():
     ids, logits, lengths = host_run(3)
     logits[..., 1:] = -1e4
-    found = healthy_range(ids[..., 0], ids, logits, lengths)
+    found = tolerance_of_kernels(ids[..., 0], ids, logits, lengths)
     assert found.sdt == 0 and found.fdt == lengths.mean()
