@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -246,3 +247,20 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
     make_tiny_llama(folder, steps=10, tied=True, layers=1)
     return Made(folder, tmp_path_factory.mktemp("made-tied"))
+
+
+TINY_LLAMAS: dict[str, dict[str, Any]] = {
+    "sentencepiece": {},
+    "bpe": {"tokenizer": "bpe", "tied": True, "shards": 2},
+    "mistral": {"arch": "mistral"},
+    "bias_rope": {"attention_bias": True, "rope_scaling": "llama3"},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_llamas(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The HF folder of a variant of TINY_LLAMAS, hardly trained; to be copied before a change."""
+    from fixtures.tiny_llama import make_tiny_llama
+
+    base = tmp_path_factory.mktemp("llamas")
+    return cache(lambda name: make_tiny_llama(base / name, steps=1, layers=2, **TINY_LLAMAS[name]))

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from fixtures.tiny_llama import make_tiny_llama
+from conftest import TINY_LLAMAS
 from safetensors.torch import load_file, save_file
 
 from edge_dtm.core.errors import EdgeDtmError
@@ -30,13 +30,6 @@ from edge_dtm.host.export import export_gguf, f16_plan, fixed_bytes
 from edge_dtm.llamacpp.runner import LlamaRunner
 
 CPU = torch.device("cpu")
-VARIANTS: dict[str, dict[str, Any]] = {
-    "sentencepiece": {},
-    "bpe_tied_shards": {"tokenizer": "bpe", "tied": True, "shards": 2},
-    "mistral": {"arch": "mistral"},
-    "attention_bias": {"attention_bias": True},
-    "llama3_rope": {"rope_scaling": "llama3"},
-}
 SEQUENCES, TOKENS, PROMPT = 3, 200, 4
 
 
@@ -62,17 +55,17 @@ def _sharpen(tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    base = tmp_path_factory.mktemp("checkpoints")
-    make = make_tiny_llama
-    out = {}
-    for name, options in VARIANTS.items():
-        out[name] = make(base / name, steps=2, layers=2, **options)
+def folders(
+    tiny_llamas: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    base, out = tmp_path_factory.mktemp("checkpoints"), {}
+    for name in TINY_LLAMAS:
+        out[name] = Path(shutil.copytree(tiny_llamas(name), base / name))
         _edit_weights(out[name], _sharpen)
     return out
 
 
-@pytest.fixture(scope="session", params=list(VARIANTS))
+@pytest.fixture(scope="session", params=list(TINY_LLAMAS))
 def variant(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
     return folders[request.param]
 
@@ -90,7 +83,7 @@ def folder(folders: dict[str, Path], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sharded(folders: dict[str, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(folders["bpe_tied_shards"], tmp_path / "hf"))
+    return Path(shutil.copytree(folders["bpe"], tmp_path / "hf"))
 
 
 def _transformers(folder: Path) -> Any:
@@ -214,12 +207,12 @@ def test_without_the_permutation_llama_cpp_disagrees(
 
 
 def test_llama3_factors_matter(folders: dict[str, Path], ids: torch.Tensor, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(folders["llama3_rope"], tmp_path / "hf"))
+    folder = Path(shutil.copytree(folders["bias_rope"], tmp_path / "hf"))
     config = json.loads((folder / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
     (folder / "config.json").write_text(json.dumps(config))
     without = _logits(load_model(open_checkpoint(folder), CPU), ids)
-    scaled = _logits(load_model(open_checkpoint(folders["llama3_rope"]), CPU), ids)
+    scaled = _logits(load_model(open_checkpoint(folders["bias_rope"]), CPU), ids)
     assert (without - scaled).abs().max() > 0.1
 
 
@@ -302,59 +295,40 @@ def test_broken_config(folder: Path, text: str) -> None:
     _refused(folder, "config.json")
 
 
-def test_wrong_architecture(folder: Path) -> None:
-    from transformers import GPT2Config
-
-    config = GPT2Config().to_dict() | {"architectures": ["GPT2LMHeadModel"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    _refused(folder, "GPT2LMHeadModel", "LlamaForCausalLM")
-
-
 @pytest.mark.parametrize(
-    "change",
+    ("change", "word"),
     [
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}},
-        {"hidden_act": "gelu"},
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "yarn"),
+        ({"hidden_act": "gelu"}, "gelu"),
     ],
 )
-def test_unsupported_config(folder: Path, change: dict[str, Any]) -> None:
+def test_unsupported_config(folder: Path, change: dict[str, Any], word: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
-    _refused(folder, "not supported")
+    _refused(folder, "supported", word)
 
 
-def test_nan_weights_are_named_and_counted(folder: Path) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.layers.1.mlp.up_proj.weight"][0, :3] = torch.nan
-        tensors["model.norm.weight"][7] = torch.inf
+UP = "model.layers.1.mlp.up_proj.weight"
+SPOILT: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "nan": (lambda t: t[UP][0, :3].fill_(torch.nan), "blk.1.ffn_up.weight has 3 NaN"),
+    "infinite": (
+        lambda t: t["model.norm.weight"][7].fill_(torch.inf), "output_norm.weight has 1 NaN"
+    ),
+    "missing": (lambda t: t.pop(UP), "lacks 1 tensors (blk.1.ffn_up.weight)"),
+    "headless": (lambda t: t.pop("lm_head.weight"), "lm_head.weight"),
+    "short": (
+        lambda t: t.update({UP: t[UP][:-1].clone()}),
+        "blk.1.ffn_up.weight has shape (511, 256), not (512, 256)",
+    ),
+}  # fmt: skip
 
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_spoilt_weights_are_named(folder: Path, how: str) -> None:
+    change, words = SPOILT[how]
     _edit_weights(folder, change)
-    _refused(folder, "blk.1.ffn_up.weight has 3 NaN", "output_norm.weight has 1 NaN")
-
-
-def test_missing_tensor(folder: Path) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        del tensors["model.layers.1.mlp.up_proj.weight"]
-
-    _edit_weights(folder, change)
-    _refused(folder, "lacks 1 tensors", "blk.1.ffn_up.weight")
-
-
-def test_missing_head(folder: Path) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        del tensors["lm_head.weight"]
-
-    _edit_weights(folder, change)
-    _refused(folder, "lm_head.weight")
-
-
-def test_wrong_shape(folder: Path) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        name = "model.layers.0.mlp.up_proj.weight"
-        tensors[name] = tensors[name][:-1].clone()
-
-    _edit_weights(folder, change)
-    _refused(folder, "blk.0.ffn_up.weight has shape (511, 256), not (512, 256)")
+    _refused(folder, words)
 
 
 @pytest.mark.parametrize("kept", [0, 3, 100, 5000, -1000])
@@ -364,24 +338,17 @@ def test_truncated_gguf(tiny_gguf: Path, tmp_path: Path, kept: int) -> None:
     _refused(path, "cut.gguf")
 
 
-def test_other_ggufs(tmp_path: Path) -> None:
-    junk = tmp_path / "junk.gguf"
-    junk.write_bytes(b"not a GGUF at all, but long enough to be read\n" * 20)
-    _refused(junk, "no readable GGUF")
-    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "gpt2")
+@pytest.mark.parametrize(
+    ("architecture", "words"), [("gpt2", "gpt2 GGUF"), ("llama", "has no llama.embedding_length")]
+)
+def test_other_ggufs(tmp_path: Path, architecture: str, words: str) -> None:
+    path = tmp_path / "other.gguf"
+    path.write_bytes(b"not a GGUF at all, but long enough to be read\n" * 20)
+    _refused(path, "no readable GGUF")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    _refused(tmp_path / "other.gguf", "gpt2 GGUF", "llama")
-
-
-def test_gguf_without_its_shape(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "bare.gguf", "llama")
-    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    _refused(tmp_path / "bare.gguf", "has no llama.embedding_length")
+    _refused(path, words)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -190,18 +190,6 @@ def test_any_scales_leave_the_function_alone(
     found = _logits(real_numbers(EqualizedCheckpoint(exact, scales)))
     assert found.dtype == torch.float64
     assert float((found - expected).abs().max()) < 1e-9 * float(expected.abs().max())
-
-
-@pytest.mark.parametrize("name", list(VARIANTS))
-@given(st.data())
-@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
-def test_in_float32_too(checkpoints: dict[str, Checkpoint], name: str, data: st.DataObject) -> None:
-    original = checkpoints[name]
-    equalized = EqualizedCheckpoint(original, data.draw(_any_scales(original.config)))
-    expected = _logits(load_model(original, CPU))
-    found = _logits(load_model(equalized, CPU))
-    # Rounding of weights and sums, 6e-8 each, through two layers.
-    assert float((found - expected).abs().max()) < 2e-5 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
@@ -407,17 +395,6 @@ def test_scales_are_the_formula(x: Any, b: Any, factor: float, strength: float) 
     assert (channel_scales(x, b, 0.0) == 1).all()
 
 
-@given(_SQUARES, _SQUARES, hnp.arrays(np.float64, 24, elements=st.floats(0.1, 10)))
-def test_half_strength_is_cauchy_and_schwarzs(x: Any, b: Any, other: Any) -> None:
-    x, b = x.clip(0.05, 20), b.clip(0.05, 20)  # within the limits of the scales
-
-    def harm(s: Any) -> float:
-        return float((x * s**2).sum() * (b / s**2).sum())
-
-    assert harm(channel_scales(x, b).astype(np.float64)) <= harm(other) * (1 + 1e-5)
-    assert harm(channel_scales(x, b)) == pytest.approx(np.sqrt(x * b).sum() ** 2, rel=1e-5)
-
-
 @given(_SQUARES, _SQUARES, hnp.arrays(np.bool_, 24), hnp.arrays(np.bool_, 24))
 def test_dead_channels_are_left_alone(x: Any, b: Any, silent: Any, unheard: Any) -> None:
     x, b = np.where(silent, 0, x), np.where(unheard, 0, b)
@@ -504,45 +481,14 @@ def test_scales_on_disk(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> N
     assert [p.name for p in tmp_path.iterdir()] == ["scales.npz"]
 
 
-def _spoilt(path: Path, config: ModelConfig) -> Iterator[str]:
-    whole = path.read_bytes()
-    for at in np.linspace(0, len(whole) - 1, 60).astype(int):
-        data = bytearray(whole)
-        data[at] ^= 0x5A
-        yield f"byte {at}"
-        path.write_bytes(data)
-        yield "read"
-    for cut in (0, 10, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:cut])
-        yield f"cut at {cut}"
-    save_npz(path, {"blk.0.attn_q": np.ones(32, np.float32)}, {"kind": "scales"})
-    yield "others missing"
-    save_npz(path, {n: np.ones(32, np.float32) for n in sites(config)}, {"kind": "imatrix"})
-    yield "another kind"
-    path.unlink()
-    yield "none"
-
-
-def test_spoilt_scales_are_one_line(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
-    config, path = checkpoints["untied"].config, tmp_path / "scales.npz"
-    scales = _random_scales(config, 5)
-    save_scales(path, scales)
-    refused = 0
-    for what in _spoilt(path, config):
-        try:
-            back = load_scales(path, config)
-        except EdgeDtmError as error:
-            assert "\n" not in str(error) and str(path) in str(error)
-            refused += 1
-        else:
-            # Some bytes of a zip file, such as times, mean nothing.
-            assert "byte" in what or "read" in what, what
-            assert all(np.array_equal(back[n], s) for n, s in scales.items()), what
-    assert refused > 30
-
-
 def test_only_the_file_of_such_a_model(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
     config, path = checkpoints["untied"].config, tmp_path / "scales.npz"
+    ones = {n: np.ones(32, np.float32) for n in sites(config)}
+    for arrays, kind in ((ones, "imatrix"), ({"output": ones["output"]}, "scales")):
+        save_npz(path, arrays, {"kind": kind})
+        with pytest.raises(EdgeDtmError, match=r"scales\.npz"):
+            load_scales(path, config)
     save_scales(path, _random_scales(config, 5))
-    with pytest.raises(EdgeDtmError):
-        load_scales(path, replace(config, layers=3))
+    for other, file in ((replace(config, layers=3), path), (config, tmp_path / "none.npz")):
+        with pytest.raises(EdgeDtmError, match=file.name):
+            load_scales(file, other)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
-from fixtures.tiny_llama import make_tiny_llama
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import (
@@ -41,24 +40,16 @@ from edge_dtm.host.quantize.treat import treat, treated_values
 from edge_dtm.llamacpp.runner import LlamaRunner
 from edge_dtm.llamacpp.tensors import describe
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "sentencepiece": {"layers": 2},
-    "bpe_tied": {"tokenizer": "bpe", "tied": True, "layers": 1},
-    "bias_rope": {"attention_bias": True, "rope_scaling": "llama3", "layers": 1},
-}
+VARIANTS = ["sentencepiece", "bpe", "bias_rope"]
 Importance = dict[str, np.ndarray[Any, Any] | None]
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
-    base, make = tmp_path_factory.mktemp("export"), make_tiny_llama
-    return {
-        name: open_checkpoint(make(base / name, steps=1, **options))
-        for name, options in VARIANTS.items()
-    }
+@pytest.fixture(scope="module")
+def checkpoints(tiny_llamas: Callable[[str], Path]) -> dict[str, Checkpoint]:
+    return {name: open_checkpoint(tiny_llamas(name)) for name in VARIANTS}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def checkpoint(checkpoints: dict[str, Checkpoint]) -> Checkpoint:
     return checkpoints["sentencepiece"]
 
@@ -72,9 +63,9 @@ def _importance(checkpoint: Checkpoint) -> Importance:
     }
 
 
-def _random_plan(checkpoint: Checkpoint, seed: int) -> Plan:
+def _random_plan(checkpoint: Checkpoint) -> Plan:
     """Any allowed treatment for every component, each type at least once where there is room."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     components = checkpoint.components()
     types = [*random.permutation(CANDIDATE_TYPES), *random.choice(CANDIDATE_TYPES, 100)]
     treatments = []
@@ -84,13 +75,12 @@ def _random_plan(checkpoint: Checkpoint, seed: int) -> Plan:
     return Plan(components, tuple(treatments), fixed_bytes(checkpoint))
 
 
-@pytest.mark.parametrize("name", list(VARIANTS))
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_any_plan_is_exported_as_it_says(
-    checkpoints: dict[str, Checkpoint], name: str, seed: int, tmp_path: Path
+    checkpoints: dict[str, Checkpoint], name: str, tmp_path: Path
 ) -> None:
     checkpoint = checkpoints[name]
-    plan, importance, path = _random_plan(checkpoint, seed), _importance(checkpoint), tmp_path / "m"
+    plan, importance, path = _random_plan(checkpoint), _importance(checkpoint), tmp_path / "m"
     written: list[int] = []
     export_gguf(checkpoint, plan, path, importance, written.append)
     assert path.stat().st_size == plan.size_bytes
@@ -109,17 +99,7 @@ def test_any_plan_is_exported_as_it_says(
         assert runner.n_vocab == checkpoint.config.vocab
 
 
-@pytest.mark.parametrize("kind", [*CANDIDATE_TYPES, "F32"])
-def test_every_type(checkpoint: Checkpoint, kind: str, tmp_path: Path) -> None:
-    plan, path = uniform(checkpoint.components(), kind, fixed_bytes(checkpoint)), tmp_path / "m"
-    export_gguf(checkpoint, plan, path, {})
-    assert path.stat().st_size == plan.size_bytes
-    matrices = [t for t in describe(path) if t.is_matrix]
-    assert {t.type for t in matrices} == {kind}
-    assert [t.component for t in matrices] == [c.name for c in checkpoint.components()]
-
-
-@pytest.mark.parametrize("name", list(VARIANTS))
+@pytest.mark.parametrize("name", VARIANTS)
 def test_metadata(checkpoints: dict[str, Checkpoint], name: str, tmp_path: Path) -> None:
     checkpoint, path = checkpoints[name], tmp_path / "m.gguf"
     plan = f16_plan(checkpoint, fixed_bytes(checkpoint))
@@ -202,36 +182,6 @@ def test_zeros_are_those_asked_for(checkpoint: Checkpoint, kind: str, tmp_path: 
         assert asked <= share <= asked + rounded_away + 1e-9, c.name
 
 
-def test_same_bytes_every_time(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    plan, importance = _random_plan(checkpoint, 3), _importance(checkpoint)
-    export_gguf(checkpoint, plan, tmp_path / "1", importance)
-    export_gguf(open_checkpoint(checkpoint.path), plan, tmp_path / "2", importance)
-    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
-
-
-def test_full_disk_leaves_what_was_there(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "m.gguf"
-    path.write_bytes(b"earlier")
-    plan = f16_plan(checkpoint, fixed_bytes(checkpoint))
-    real, calls = gguf.GGUFWriter.write_tensor_data, 0
-
-    def write(self: Any, *args: Any, **options: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 7:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(self, *args, **options)
-
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", write)
-    with pytest.raises(EdgeDtmError, match="No space left on device.*free some space") as caught:
-        export_gguf(checkpoint, plan, path, {})
-    assert f"{plan.size_bytes:,} bytes" in str(caught.value)
-    assert path.read_bytes() == b"earlier"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 @pytest.mark.parametrize("share", [0.0001, 0.5, 0.999])
 def test_file_that_may_not_grow(checkpoint: Checkpoint, tmp_path: Path, share: float) -> None:
     path = tmp_path / "m.gguf"
@@ -240,16 +190,12 @@ def test_file_that_may_not_grow(checkpoint: Checkpoint, tmp_path: Path, share: f
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(plan.size_bytes * share), hard))
     try:
-        with pytest.raises(EdgeDtmError, match="could not be written"):
+        with pytest.raises(EdgeDtmError, match=f"could not be written .*{plan.size_bytes:,} bytes"):
             export_gguf(checkpoint, plan, path, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == b"earlier"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_folder_that_is_not_there(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    plan = f16_plan(checkpoint, fixed_bytes(checkpoint))
     with pytest.raises(EdgeDtmError, match="could not be written"):
         export_gguf(checkpoint, plan, tmp_path / "none" / "m.gguf", {})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from conftest import Made
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.reference import CALIBRATION, HELD_OUT, PADDING, TOP_K, Reference
 from edge_dtm.host.checkpoint.model import load_model
-from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.checkpoint.tokenizer import Tokenizer
 from edge_dtm.host.trajectory import generate as module
 from edge_dtm.host.trajectory.generate import (
@@ -27,7 +25,7 @@ from edge_dtm.host.trajectory.generate import (
 from edge_dtm.host.trajectory.prompts import Prompt, packaged_prompts, read_prompts, sample_prefixes
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, TOKENS = 60, 32
+TOKENS = 32
 TEXTS = [
     "The baker went to the market, and there she met an old friend who had",
     "Anna",
@@ -42,13 +40,13 @@ TEXTS = [
 
 
 @pytest.fixture(scope="session")
-def model(trained_folder: Path) -> Any:
-    return load_model(open_checkpoint(trained_folder), torch.device("cpu"))
+def model(made: Made) -> Any:
+    return made.model
 
 
 @pytest.fixture(scope="session")
-def tokenizer(trained_folder: Path) -> Tokenizer:
-    return open_checkpoint(trained_folder).tokenizer
+def tokenizer(made: Made) -> Tokenizer:
+    return made.checkpoint.tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -214,21 +212,18 @@ def test_text_lines(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_jsonl(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """As Windows writes it too."""
     messages = [{"role": "user", "content": "Hello"}]
     records: list[Any] = [{"prompt": "one\ntwo"}, {"messages": messages}, {"prompt": "x", "id": 3}]
     records.append({"prompt": "a\u2028b\x85c\x0cd"})  # line ends for str.splitlines, not for JSON
     lines = [json.dumps(r, ensure_ascii=False) for r in records]
-    found = read_prompts(_write(tmp_path / "p.jsonl", *lines), tokenizer)
+    path = _write(tmp_path / "p.jsonl", *lines)
+    found = read_prompts(path, tokenizer)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_prompts(path, tokenizer) == found
     ids, text = tokenizer.encode_chat(messages)
     assert [p.text for p in found] == ["one\ntwo", text, "x", records[3]["prompt"]]
     assert list(found[1].ids) == ids
-
-
-def test_windows_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    path = tmp_path / "p.jsonl"
-    lines = [json.dumps({"prompt": t}) for t in "abcd"]
-    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    assert [p.text for p in read_prompts(path, tokenizer)] == list("abcd")
 
 
 def test_bad_lines_are_listed_with_their_numbers(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -249,20 +244,23 @@ def test_bad_lines_are_listed_with_their_numbers(tokenizer: Tokenizer, tmp_path:
     assert "and 2 more" in text
 
 
-def test_too_few(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    for lines in ([], ["a", "b", "c", "a"]):
-        with pytest.raises(EdgeDtmError, match="at least 4 are needed"):
-            read_prompts(_write(tmp_path / "p.txt", *lines), tokenizer)
-
-
-def test_files_that_cannot_be_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(EdgeDtmError, match="does not exist"):
-        read_prompts(tmp_path / "none.txt", tokenizer)
-    (tmp_path / "latin.txt").write_bytes("na\xefve\n".encode("latin-1") * 5)
-    with pytest.raises(EdgeDtmError, match="cannot be read as UTF-8"):
-        read_prompts(tmp_path / "latin.txt", tokenizer)
-    with pytest.raises(EdgeDtmError, match="cannot be read"):
-        read_prompts(tmp_path, tokenizer)
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "at least 4 are needed"),
+        (b"a\nb\nc\na\n", "at least 4 are needed"),
+        (b"na\xefve\n" * 5, "cannot be read as UTF-8"),
+        (None, "does not exist"),
+    ],
+)
+def test_files_that_cannot_be_used(
+    tokenizer: Tokenizer, tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    path = tmp_path / "p.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(EdgeDtmError, match=words):
+        read_prompts(path, tokenizer)
 
 
 def test_chats_need_a_template(
@@ -314,12 +312,3 @@ def test_signed_margins_are_their_definition(made: Made) -> None:
             diverged.append((found[row, t] < 0, int(at[t].argmax()) != token))
     assert all(a == b for a, b in diverged)
     assert 0 < sum(a for a, _ in diverged) < len(diverged)
-
-
-def test_signed_margins_beyond_a_row_are_zero(made: Made) -> None:
-    lengths = made.reference.generated_lengths // 2
-    short = replace(made.reference, generated_lengths=lengths)
-    found, whole = signed_margins(made.model, short), signed_margins(made.model, made.reference)
-    counted = _counted(short)
-    assert not found[~counted].any()
-    assert np.allclose(found[counted], whole[counted], atol=2e-4)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats import ggml_types
 from edge_dtm.formats.plan import ALL_TYPES
-from edge_dtm.host.quantize import gptq as module
 from edge_dtm.host.quantize.gptq import ROWS_AT_ONCE, gptq_quantize
 from edge_dtm.host.quantize.hessian import (
     MAX_DAMPING,
@@ -88,10 +87,6 @@ def test_effective_tokens_is_kishs(weights: list[float]) -> None:
     expected = sum(exact) ** 2 / sum(x * x for x in exact)
     assert effective_tokens(v) == pytest.approx(expected, rel=1e-4)
     assert effective_tokens(v) <= len(weights) * (1 + 1e-4)
-
-
-def test_equal_tokens_count_fully() -> None:
-    assert effective_tokens(torch.full((17,), 0.3)) == pytest.approx(17)
 
 
 @given(st.floats(0, 1e7), st.floats(0, 1e7), st.integers(32, 20000), st.integers(32, 20000))
@@ -292,20 +287,6 @@ def test_the_same_whatever_the_threads(two_sided: bool, rows: int) -> None:
         for (data, values), (same, equal) in zip(made, first, strict=True):
             assert np.array_equal(data, same) and torch.equal(values, equal)
     assert torch.get_num_threads() == before
-
-
-def test_each_type_is_made_alone() -> None:
-    w, feedback, outputs = _both(np.random.default_rng(9), 40, 256)
-    together = gptq_quantize(w, TYPES, feedback, outputs)
-    for type_name, (data, _) in zip(TYPES, together, strict=True):
-        assert np.array_equal(gptq_quantize(w, [type_name], feedback, outputs)[0][0], data)
-
-
-@pytest.mark.parametrize("rows", [1, 31, 32, 33, 65, 1000])
-def test_groups_cover_all_rows(rows: int) -> None:
-    size = module._group_rows(rows)
-    assert size % 32 == 0 and size >= 32
-    assert -(-rows // size) <= 2 * module.ROW_GROUPS
 
 
 def test_rows_without_correlation_are_rounded_alone() -> None:

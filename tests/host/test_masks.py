@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -56,14 +55,12 @@ def test_scores_are_their_formulas() -> None:
     feedback, w = _feedback(random, 24), _weights(random, 5, 24)
     squares = random.uniform(0.1, 4, 24).astype(np.float32)
     inverse = np.linalg.inv(feedback.damped.double().numpy())
-    expected = {"magnitude": np.zeros((5, 24)), "activation": np.zeros((5, 24))}
-    expected["saliency"] = np.zeros((5, 24))
-    for r in range(5):
-        for j in range(24):
-            size = abs(float(w[r, j]))
-            expected["magnitude"][r, j] = size
-            expected["activation"][r, j] = size * float(squares[j]) ** 0.5
-            expected["saliency"][r, j] = size / inverse[j, j] ** 0.5
+    size = np.abs(w.numpy())
+    expected = {
+        "magnitude": size,
+        "activation": size * np.sqrt(squares),
+        "saliency": size / np.sqrt(np.diag(inverse)),
+    }
     assert set(expected) == set(SCORES)
     for kind, wanted in expected.items():
         found = prune_scores(w, kind, feedback, torch.from_numpy(squares))
@@ -116,21 +113,6 @@ def test_every_row_loses_the_same_number(
     for r in range(rows):
         order = sorted(range(n), key=lambda j: (scores[r, j].astype(np.float32), j))
         assert set(np.flatnonzero(~kept[r])) == set(order[:count])
-
-
-def test_ties_go_to_the_lower_column() -> None:
-    kept = kept_weights(torch.tensor([[1.0, 0, 1, 0, 0, 2], [3, 3, 3, 3, 3, 3]]), 0.5)
-    assert kept.tolist() == [
-        [True, False, True, False, False, True],
-        [False, False, False, True, True, True],
-    ]
-
-
-def test_higher_levels_hold_the_zeros_of_lower_ones() -> None:
-    scores = torch.rand(6, 80, generator=torch.Generator().manual_seed(0))
-    masks = [kept_weights(scores, s) for s in SPARSE_LEVELS]
-    for less, more in pairwise(masks):
-        assert not (more & ~less).any()
 
 
 # --- what the others become -----------------------------------------------------------------
@@ -198,20 +180,6 @@ def test_where_nothing_is_pruned_nothing_moves() -> None:
     assert not refit(w, torch.zeros(8, 32, dtype=torch.bool), feedback).any()
 
 
-def test_a_better_start_is_no_worse() -> None:
-    random = np.random.default_rng(5)
-    feedback, w = _feedback(random, 48), _weights(random, 16, 48)
-    kept = kept_weights(prune_scores(w, "magnitude"), 0.5)
-    best = refit(w, kept, feedback, steps=300)
-    again = refit(w, kept, feedback, start=best, steps=3)
-    assert _objective(w - again, feedback) == pytest.approx(_objective(w - best, feedback))
-    first = refit(w, kept, feedback, steps=3)
-    assert _objective(w - again, feedback) < _objective(w - first, feedback)
-    # What start has outside the mask counts for nothing.
-    other = refit(w, kept, feedback, start=best + 5 * ~kept, steps=3)
-    torch.testing.assert_close(other, again)
-
-
 # --- the blocks -----------------------------------------------------------------------------
 
 
@@ -237,7 +205,7 @@ def test_the_bytes_are_the_values_and_zeros_stay(case: Any, together: bool, scor
         assert not values[~kept].any(), t
 
 
-@pytest.mark.parametrize("rows", [1, 33, 70, 201])
+@pytest.mark.parametrize("rows", [1, 201])
 @pytest.mark.parametrize("together", [False, True])
 def test_a_level_alone_is_the_same(rows: int, together: bool) -> None:
     """So what is exported is what was measured among others."""
@@ -269,15 +237,6 @@ def test_the_error_is_lower_than_that_of_plain_pruning(case: Any, together: bool
         rounded = ggml.quantize(t.type, pruned, squares.numpy())
         plain = torch.from_numpy(ggml.dequantize(t.type, rounded, 160))
         assert _objective(w - values, feedback, g) < 0.9 * _objective(w - plain, feedback, g), t
-
-
-def test_more_zeros_err_more(case: Any) -> None:
-    w, feedback, outputs, squares = case
-    for kind in SPARSE_TYPES:
-        levels = [Treatment(kind, s) for s in SPARSE_LEVELS]
-        made = fit_masks(w, levels, feedback, outputs, squares)
-        errors = [_objective(w - v, feedback, outputs) for _, v in made]
-        assert errors == sorted(errors)
 
 
 def test_rounding_with_the_zeros_held_errs_little_more_than_the_fit(case: Any) -> None:

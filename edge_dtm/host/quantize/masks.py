@@ -67,14 +67,12 @@ def refit(
     kept: torch.Tensor,
     hessian: DampedHessian,
     outputs: DampedHessian | None = None,
-    start: torch.Tensor | None = None,
     steps: int = REFIT_STEPS,
 ) -> torch.Tensor:
     """The Q that is zero where `kept` is False and makes tr(G (W - Q) H (W - Q)') least, float32
     (rows, row_length), by that many steps of conjugate gradients.
 
     H and G are the damped Hessians of the inputs and of the outputs (None: rows on their own).
-    start: where to begin, by default W itself with its zeros.
     """
     h, g = hessian.damped, None if outputs is None else outputs.damped
 
@@ -85,7 +83,7 @@ def refit(
     diagonal = h.diagonal()[None].clamp(min=torch.finfo(torch.float32).tiny)
     if g is not None:
         diagonal = diagonal * g.diagonal()[:, None].clamp(min=1e-30)
-    values = (weights if start is None else start) * kept
+    values = weights * kept
     residual = metric(weights - values)
     scaled = residual / diagonal
     direction, size = scaled, (residual * scaled).sum(dtype=torch.float64)
