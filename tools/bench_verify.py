@@ -140,7 +140,7 @@ def bench(path: Path, reference: Reference, threads: int, rounds: int) -> dict[s
     return {
         "sequences": len(reference),
         "tokens": tokens,
-        "tokens_fed_by_teacher_forced": tokens - sum(feed.kept for call in made for feed in call),
+        "tokens_fed_by_teacher_forced": tokens - sum(feed.cached for call in made for feed in call),
         "decode_calls": len(made),
         "settings": settings.to_json(),
         "times": best,

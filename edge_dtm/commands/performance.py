@@ -82,18 +82,17 @@ def bench(
         check_gguf(model)
         first_decode_in_child(settings)
         require_memory(model, settings, CONTEXT_TOKENS)
-        found = measure(model, settings, seconds, range(1, most + 1) if threads_sweep else ())
-    sentences = in_words(found, profile)
+        performance = measure(model, settings, seconds, range(1, most + 1) if threads_sweep else ())
+    sentences = in_words(performance, profile)
     console = Console()
-    _print(found, profile, console)
+    _print(performance, profile, console)
     for sentence in sentences:
         console.print(sentence, markup=False, highlight=False)
     if json_file is not None:
-        data = found.to_json() | {
+        estimate = None if profile is None else estimated_tokens_per_s(performance, profile)
+        data = performance.to_json() | {
             "profile": None if profile is None else profile.name,
-            "estimated_decode_tokens_per_s": None
-            if profile is None
-            else estimated_tokens_per_s(found, profile),
+            "estimated_decode_tokens_per_s": estimate,
             "sentences": sentences,
         }
         write_json(json_file, data)
@@ -106,45 +105,54 @@ def _is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def _print(found: Performance, profile: DeviceProfile | None, console: Console) -> None:
+def _print(performance: Performance, profile: DeviceProfile | None, console: Console) -> None:
     from rich.table import Table
 
     from edge_dtm.device.performance import estimated_tokens_per_s
 
     table = Table(
-        "", "measured", title=f"{found.model_bytes / 1e6:.1f} MB, {found.threads} threads"
+        "",
+        "measured",
+        title=f"{performance.model_bytes / 1e6:.1f} MB, {performance.threads} threads",
     )
     table.columns[1].justify = "right"
     rows = {
-        "decode, tokens/s": f"{found.decode_tokens_per_s:.1f}",
-        "prefill, tokens/s": f"{found.prefill_tokens_per_s:.1f}",
-        f"first token of a prompt of {found.prompt_tokens}, s": f"{found.time_to_first_token_s:.2f}",
-        "decoded token, ms, p50": f"{found.decode_ms_p50:.1f}",
-        "decoded token, ms, p95": f"{found.decode_ms_p95:.1f}",
-        "peak memory of the process, MB": f"{found.peak_rss_bytes / 1e6:.0f}",
+        "decode, tokens/s": f"{performance.decode_tokens_per_s:.1f}",
+        "prefill, tokens/s": f"{performance.prefill_tokens_per_s:.1f}",
+        f"first token of a prompt of {performance.prompt_tokens}, s": f"{performance.time_to_first_token_s:.2f}",
+        "decoded token, ms, p50": f"{performance.decode_ms_p50:.1f}",
+        "decoded token, ms, p95": f"{performance.decode_ms_p95:.1f}",
+        "peak memory of the process, MB": f"{performance.peak_rss_bytes / 1e6:.0f}",
     }
-    if found.energy_j_per_token is not None and found.mean_power_w is not None:
-        rows[f"energy, J/token ({found.power_sensor})"] = f"{found.energy_j_per_token:.3g}"
-        rows["power while decoding, W"] = f"{found.mean_power_w:.2f}"
-    if found.temperatures_c_after:
-        hottest = max(found.temperatures_c_after, key=lambda zone: found.temperatures_c_after[zone])
-        before = found.temperatures_c_before.get(hottest)
+    if performance.energy_j_per_token is not None and performance.mean_power_w is not None:
+        rows[f"energy, J/token ({performance.power_sensor})"] = (
+            f"{performance.energy_j_per_token:.3g}"
+        )
+        rows["power while decoding, W"] = f"{performance.mean_power_w:.2f}"
+    if performance.temperatures_c_after:
+        hottest = max(
+            performance.temperatures_c_after,
+            key=lambda zone: performance.temperatures_c_after[zone],
+        )
+        before = performance.temperatures_c_before.get(hottest)
         start = "" if before is None else f"{before:.0f} to "
-        rows[f"temperature, °C ({hottest})"] = f"{start}{found.temperatures_c_after[hottest]:.0f}"
-    if found.clock_share is not None:
-        rows["clock, share of its maximum"] = f"{found.clock_share:.0%}"
+        rows[f"temperature, °C ({hottest})"] = (
+            f"{start}{performance.temperatures_c_after[hottest]:.0f}"
+        )
+    if performance.clock_share is not None:
+        rows["clock, share of its maximum"] = f"{performance.clock_share:.0%}"
     if profile is not None:
         rows[f"estimated decode, tokens/s ({profile.name})"] = (
-            f"{estimated_tokens_per_s(found, profile):.1f}"
+            f"{estimated_tokens_per_s(performance, profile):.1f}"
         )
     for label, value in rows.items():
         table.add_row(label, value)
     console.print(table)
-    if found.sweep:
+    if performance.sweep:
         sweep = Table("threads", "prefill, tokens/s", "decode, tokens/s")
         for column in sweep.columns:
             column.justify = "right"
-        for speed in found.sweep:
+        for speed in performance.sweep:
             sweep.add_row(
                 str(speed.threads),
                 f"{speed.prefill_tokens_per_s:.1f}",

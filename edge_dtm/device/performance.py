@@ -20,11 +20,11 @@ import numpy as np
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.machine import peak_rss_bytes
 from edge_dtm.device.child import child_main, last_line, run_child
-from edge_dtm.device.power import Sampler, find_power
-from edge_dtm.device.sensors import condition
+from edge_dtm.device.power import PowerSensor, Sampler, find_power
+from edge_dtm.device.sensors import Absent, condition
 from edge_dtm.formats.profile import DeviceProfile
 from edge_dtm.formats.record import RunSettings
-from edge_dtm.llamacpp.gguf_header import check_gguf, kv_bytes_per_token, read_header
+from edge_dtm.llamacpp.gguf_header import Header, check_gguf, kv_bytes_per_token, read_header
 from edge_dtm.llamacpp.runner import LlamaRunner, Timing
 from edge_dtm.search.budget import estimate_decode_tokens_per_s
 
@@ -125,16 +125,8 @@ def measure_here(
     path = Path(path)
     check_gguf(path)
     header = read_header(path)
-    by_type: dict[str, int] = {}
-    for tensor in header.tensors:
-        if len(tensor.shape) > 1:
-            by_type[tensor.type] = by_type.get(tensor.type, 0) + tensor.size_bytes
     sensor, absent = find_power(root, vcgencmd)
-    if sensor is not None:
-        absent = []  # one is enough
     before = condition(root, vcgencmd)
-    joules: float | None = None if sensor is None else 0.0
-    sampled_s, clocks, timings = 0.0, [], []
     with LlamaRunner(path, settings, CONTEXT_TOKENS) as runner:
         runner.time_decoding(16, 2)  # the first touch of the weights
         tried = tuple(_thread_speed(runner, n) for n in sweep)
@@ -142,45 +134,82 @@ def measure_here(
             best = max(tried, key=lambda speed: speed.decode_tokens_per_s)
             settings = replace(settings, threads=best.threads)
             runner.set_threads(settings.threads)
-        for _ in range(MOST_ROUNDS):
-            sampler = Sampler(sensor, root)
-            timings.append(runner.time_decoding(PROMPT_TOKENS, DECODE_TOKENS, sampler))
-            sampled_s += sampler.seconds
-            if joules is not None:
-                joules = None if sampler.joules is None else joules + sampler.joules
-            if sampler.clock_share is not None:
-                clocks.append(sampler.clock_share)
-            absent += [a for a in sampler.absent if a not in absent]
-            if sum(sum(t.decode_s) for t in timings) >= seconds:
-                break
+        rounds = _decode_rounds(runner, sensor, root, seconds)
     after = condition(root, vcgencmd)
-    counts = before.throttle_count, after.throttle_count
-    each = np.array([second for timing in timings for second in timing.decode_s])
+    events = None
+    if before.throttle_count is not None and after.throttle_count is not None:
+        events = after.throttle_count - before.throttle_count
+    if sensor is not None:
+        absent = []  # one is enough
+    absent += [each for each in rounds.absent if each not in absent]
+    timings, joules = rounds.timings, rounds.joules
+    each_s = np.array([second for timing in timings for second in timing.decode_s])
     return Performance(
         model_bytes=header.file_bytes,
         kv_bytes_per_token=kv_bytes_per_token(header, settings.kv_type),
-        bytes_by_type=dict(sorted(by_type.items())),
+        bytes_by_type=_bytes_by_type(header),
         threads=settings.threads,
         prompt_tokens=PROMPT_TOKENS,
-        decoded_tokens=len(each),
+        decoded_tokens=len(each_s),
         prefill_tokens_per_s=PROMPT_TOKENS * len(timings) / sum(t.prefill_s for t in timings),
-        decode_tokens_per_s=len(each) / float(each.sum()),
+        decode_tokens_per_s=len(each_s) / float(each_s.sum()),
         time_to_first_token_s=float(np.median([t.prefill_s for t in timings])),
-        decode_ms_p50=float(np.percentile(each, 50)) * 1e3,
-        decode_ms_p95=float(np.percentile(each, 95)) * 1e3,
+        decode_ms_p50=float(np.percentile(each_s, 50)) * 1e3,
+        decode_ms_p95=float(np.percentile(each_s, 95)) * 1e3,
         peak_rss_bytes=peak_rss_bytes(),
         sweep=tried,
         power_sensor=None if sensor is None or joules is None else sensor.name,
-        energy_j_per_token=None if joules is None else joules / len(each),
-        mean_power_w=None if joules is None else joules / sampled_s,
+        energy_j_per_token=None if joules is None else joules / len(each_s),
+        mean_power_w=None if joules is None else joules / rounds.seconds,
         temperatures_c_before=before.temperatures_c,
         temperatures_c_after=after.temperatures_c,
         throttled_before=before.throttled,
         throttled_after=after.throttled,
-        throttle_events=None if None in counts else counts[1] - counts[0],  # type: ignore[operator]
-        clock_share=sum(clocks) / len(clocks) if clocks else None,
-        absent=[str(a) for a in (*absent, *before.absent)],
+        throttle_events=events,
+        clock_share=rounds.clock_share,
+        absent=[str(each) for each in (*absent, *before.absent)],
     )
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """joules and seconds: while decoding; joules is None without a sensor or when it failed."""
+
+    timings: list[Timing]
+    joules: float | None
+    seconds: float
+    clock_share: float | None
+    absent: list[Absent]
+
+
+def _decode_rounds(
+    runner: LlamaRunner, sensor: PowerSensor | None, root: Path, seconds: float
+) -> _Rounds:
+    timings: list[Timing] = []
+    samplers: list[Sampler] = []
+    for _ in range(MOST_ROUNDS):
+        sampler = Sampler(sensor, root)
+        timings.append(runner.time_decoding(PROMPT_TOKENS, DECODE_TOKENS, sampler))
+        samplers.append(sampler)
+        if sum(sum(t.decode_s) for t in timings) >= seconds:
+            break
+    joules = [s.joules for s in samplers if s.joules is not None]
+    clocks = [s.clock_share for s in samplers if s.clock_share is not None]
+    return _Rounds(
+        timings=timings,
+        joules=sum(joules) if len(joules) == len(samplers) else None,
+        seconds=sum(s.seconds for s in samplers),
+        clock_share=sum(clocks) / len(clocks) if clocks else None,
+        absent=list(dict.fromkeys(each for s in samplers for each in s.absent)),
+    )
+
+
+def _bytes_by_type(header: Header) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for tensor in header.tensors:
+        if len(tensor.shape) > 1:
+            sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.size_bytes
+    return dict(sorted(sizes.items()))
 
 
 def _thread_speed(runner: LlamaRunner, threads: int) -> ThreadSpeed:

@@ -152,16 +152,17 @@ class _Reader:
             value = self._value(kind)
             if value is not None:
                 values[key] = value
-        found = [self._tensor() for _ in range(n_tensors)]
+        tensors = [self._tensor() for _ in range(n_tensors)]
         alignment = values.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
             raise _Broken(f"its alignment is {str(alignment)[:40]}")
         start = -(-self.at // alignment) * alignment
-        names = [t.name for t in found]
+        names = [t.name for t in tensors]
         if len(set(names)) != len(names):
             raise _Broken("two tensors have one name")
         return values, [
-            TensorInfo(t.name, t.shape, t.type, start + t.offset_bytes, t.size_bytes) for t in found
+            TensorInfo(t.name, t.shape, t.type, start + t.offset_bytes, t.size_bytes)
+            for t in tensors
         ]
 
     def _tensor(self) -> TensorInfo:

@@ -151,10 +151,10 @@ class LlamaRunner:
         for call in calls(reference, most, width):
             steps = []
             for feed in call:
-                if not self._lib.llama_memory_seq_rm(self._memory, feed.slot, feed.kept, -1):
+                if not self._lib.llama_memory_seq_rm(self._memory, feed.slot, feed.cached, -1):
                     raise EdgeDtmError(f"{self.path}: llama.cpp cannot shorten its KV cache")
                 steps += steps_of(reference, feed)
-            kept = sum(feed.kept for feed in call)
+            cached = sum(feed.cached for feed in call)
             for chunk in chunks(steps, most):
                 seconds += self._decode(chunk)
                 count += len(chunk)
@@ -166,8 +166,8 @@ class LlamaRunner:
                         if observe:
                             observe(step.row, step.target, logits)
                 if progress:
-                    progress(len(chunk) + kept)
-                kept = 0
+                    progress(len(chunk) + cached)
+                cached = 0
         return out.record("teacher_forced", _rate(count, seconds), math.nan, self.settings)
 
     def greedy(self, reference: Reference, progress: Advance | None = None) -> Record:

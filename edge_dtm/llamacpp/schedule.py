@@ -24,12 +24,12 @@ class Step(NamedTuple):
 
 
 class Feed(NamedTuple):
-    """A sequence in a call. slot: where in the KV cache; kept: how many of its tokens, from the
+    """A sequence in a call. slot: where in the KV cache; cached: how many of its tokens, from the
     first on, lie there already, from the sequence before."""
 
     row: int
     slot: int
-    kept: int
+    cached: int
 
 
 def calls(reference: Reference, batch_tokens: int, sequences: int) -> Iterator[list[Feed]]:
@@ -47,33 +47,33 @@ def calls(reference: Reference, batch_tokens: int, sequences: int) -> Iterator[l
     call: list[Feed] = []
     size = 0
     for row in order:
-        kept = _kept(reference, row, slots[len(call) % sequences], fed[row])
-        if call and (len(call) == sequences or size + len(fed[row]) - kept > batch_tokens):
+        cached = _cached(reference, row, slots[len(call) % sequences], fed[row])
+        if call and (len(call) == sequences or size + len(fed[row]) - cached > batch_tokens):
             yield call
             call, size = [], 0
-            kept = _kept(reference, row, slots[0], fed[row])
+            cached = _cached(reference, row, slots[0], fed[row])
         slots[len(call)] = fed[row]
-        call.append(Feed(row, len(call), kept))
-        size += len(fed[row]) - kept
+        call.append(Feed(row, len(call), cached))
+        size += len(fed[row]) - cached
     if call:
         yield call
 
 
-def _kept(reference: Reference, row: int, cached: Sequence[int], tokens: Sequence[int]) -> int:
-    """How many tokens in front of the first wanted logits a slot with `cached` has already."""
+def _cached(reference: Reference, row: int, slot: Sequence[int], tokens: Sequence[int]) -> int:
+    """How many tokens in front of the first wanted logits `slot` has already."""
     first = int(reference.prompt_lengths[row]) - 1
-    pairs = zip(cached, tokens[:first], strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(cached), first))
+    pairs = zip(slot, tokens[:first], strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(slot), first))
 
 
 def steps_of(reference: Reference, feed: Feed) -> list[Step]:
     """The tokens of a feed that the cache does not have yet."""
-    row, slot, kept = feed
+    row, slot, cached = feed
     tokens = reference.prompt(row) + reference.generated(row)[:-1]
     first = int(reference.prompt_lengths[row]) - 1
     return [
         Step(tokens[i], i, slot, row, i - first if i >= first else -1)
-        for i in range(kept, len(tokens))
+        for i in range(cached, len(tokens))
     ]
 
 

@@ -451,17 +451,6 @@ def test_an_error_is_the_last_line_and_the_status(
     assert not json.loads((tmp_path / "d.json").read_text())["passed"]
 
 
-@pytest.mark.usefixtures("healthy")
-def test_words_in_brackets_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    finding = Finding("note", "a [bold]b", "c [/red]", "d [e]")
-    monkeypatch.setattr(module, "examine", lambda *_: [finding])
-    result = run()
-    assert result.exit_code == 0
-    assert (
-        "a [bold]b" in result.stdout and "c [/red]" in result.stdout and "$ d [e]" in result.stdout
-    )
-
-
 def test_json_is_checked_before_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "examine", lambda *_: pytest.fail("examined"))
     result = run("--json", tmp_path / "none" / "d.json")

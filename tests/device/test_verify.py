@@ -19,7 +19,7 @@ from rich.console import Console
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.metrics import top_kl
-from edge_dtm.device.verify import Options
+from edge_dtm.device.verify import Limits, Options, _notes
 from edge_dtm.device.verify import verify as verify_with
 from edge_dtm.formats.archive import pack
 from edge_dtm.formats.record import Record
@@ -124,11 +124,14 @@ MOVED = "moved to what the host's own run shows for those"
     ],
     ids=str,
 )
-def test_the_note_says_which_threshold_moved(
-    tiny_bundle: Path, options: dict[str, Any], words: str
-) -> None:
-    verdict = verify(tiny_bundle, threads=1, max_sequences=2, kernels="skip", **options)
-    assert verdict.notes[-1] == f"the first 2 of 6 sequences were replayed; {words}"
+def test_the_note_says_which_threshold_moved(options: dict[str, Any], words: str) -> None:
+    asked = dataclasses.replace(THRESHOLDS, max_sdt=0.2, min_fdt=2.0)
+    moved = {"max_sdt": 0.3, "min_fdt": 1.0}
+    applied = dataclasses.replace(asked, **(moved | {k: options[k] for k in moved if k in options}))
+    limits = Limits(asked, applied, True)
+    assert _notes(Options(**options), 2, 6, limits)[-1].endswith(
+        f"2 of 6 sequences were replayed; {words}"
+    )
 
 
 def test_a_threshold_that_the_host_misses_does_not_move(tiny_bundle: Path, seal: Seal) -> None:

@@ -19,7 +19,7 @@ from edge_dtm.core.machine import Room, room
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.llamacpp import memory
 from edge_dtm.llamacpp.llama import LOG_VARIABLE
-from edge_dtm.llamacpp.memory import Need, need, require_memory
+from edge_dtm.llamacpp.memory import need, require_memory
 from edge_dtm.llamacpp.runner import LlamaRunner
 
 VOCABULARY = 303
@@ -41,14 +41,6 @@ def test_need_of_a_model_whose_layers_are_alike(tiny_gguf, kv_type, bytes_of_32)
     assert needed.kv_bytes == 256 * per_token
     assert needed.file_bytes == len(tiny_gguf.read_bytes())
     assert needed.total_bytes == needed.file_bytes + needed.kv_bytes + needed.buffer_bytes
-
-
-def test_need_grows_with_context_and_batch(tiny_gguf):
-    small, long = need(tiny_gguf, ONE, 256), need(tiny_gguf, ONE, 2 * 256)
-    assert long.kv_bytes == 2 * small.kv_bytes and long.buffer_bytes == small.buffer_bytes
-    wide = need(tiny_gguf, RunSettings(threads=1, batch_tokens=128, parallel_sequences=1), 256)
-    # The logits of 64 more tokens, in single precision.
-    assert wide.buffer_bytes - small.buffer_bytes >= 64 * VOCABULARY * 4
 
 
 @pytest.mark.parametrize("settings", [ONE, MANY], ids=["one sequence", "many sequences"])
@@ -196,11 +188,6 @@ def test_the_page_cache_gives_way(root):
     assert room(root).free_bytes == 1000 - (600 - 500)
 
 
-def test_no_limit_of_version_2_is_not_read_as_one(root):
-    write(root, **meminfo(10), **{"proc/self/cgroup": "0::/box\n"}, **group_v2("box", "max", 5))
-    assert room(root) == Room(10 * 1024, "free memory")
-
-
 @pytest.mark.parametrize(
     ("groups", "free"),
     [
@@ -252,30 +239,18 @@ def test_the_tightest_of_all_counts(root, monkeypatch):
 # --- require_memory -------------------------------------------------------------------------
 
 
-def test_too_little_memory_is_one_line_with_all_the_numbers(tiny_gguf, monkeypatch):
-    needed = need(tiny_gguf, MANY, 256)
-    place = Room(needed.total_bytes - 1, "the memory limit of the control group")
+def test_too_little_memory(tiny_gguf, monkeypatch):
+    place = Room(
+        need(tiny_gguf, MANY, 256).total_bytes - 1, "the memory limit of the control group"
+    )
     monkeypatch.setattr(memory, "room", lambda: place)
-    with pytest.raises(EdgeDtmError) as caught:
+    with pytest.raises(EdgeDtmError, match=rf"tiny\.gguf .*{place.limit}"):
         require_memory(tiny_gguf, MANY, 256)
-    message = str(caught.value)
-    assert "\n" not in message and message.startswith("too little memory: tiny.gguf needs about")
-    for number in (needed.total_bytes, needed.file_bytes, needed.kv_bytes, needed.buffer_bytes):
-        assert f"{number / 1e6:.0f}" in message
-    assert f"{place.limit} leaves {place.free_bytes / 1e6:.0f} MB" in message
-    assert "--max-bytes" in message
 
 
 def test_just_enough_memory_is_enough(tiny_gguf, monkeypatch):
     monkeypatch.setattr(memory, "room", lambda: Room(need(tiny_gguf, MANY, 256).total_bytes, "x"))
     require_memory(tiny_gguf, MANY, 256)
-
-
-def test_thousands_of_megabytes_are_readable(tiny_gguf, monkeypatch):
-    monkeypatch.setattr(memory, "need", lambda *_: Need(4_000_000_000, 500_000_000, 61_000_000))
-    monkeypatch.setattr(memory, "room", lambda: Room(3_900_000_000, "free memory"))
-    with pytest.raises(EdgeDtmError, match=r"needs about 4,561 MB .*free memory leaves 3,900 MB"):
-        require_memory(tiny_gguf, MANY, 256)
 
 
 LIMITED = """

@@ -14,13 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_dtm.core import machine
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.metrics import divergent_mask, share_of_divergent_tokens
 from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.formats.reference import PADDING, TOP_K, Reference
 from edge_dtm.llamacpp import runner, schedule
-from edge_dtm.llamacpp.llama import runtime_info
 from edge_dtm.llamacpp.runner import LlamaRunner
 
 
@@ -278,11 +276,3 @@ def test_other_weights_give_another_answer(
         tiny_reference.generated_ids, record.ids, tiny_reference.generated_lengths
     )
     assert share_of_divergent_tokens(mask, tiny_reference.generated_lengths) > 0.5
-
-
-def test_machine_facts() -> None:
-    assert 10 * 2**20 < machine.peak_rss_bytes() < 2**40
-    info = runtime_info()
-    assert info["llama_cpp_python"]
-    assert info["system_info"]
-    assert info["cpus"] >= machine.default_threads() >= 1

@@ -49,13 +49,13 @@ def test_calls_feed_each_sequence_as_if_alone(
     for call in calls(reference, batch_tokens, sequences):
         assert len({feed.slot for feed in call}) == len(call) <= sequences
         fresh = 0
-        for row, slot, kept in call:
+        for row, slot, cached in call:
             tokens = reference.prompt(row) + reference.generated(row)[:-1]
-            assert kept < len(reference.prompt(row)), "the logits behind the prompt are wanted"
-            assert kept <= len(cache[slot])
-            cache[slot] = cache[slot][:kept] + tokens[kept:]
+            assert cached < len(reference.prompt(row)), "the logits behind the prompt are wanted"
+            assert cached <= len(cache[slot])
+            cache[slot] = cache[slot][:cached] + tokens[cached:]
             assert cache[slot] == tokens
-            fresh += len(tokens) - kept
+            fresh += len(tokens) - cached
             rows.append(row)
         assert fresh <= batch_tokens or len(call) == 1
     assert sorted(rows) == list(range(len(reference)))
@@ -64,5 +64,5 @@ def test_calls_feed_each_sequence_as_if_alone(
 def test_a_shared_beginning_is_fed_once_a_slot(tiny_reference: Reference) -> None:
     many = tiny_reference.rows(np.array([1] * 9))
     first = int(many.prompt_lengths[0]) - 1
-    kept = [feed.kept for call in calls(many, 500, 2) for feed in call]
-    assert kept == [0, 0] + [first] * 7
+    cached = [feed.cached for call in calls(many, 500, 2) for feed in call]
+    assert cached == [0, 0] + [first] * 7
