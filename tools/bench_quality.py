@@ -60,7 +60,8 @@ from edge_dtm.core.metrics import (
 )
 from edge_dtm.core.paths import default_model_dir
 from edge_dtm.core.progress import Stages
-from edge_dtm.formats.plan import ALL_TYPES, CANDIDATE_TYPES, Component, Plan, Treatment, uniform
+from edge_dtm.formats.ggml_types import ALLOWED_TYPES, DEFAULT_TYPES
+from edge_dtm.formats.plan import Component, Plan, Treatment, uniform
 from edge_dtm.formats.profile import load_profile
 from edge_dtm.formats.record import Record
 from edge_dtm.formats.reference import CALIBRATION, HELD_OUT, Reference
@@ -535,7 +536,7 @@ def bench(
     fdt_ranking: int,
     threads: int | None,
     stages: Stages,
-    types: Sequence[str] = CANDIDATE_TYPES,
+    types: Sequence[str] = DEFAULT_TYPES,
 ) -> dict[str, Any]:
     """Everything, as what --json writes. types: those our plans may use, as `compress` had them."""
     for name in presets:
@@ -962,9 +963,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--fdt-ranking must be 0 or more")
     if args.ablations is None:
         args.ablations = ",".join(n for n in _names(DEFAULT_ABLATIONS) if n in presets)
-    types = _names(args.types) if args.types else list(CANDIDATE_TYPES)
-    if unknown := [t for t in types if t not in ALL_TYPES]:
-        parser.error(f"--types: {', '.join(unknown)} is unknown, known are {', '.join(ALL_TYPES)}")
+    types = _names(args.types) if args.types else list(DEFAULT_TYPES)
+    if unknown := [t for t in types if t not in ALLOWED_TYPES]:
+        parser.error(
+            f"--types: {', '.join(unknown)} is unknown, known are {', '.join(ALLOWED_TYPES)}"
+        )
     sizes = [] if args.ablations == "none" else _names(args.ablations)
     if args.fdt_ranking and not sizes:
         parser.error("--fdt-ranking needs --ablations")

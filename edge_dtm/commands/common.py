@@ -50,14 +50,14 @@ class Types(click.ParamType[tuple[str, ...]]):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
-        from edge_dtm.formats.plan import ALL_TYPES
+        from edge_dtm.formats.ggml_types import ALLOWED_TYPES
 
         names = tuple(n.strip() for n in str(value).split(",") if n.strip())
-        unknown = [n for n in names if n not in ALL_TYPES]
+        unknown = [n for n in names if n not in ALLOWED_TYPES]
         if unknown or not names:
             self.fail(
                 f"unknown types {', '.join(unknown) or '(none given)'}; choose among "
-                f"{', '.join(ALL_TYPES)}",
+                f"{', '.join(ALLOWED_TYPES)}",
                 param,
                 ctx,
             )

@@ -32,7 +32,6 @@ Level = Literal["ok", "note", "warning", "error"]
 
 # Their "powersave" is a governor that raises the frequency when there is work.
 _SELF_GOVERNED = ("intel_pstate", "amd-pstate", "amd-pstate-epp", "intel_cpufreq")
-_UNPACKED_TYPES = ("F32", "F16", "BF16")
 _GOVERNOR_COMMAND = (
     "echo performance | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor"
 )
@@ -153,9 +152,9 @@ def kernels(build: Build, cpu: Cpu) -> list[Finding]:
 
 def types(matrices: Sequence[TensorInfo], build: Build, cpu: Cpu) -> list[Finding]:
     """Which quantized types of a model have repacked kernels here, by bytes."""
-    from edge_dtm.formats.plan import ALL_TYPES
+    from edge_dtm.formats.ggml_types import ALLOWED_TYPES, facts
 
-    quantized = [m for m in matrices if m.type not in _UNPACKED_TYPES]
+    quantized = [m for m in matrices if facts(m.type).quantized]
     total = sum(m.size_bytes for m in matrices)
     here = repacked_types(build.features)
     possible = repacked_types(cpu.features | {"REPACK"}) if cpu.known else here
@@ -182,7 +181,7 @@ def types(matrices: Sequence[TensorInfo], build: Build, cpu: Cpu) -> list[Findin
             )
         )
     if never:
-        known = [name for name in possible if name in ALL_TYPES]
+        known = [name for name in possible if name in ALLOWED_TYPES]
         findings.append(
             Finding(
                 "note",

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_dtm.device.linux import program_output, read_text
+from edge_dtm.formats.ggml_types import TYPES
 
 # Feature of llama.cpp's build: the flags of /proc/cpuinfo it needs. AVX512 is compiled with all
 # five (GGML_AVX512 in ggml/src/ggml-cpu/CMakeLists.txt).
@@ -213,26 +214,15 @@ def unused_by_build(build: Build, cpu: Cpu) -> list[str]:
 def repacked_types(features: Collection[str]) -> dict[str, int]:
     """GGML types that a build with these features stores in another layout with faster kernels.
 
-    Each with the number that a matrix's rows must divide by. Empty without REPACK. From
-    ggml_repack_get_optimal_repack_type (ggml/src/ggml-cpu/repack.cpp); AMX has a layout of its own
-    (qtype_has_amx_kernels, ggml/src/ggml-cpu/amx/common.h).
+    Each with the number that a matrix's rows must divide by. Without REPACK only AMX,
+    which has a layout of its own.
     """
-    has = set(features)
-    types: dict[str, int] = {}
-    if "AMX_INT8" in has:
-        amx = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
-        types |= dict.fromkeys(amx, 32)  # two tiles of TILE_N rows
-    if "REPACK" not in has:
-        return types
-    if "NEON" in has and has & {"DOTPROD", "MATMUL_INT8"}:
-        types |= {"Q4_0": 4, "Q8_0": 4, "Q4_K": 8, "Q5_K": 8, "Q6_K": 8}
-    if {"NEON", "DOTPROD"} <= has:
-        types |= {"IQ4_NL": 4, "MXFP4": 4}
-    if "AVX2" in has:
-        types |= dict.fromkeys(("Q4_0", "Q4_K", "IQ4_NL", "MXFP4"), 8)
-    if "AVX512" in has:
-        types |= {"Q2_K": 8}
-    return types
+    used = set(features)
+    if "REPACK" not in used:
+        used &= {"AMX_INT8"}
+    if "NEON" not in used:
+        used -= {"DOTPROD", "MATMUL_INT8"}
+    return {t.name: rows for t in TYPES.values() for feature, rows in t.repacked if feature in used}
 
 
 def rebuild_command(version: str = "", *options: str) -> str:

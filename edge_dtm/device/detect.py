@@ -100,13 +100,13 @@ def check_name(name: str) -> str:
 
 def profile_of(name: str, facts: MachineFacts, measured: Bandwidth, date: str) -> DeviceProfile:
     """The profile, with a sentence on how for every number. date: ISO 8601."""
-    from edge_dtm.formats.plan import ALL_TYPES
+    from edge_dtm.formats.ggml_types import ALLOWED_TYPES
 
     check_name(name)
     choices = load_profile(CHOICES_FROM)
     cpu, room = facts.cpu, facts.room
     repacked = repacked_types(facts.build.features)
-    fast = tuple(t for t in ALL_TYPES if t in repacked)
+    fast = tuple(t for t in ALLOWED_TYPES if t in repacked)
     isa = tuple(_ISA_NAMES.get(f, f.lower()) for f in sorted(cpu.features) if f != "ARM_FMA")
     return DeviceProfile(
         schema_version=SCHEMA_VERSION,

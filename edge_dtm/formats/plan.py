@@ -15,16 +15,11 @@ from pydantic import Field, model_validator
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.validation import Share, StrictModel, check_version, validated
 from edge_dtm.formats import ggml_types
+from edge_dtm.formats.ggml_types import SPARSE_TYPES
 
 SCHEMA_VERSION = 1
 TENSOR_ALIGNMENT_BYTES = 32  # GGUF's default alignment; every tensor's data is padded to it
 
-CANDIDATE_TYPES = (
-    "F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL",
-)  # fmt: skip
-# Coarser ones have to be asked for: they are worth their bytes only far below 4 bits a weight.
-ALL_TYPES = (*CANDIDATE_TYPES, "Q3_K")
-SPARSE_TYPES = ("Q8_0", "F16")
 SPARSE_LEVELS = (0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 

@@ -18,25 +18,9 @@ from pydantic.dataclasses import dataclass
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.validation import STRICT, StrictDataclass, check_version, validated
+from edge_dtm.formats.ggml_types import KV_TYPES, WEIGHT_TYPES
 
 SCHEMA_VERSION = 1
-
-# Spelled out instead of taken from the gguf package, so that listing profiles needs no
-# third-party import.
-GGML_TYPE_NAMES: frozenset[str] = frozenset(
-    {
-        "F32", "F16", "BF16",
-        "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K",
-        "Q5_1", "Q5_0", "Q4_1", "Q4_0",
-        "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
-        "TQ2_0", "TQ1_0", "MXFP4",
-    }
-)  # fmt: skip
-
-# The values llama.cpp accepts for --cache-type-k and --cache-type-v.
-KV_TYPE_NAMES: frozenset[str] = frozenset(
-    {"F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL"}
-)
 
 # Every number needs a source, the others may have one.
 SOURCE_REQUIRED = (
@@ -112,11 +96,11 @@ class DeviceProfile(StrictDataclass):
     cores: _PositiveInt
     threads: _PositiveInt
     isa_features: Annotated[tuple[_Line, ...], *_Distinct]
-    fast_types: Annotated[tuple[Annotated[str, _known(GGML_TYPE_NAMES)], ...], *_Distinct]
+    fast_types: Annotated[tuple[Annotated[str, _known(WEIGHT_TYPES)], ...], *_Distinct]
     n_ctx: _PositiveInt
     wanted_tokens_per_s: _PositiveFloat
     max_share_of_f16: Annotated[float, Field(gt=0, le=1)]
-    kv_type: Annotated[str, _known(KV_TYPE_NAMES)]
+    kv_type: Annotated[str, _known(KV_TYPES)]
     # A dict has no hash; the other fields identify a profile well enough.
     sources: dict[str, _Line] = field(hash=False)
 

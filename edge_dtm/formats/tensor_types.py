@@ -22,11 +22,11 @@ import shlex
 from pathlib import Path
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.formats.plan import ALL_TYPES, Plan
+from edge_dtm.formats.ggml_types import ALLOWED_TYPES, facts
+from edge_dtm.formats.plan import Plan
 
 # llama-quantize's Q4_K and Q5_K mean Q4_K_M and Q5_K_M, mixtures that this file is not.
 _FILE_TYPES = {"Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}
-_UNQUANTIZED = ("F32", "F16", "BF16")
 _NAME = re.compile(r"[a-z0-9_.]+")
 
 
@@ -98,9 +98,9 @@ def _file_type(plan: Plan) -> str:
     sizes: dict[str, int] = {}
     for c, t in zip(plan.components, plan.treatments, strict=True):
         sizes[t.type] = sizes.get(t.type, 0) + c.size_bytes(t)
-    if len(sizes) == 1 and (only := next(iter(sizes))) in _UNQUANTIZED:
+    if len(sizes) == 1 and not facts(only := next(iter(sizes))).quantized:
         return only  # the list is ignored, and not needed
     # Only a quantized file type lets the list through, so Q8_0 for F16 and F32 together, say.
     ranked = sorted(sizes, key=lambda t: (-sizes[t], t))
-    named = [t for t in ranked if t in ALL_TYPES and t not in _UNQUANTIZED] + ["Q8_0"]
+    named = [t for t in ranked if t in ALLOWED_TYPES and facts(t).quantized] + ["Q8_0"]
     return _FILE_TYPES.get(named[0], named[0])

@@ -9,6 +9,7 @@ from typing import Any
 from edge_dtm.core import strict_json
 from edge_dtm.core.metrics import divergent_mask, first_divergent_tokens, perplexity
 from edge_dtm.formats import bundle
+from edge_dtm.formats.ggml_types import facts
 from edge_dtm.formats.plan import Plan, distinct_texts
 from edge_dtm.formats.reference import CALIBRATION, EXTRA, HELD_OUT, Reference
 from edge_dtm.formats.thresholds import Thresholds, thresholds_from, tolerance_of_kernels
@@ -29,7 +30,6 @@ UNITS = {
     "sigma": "logits",
     "fdt": "tokens",
 }
-HALF_TYPES = ("F32", "F16", "BF16")
 
 
 def finish(
@@ -159,7 +159,7 @@ def _thresholds(run: Run, plan: Plan, measurement: Measurement, held_out: Refere
     tolerance = tolerance_of_kernels(
         held_out.generated_ids, record.top_ids, record.top_logits, held_out.generated_lengths
     )
-    quantized = any(t.type not in HALF_TYPES for t in plan.treatments)
+    quantized = any(facts(t.type).quantized for t in plan.treatments)
     return thresholds_from(measurement.divergence, tolerance, quantized, goal.max_sdt, goal.min_fdt)
 
 

@@ -14,8 +14,9 @@ from edge_dtm.core.machine import default_threads, room
 from edge_dtm.core.progress import Stages
 from edge_dtm.core.work import Work
 from edge_dtm.formats import bundle
+from edge_dtm.formats.ggml_types import SPARSE_TYPES
 from edge_dtm.formats.imatrix import check_imatrix, read_imatrix
-from edge_dtm.formats.plan import SPARSE_TYPES, Component, Treatment, least_bytes_with_zeros
+from edge_dtm.formats.plan import Component, Treatment, least_bytes_with_zeros
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.formats.reference import Reference
 from edge_dtm.host import export

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edge_dtm.formats.plan import CANDIDATE_TYPES
+from edge_dtm.formats.ggml_types import DEFAULT_TYPES
 from edge_dtm.formats.profile import DeviceProfile
 
 
@@ -39,7 +39,7 @@ class Goal:
     unlimited: bool = False
     max_sdt: float | None = None
     min_fdt: float | None = None
-    types: tuple[str, ...] = CANDIDATE_TYPES
+    types: tuple[str, ...] = DEFAULT_TYPES
     sparsity: float = 0.0
     int8_share: float | None = None
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.formats.ggml_types import ggml_type, row_bytes
+from edge_dtm.formats.ggml_types import facts, row_bytes
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
@@ -64,7 +64,6 @@ def library() -> ctypes.CDLL:
                     ctypes.c_int64,
                     ctypes.c_void_p,
                 ]
-                lib.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
                 lib.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
                 return lib
     raise EdgeDtmError(
@@ -87,21 +86,29 @@ def quantize(
     rows, row_length = weights.shape
     weights = np.ascontiguousarray(weights, dtype=np.float32)
     out = np.empty((rows, row_bytes(type_name, row_length)), dtype=np.uint8)
-    lib, kind = library(), int(ggml_type(type_name))
-    lib.ggml_quantize_init(ctypes.c_int(kind))  # fills shared tables; not safe inside threads
+    lib, ggml_type = library(), facts(type_name)
+    lib.ggml_quantize_init(
+        ctypes.c_int(ggml_type.number)
+    )  # fills shared tables; not safe inside threads
     pointer = None
     if importance is not None:
         importance = np.ascontiguousarray(importance, dtype=np.float32)
         if importance.shape != (row_length,):
             raise ValueError(f"importance {importance.shape} does not fit rows of {row_length}")
         pointer = importance.ctypes.data
-    elif lib.ggml_quantize_requires_imatrix(ctypes.c_int(kind)):
+    elif ggml_type.importance == "needed":
         raise EdgeDtmError(f"{type_name} cannot be made without an importance vector")
 
     def chunk(start: int, stop: int) -> None:
         part, target = weights[start:stop], out[start:stop]
         lib.ggml_quantize_chunk(
-            kind, part.ctypes.data, target.ctypes.data, 0, stop - start, row_length, pointer
+            ggml_type.number,
+            part.ctypes.data,
+            target.ctypes.data,
+            0,
+            stop - start,
+            row_length,
+            pointer,
         )
 
     _over_rows(chunk, rows, threads)
@@ -119,9 +126,8 @@ def dequantize(
     if type_name == "F32":
         out[...] = data.view(np.float32)
         return out
-    to_float = (
-        library().ggml_get_type_traits(ctypes.c_int(int(ggml_type(type_name)))).contents.to_float
-    )
+    traits = library().ggml_get_type_traits(ctypes.c_int(facts(type_name).number))
+    to_float = traits.contents.to_float
 
     def chunk(start: int, stop: int) -> None:
         part, target = data[start:stop], out[start:stop]

@@ -168,7 +168,7 @@ class CpuBackend:
         """A weight tensor in that kind of buffer, and what copies (and repacks) the bytes to it."""
         data = np.ascontiguousarray(data)
         with self._context(1) as context:
-            kind = int(ggml_types.ggml_type(type_name))
+            kind = ggml_types.facts(type_name).number
             tensor = self._lib.ggml_new_tensor_2d(context, kind, row_length, len(data))
             buffer = self._lib.ggml_backend_alloc_ctx_tensors_from_buft(context, buffer_type)
             if not buffer:
@@ -193,9 +193,7 @@ class CpuBackend:
         """The product, or None where this kind of buffer has no layout for such weights."""
         lib = self._lib
         with self._context(4) as context:
-            inputs = lib.ggml_new_tensor_2d(
-                context, int(ggml_types.ggml_type("F32")), *x.shape[::-1]
-            )
+            inputs = lib.ggml_new_tensor_2d(context, ggml_types.facts("F32").number, *x.shape[::-1])
             outputs = lib.ggml_mul_mat(context, weights, inputs)
             if not lib.ggml_backend_dev_supports_op(self._device, outputs):
                 return None

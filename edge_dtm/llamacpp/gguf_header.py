@@ -166,21 +166,19 @@ class _Reader:
         ]
 
     def _tensor(self) -> TensorInfo:
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
         name, n_dims = self._string(), self._number("I")
         if not 1 <= n_dims <= MAX_DIMENSIONS:
             raise _Broken(f"the tensor {name[:80]!r} has {n_dims} dimensions")
         shape = tuple(self._number("Q") for _ in range(n_dims))
         number, offset = self._number("I"), self._number("Q")
         try:
-            type_ = GGMLQuantizationType(number)
-            block, block_bytes = GGML_QUANT_SIZES[type_]
-        except (ValueError, KeyError):
+            ggml_type = ggml_types.by_number(number)
+        except EdgeDtmError:
             raise _Broken(f"the tensor {name[:80]!r} has the unknown type {number}") from None
-        if min(shape) < 1 or shape[0] % block:
-            raise _Broken(f"the tensor {name[:80]!r} has a shape that {type_.name} cannot have")
-        return TensorInfo(name, shape, type_.name, offset, prod(shape) // block * block_bytes)
+        if min(shape) < 1 or shape[0] % ggml_type.block_size:
+            raise _Broken(f"the tensor {name[:80]!r} has a shape that {ggml_type.name} cannot have")
+        size = prod(shape) // ggml_type.block_size * ggml_type.block_bytes
+        return TensorInfo(name, shape, ggml_type.name, offset, size)
 
     def _value(self, kind: int) -> Value | None:
         """None for what is not kept."""

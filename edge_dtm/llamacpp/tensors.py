@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from edge_dtm.formats.ggml_types import facts
 from edge_dtm.llamacpp import ggml
 from edge_dtm.llamacpp.gguf_header import read_header
 
-# Coarser grids round many weights to zero anyway; there a share of zeros says nothing of a mask.
-_COUNTED = ("F32", "F16", "Q8_0")
 _SHOWN_FROM = 0.05
 
 
@@ -49,7 +48,7 @@ def describe(path: Path) -> list[TensorSummary]:
     out = []
     for t in read_header(path).tensors:
         shape, zeros = tuple(reversed(t.shape)), None
-        if len(shape) == 2 and t.type in _COUNTED:
+        if len(shape) == 2 and facts(t.type).holds_zeros:
             raw = np.memmap(
                 path, np.uint8, "r", t.offset_bytes, (shape[0], t.size_bytes // shape[0])
             )

@@ -140,13 +140,13 @@ def test_types_that_this_build_or_no_build_repacks() -> None:
 
 
 def test_the_types_it_proposes_are_ones_that_compress_takes() -> None:
-    from edge_dtm.formats.plan import ALL_TYPES
+    from edge_dtm.formats.ggml_types import ALLOWED_TYPES
 
     command = only(types([matrix("Q5_0", 8, 1)], NATIVE, PI5)).command
     words = shlex.split(command)
     proposed = words[words.index("--types") + 1].split(",")
     assert set(proposed) == {"F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_NL"}
-    assert set(proposed) <= set(ALL_TYPES)
+    assert set(proposed) <= set(ALLOWED_TYPES)
 
 
 def test_a_model_of_repacked_types_is_fine() -> None:

@@ -10,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.formats.ggml_types import DEFAULT_TYPES, SPARSE_TYPES
 from edge_dtm.formats.plan import (
-    CANDIDATE_TYPES,
     SPARSE_LEVELS,
-    SPARSE_TYPES,
     Component,
     Plan,
     Treatment,
@@ -171,16 +170,14 @@ def test_a_treatment_for_each_component():
 
 def test_candidates_divide_the_rows_and_prune_blocks_only():
     embedding, q, down, _ = COMPONENTS
-    assert candidate_treatments(embedding, CANDIDATE_TYPES) == [
-        Treatment(t) for t in CANDIDATE_TYPES
-    ]
-    types = {t.type for t in candidate_treatments(q, CANDIDATE_TYPES)}
+    assert candidate_treatments(embedding, DEFAULT_TYPES) == [Treatment(t) for t in DEFAULT_TYPES]
+    types = {t.type for t in candidate_treatments(q, DEFAULT_TYPES)}
     assert types == {"F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL"}
-    sparse = [t for t in candidate_treatments(down, CANDIDATE_TYPES) if t.zero_share]
+    sparse = [t for t in candidate_treatments(down, DEFAULT_TYPES) if t.zero_share]
     assert {(t.type, t.zero_share) for t in sparse} == {
         (t, s) for t in SPARSE_TYPES for s in SPARSE_LEVELS
     }
-    assert not any(t.zero_share for t in candidate_treatments(down, CANDIDATE_TYPES, sparse=False))
+    assert not any(t.zero_share for t in candidate_treatments(down, DEFAULT_TYPES, sparse=False))
     assert [t.type for t in candidate_treatments(down, ["Q4_K"])] == ["Q4_K"]
 
 
@@ -189,16 +186,16 @@ def test_zeros_that_are_held_are_the_least():
     for held in (0.33, SPARSE_LEVELS[1], SPARSE_LEVELS[-1]):
         levels = [held, *(s for s in SPARSE_LEVELS if s > held)]
         for sparse in (True, False):  # what is zero already stays so either way
-            found = candidate_treatments(down, CANDIDATE_TYPES, sparse, held)
+            found = candidate_treatments(down, DEFAULT_TYPES, sparse, held)
             assert len(found) == len(set(found))
             assert set(found) == {Treatment(t, s) for t in SPARSE_TYPES for s in levels}
     assert candidate_treatments(q, ["Q4_0", "F16"], True, 0.95) == [Treatment("F16", 0.95)]
     assert candidate_treatments(q, ["Q4_0"], True, 0.5) == []
     # The embedding is never pruned.
-    dense = [Treatment(t) for t in CANDIDATE_TYPES]
-    assert candidate_treatments(embedding, CANDIDATE_TYPES, True, 0.5) == dense
-    assert candidate_treatments(down, CANDIDATE_TYPES, True, 0.0) == candidate_treatments(
-        down, CANDIDATE_TYPES
+    dense = [Treatment(t) for t in DEFAULT_TYPES]
+    assert candidate_treatments(embedding, DEFAULT_TYPES, True, 0.5) == dense
+    assert candidate_treatments(down, DEFAULT_TYPES, True, 0.0) == candidate_treatments(
+        down, DEFAULT_TYPES
     )
 
 
@@ -234,7 +231,7 @@ def test_neighbours_have_texts_of_their_own(level):
 
 @given(st.floats(0.01, 0.95))
 def test_every_candidate_has_a_text_of_its_own(held):
-    found = candidate_treatments(COMPONENTS[2], CANDIDATE_TYPES, True, held)
+    found = candidate_treatments(COMPONENTS[2], DEFAULT_TYPES, True, held)
     texts = distinct_texts(found)
     assert set(texts) == set(found) and len(set(texts.values())) == len(found)
     short = [str(t) for t in found]

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.formats.plan import ALL_TYPES, Component, Plan, Treatment, uniform
+from edge_dtm.formats.ggml_types import ALLOWED_TYPES
+from edge_dtm.formats.plan import Component, Plan, Treatment, uniform
 from edge_dtm.formats.tensor_types import quantize_command, tensor_type_file, write_tensor_types
 from edge_dtm.llamacpp.llama import library
 
 LAYERS, HIDDEN, FFN, VOCAB = 12, 256, 512, 40
-TYPES = (*ALL_TYPES, "F32", "BF16")
+TYPES = (*ALLOWED_TYPES, "F32", "BF16")
 SHAPES = {
     "attn_q": (HIDDEN, HIDDEN),
     "attn_k": (HIDDEN // 2, HIDDEN),

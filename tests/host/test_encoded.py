@@ -13,7 +13,8 @@ from conftest import Made
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats import ggml_types
-from edge_dtm.formats.plan import CANDIDATE_TYPES, Plan, Treatment
+from edge_dtm.formats.ggml_types import DEFAULT_TYPES
+from edge_dtm.formats.plan import Plan, Treatment
 from edge_dtm.host.blocks.encoded import EncodedStore, takes_feedback
 from edge_dtm.host.blocks.fit import component_importance, edge_feedback
 from edge_dtm.host.blocks.sensitivity import edge_costs
@@ -136,7 +137,7 @@ def test_of_the_ends_the_measured_rows_are_shipped(
     component, weights = made.component(name), made.weights(name)
     feedback = edge_feedback(made.calibration, {}, component, is_tied)
     importance = component_importance(made.activations, component, is_tied)
-    choices = [Treatment(t) for t in CANDIDATE_TYPES]
+    choices = [Treatment(t) for t in DEFAULT_TYPES]
     _, which = edge_costs(
         made.activations, component, choices, weights, importance, is_tied, feedback
     )
@@ -154,7 +155,7 @@ def test_of_the_ends_the_measured_rows_are_shipped(
 
 
 def test_which_treatments_take_feedback() -> None:
-    assert all(takes_feedback(Treatment(t)) for t in CANDIDATE_TYPES if t != "F16")
+    assert all(takes_feedback(Treatment(t)) for t in DEFAULT_TYPES if t != "F16")
     assert not takes_feedback(Treatment("F16")) and not takes_feedback(Treatment("Q8_0", 0.1))
 
 

@@ -13,15 +13,8 @@ import numpy as np
 import pytest
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.formats.plan import (
-    CANDIDATE_TYPES,
-    SPARSE_LEVELS,
-    SPARSE_TYPES,
-    Component,
-    Plan,
-    Treatment,
-    uniform,
-)
+from edge_dtm.formats.ggml_types import DEFAULT_TYPES, SPARSE_TYPES
+from edge_dtm.formats.plan import SPARSE_LEVELS, Component, Plan, Treatment, uniform
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
 from edge_dtm.host.checkpoint.open import open_checkpoint
@@ -67,7 +60,7 @@ def _random_plan(checkpoint: Checkpoint) -> Plan:
     """Any allowed treatment for every component, each type at least once where there is room."""
     random = np.random.default_rng(0)
     components = checkpoint.components()
-    types = [*random.permutation(CANDIDATE_TYPES), *random.choice(CANDIDATE_TYPES, 100)]
+    types = [*random.permutation(DEFAULT_TYPES), *random.choice(DEFAULT_TYPES, 100)]
     treatments = []
     for c, kind in zip(components, types, strict=False):
         share = random.choice(SPARSE_LEVELS) if c.in_block and kind in SPARSE_TYPES else 0.0

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats import ggml_types
-from edge_dtm.formats.plan import ALL_TYPES
+from edge_dtm.formats.ggml_types import ALLOWED_TYPES
 from edge_dtm.host.quantize.gptq import ROWS_AT_ONCE, gptq_quantize
 from edge_dtm.host.quantize.hessian import (
     MAX_DAMPING,
@@ -29,7 +29,7 @@ from edge_dtm.host.quantize.hessian import (
 from edge_dtm.llamacpp import ggml
 
 Array = np.ndarray[Any, Any]
-TYPES = tuple(t for t in ALL_TYPES if t != "F16")
+TYPES = tuple(t for t in ALLOWED_TYPES if t != "F16")
 SMALL_TYPES = tuple(t for t in TYPES if ggml_types.block_size(t) == 32)
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_dtm.formats import ggml_types
-from edge_dtm.formats.plan import SPARSE_LEVELS, SPARSE_TYPES, Treatment
+from edge_dtm.formats.ggml_types import SPARSE_TYPES
+from edge_dtm.formats.plan import SPARSE_LEVELS, Treatment
 from edge_dtm.host.quantize.hessian import DampedHessian, input_hessian
 from edge_dtm.host.quantize.masks import SCORES, fit_masks, kept_weights, prune_scores, refit
 from edge_dtm.llamacpp import ggml

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_dtm.formats.plan import SPARSE_LEVELS, SPARSE_TYPES, Treatment
+from edge_dtm.formats.ggml_types import SPARSE_TYPES
+from edge_dtm.formats.plan import SPARSE_LEVELS, Treatment
 from edge_dtm.host.quantize.treat import prune_order, prune_rows, treat, treated_values
 from edge_dtm.llamacpp import ggml
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.formats.ggml_types import facts
 from edge_dtm.formats.plan import Component, Treatment, zeros_per_row
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
 from edge_dtm.host.quantize.gptq import gptq_quantize
@@ -20,12 +21,11 @@ from edge_dtm.host.quantize.treat import treat
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
-UNCOMPENSATED = ("F16", "F32", "BF16")  # too fine a grid for feedback to matter
 LOST = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what numpy raises then
 
 
 def takes_feedback(treatment: Treatment) -> bool:
-    return treatment.type not in UNCOMPENSATED and not treatment.zero_share
+    return facts(treatment.type).takes_feedback and not treatment.zero_share
 
 
 class EncodedStore:

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from edge_dtm.formats.plan import SPARSE_TYPES, Component, Treatment
+from edge_dtm.formats.ggml_types import SPARSE_TYPES
+from edge_dtm.formats.plan import Component, Treatment
 from edge_dtm.host.blocks.activations import SIGN_DRAWS, Activations
 from edge_dtm.host.blocks.calibration import Calibration
 from edge_dtm.host.blocks.encoded import EncodedStore

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from edge_dtm.formats.ggml_types import facts
 from edge_dtm.formats.plan import Component, Plan, Treatment
 from edge_dtm.formats.reference import HELD_OUT, PACKAGED, Reference
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
@@ -66,7 +67,7 @@ def start_values(checkpoint: Checkpoint, plan: Plan, encoded: Encoded) -> dict[s
     out = {}
     for c, t in zip(plan.components, plan.treatments, strict=True):
         values = ggml.dequantize(t.type, np.asarray(encoded.encoded(c, t)), c.row_length)
-        importance = encoded.importance(c.name) if t.type not in ("F16", "Q8_0") else None
+        importance = encoded.importance(c.name) if facts(t.type).importance != "ignored" else None
         out[c.name] = Trained(t, importance, checkpoint.hf_rows(c.name, values))
     return out
 

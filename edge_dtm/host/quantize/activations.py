@@ -1,27 +1,34 @@
-"""A matrix's input as ggml's CPU kernels will see it: rounded to the weight type's partner.
+"""The input of a matrix as ggml's CPU kernels see it: rounded to the partner of the weight type.
 
-Source: vec_dot_type of each type in ggml-cpu, and quantize_row_q8_0 / quantize_row_q8_K.
+Source: quantize_row_q8_0 and quantize_row_q8_K of ggml.
 """
 
 from __future__ import annotations
 
 import torch
 
+from edge_dtm.formats.ggml_types import facts
+
 KINDS = ("half", "q8_0", "q8_K")
 
 
 def activation_kind(type_name: str) -> str:
-    """Which rounding of the inputs goes with a weight type. Q8_1, the partner of Q4_1 and Q5_1,
-    rounds as Q8_0 does (its block sums are exact up to half precision)."""
-    if type_name == "F16":
-        return "half"
-    if type_name.endswith("_K"):
-        return "q8_K"
-    return "q8_0"
+    """How the CPU kernel of a weight type rounds its inputs: one of KINDS.
+
+    EdgeDtmError when the type is unknown, ValueError when it is no candidate of a plan.
+    """
+    kind = facts(type_name).activations
+    if kind not in KINDS:
+        raise ValueError(f"{type_name} is no candidate of a plan")
+    return kind
 
 
 def round_activations(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """x: float32 (tokens, row_length), row_length a multiple of 32 (q8_0) or 256 (q8_K)."""
+    """x as the kernel sees it, float32 of the same shape.
+
+    x: float32 (tokens, row_length), row_length a multiple of 32 (q8_0) or 256 (q8_K).
+    kind: one of KINDS.
+    """
     if kind == "half":
         return x.half().float()
     block = 256 if kind == "q8_K" else 32
