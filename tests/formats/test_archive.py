@@ -394,7 +394,7 @@ def test_nothing_is_written_before_the_signature_is_checked(
     path = tmp_path / "bad.edge"
     write_archive(path, [forged, regular("manifest.sig", good), *members_of(folder)[1:]])
     written: list[Path] = []
-    monkeypatch.setattr(archive, "_write_file", lambda path, data: written.append(path))
+    monkeypatch.setattr(unpacking, "write_synced", lambda path, *_: written.append(path))
     monkeypatch.setattr(archive, "_unpack_member", lambda *_: written.append(path))
     refused(path, "does not fit", TRUSTED)
     assert written == []
