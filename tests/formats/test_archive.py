@@ -26,8 +26,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_dtm.cli import main
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.formats import archive, signing
 from edge_dtm.formats import bundle as bundles
+from edge_dtm.formats import signing
+from edge_dtm.formats import unpack as unpacking
 from edge_dtm.formats.archive import open_bundle, pack, unpack
 from edge_dtm.formats.bundle import write_manifest
 from edge_dtm.formats.thresholds import Thresholds
@@ -395,7 +396,7 @@ def test_nothing_is_written_before_the_signature_is_checked(
     write_archive(path, [forged, regular("manifest.sig", good), *members_of(folder)[1:]])
     written: list[Path] = []
     monkeypatch.setattr(unpacking, "write_synced", lambda path, *_: written.append(path))
-    monkeypatch.setattr(archive, "_unpack_member", lambda *_: written.append(path))
+    monkeypatch.setattr(unpacking, "_unpack_member", lambda *_: written.append(path))
     refused(path, "does not fit", TRUSTED)
     assert written == []
 
