@@ -18,7 +18,8 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.metrics import divergent_mask, share_of_divergent_tokens
 from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.formats.reference import PADDING, TOP_K, Reference
-from edge_dtm.llamacpp import runner, schedule
+from edge_dtm.llamacpp import schedule
+from edge_dtm.llamacpp.record_arrays import summarize
 from edge_dtm.llamacpp.runner import LlamaRunner
 
 
@@ -223,7 +224,7 @@ def test_summarize_is_a_stable_sort(values: list[int], seed: int, spread: bool) 
     logits = np.array(values, dtype=np.float32)
     if spread:
         logits += np.random.default_rng(seed).standard_normal(len(values)).astype(np.float32)
-    ids, top, normalizer = runner.summarize(logits)
+    ids, top, normalizer = summarize(logits)
     order = np.argsort(-logits, kind="stable")[:TOP_K]
     np.testing.assert_array_equal(ids, order)
     np.testing.assert_array_equal(top, logits[order])
@@ -234,13 +235,13 @@ def test_summarize_is_a_stable_sort(values: list[int], seed: int, spread: bool) 
 def test_summarize_takes_the_lowest_id_on_ties() -> None:
     logits = np.zeros(40, dtype=np.float32)
     logits[[30, 7, 21]] = [2, 2, 1]
-    ids, values, normalizer = runner.summarize(logits)
+    ids, values, normalizer = summarize(logits)
     assert ids.tolist() == [7, 30, 21, 0, 1, 2, 3, 4]
     assert values.tolist() == [2, 2, 1, 0, 0, 0, 0, 0]
     assert normalizer == pytest.approx(math.log(2 * math.exp(2) + math.exp(1) + 37), abs=1e-6)
     logits[3] = np.nan
     with pytest.raises(EdgeDtmError, match="not finite"):
-        runner.summarize(logits)
+        summarize(logits)
 
 
 def test_llama_cpp_says_why_it_cannot_load(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
