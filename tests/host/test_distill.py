@@ -20,9 +20,11 @@ from edge_dtm.formats.plan import Treatment, zeros_per_row
 from edge_dtm.host.checkpoint.model import load_model, module_name
 from edge_dtm.host.distill import distill as module
 from edge_dtm.host.distill import evaluate
-from edge_dtm.host.distill.distill import DistillSettings, distill, epoch_batches
+from edge_dtm.host.distill.distill import distill, epoch_batches
 from edge_dtm.host.distill.evaluate import check, divergence_and_gradient
 from edge_dtm.host.distill.result import Distilled
+from edge_dtm.host.distill.settings import DistillSettings
+from edge_dtm.host.distill.state import STATE
 from edge_dtm.host.distill.teacher import TeacherText, reference_sequences
 from edge_dtm.host.distill.trained import Trained
 from edge_dtm.host.quantize.treat import treated_values
@@ -148,13 +150,13 @@ def test_values_lie_on_the_grid(made: Made, run: Distill, type_: str, share: flo
     settings = replace(SETTINGS, steps=9, check_every=9, round_every=4)
     kept: dict[str, torch.Tensor] = {}
     with pytest.MonkeyPatch.context() as patch:
-        keep = module._Run._keep
+        keep = module.Trainer._keep
 
         def spy(self: Any, blocks: Any) -> None:
             kept.update({m.name: m.weights().clone() for m in self.matrices})
             keep(self, blocks)
 
-        patch.setattr(module._Run, "_keep", spy)
+        patch.setattr(module.Trainer, "_keep", spy)
         found, _ = run(components, settings)
     assert found.best_step == 9
     for name, trained in components.items():
@@ -273,7 +275,7 @@ def test_a_killed_run_goes_on_to_the_same(
     )
     assert not steps
     _same(third, whole)
-    state = tmp_path / "cut" / module.STATE
+    state = tmp_path / "cut" / STATE
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(EdgeDtmError, match="--no-resume"):
         run(components, settings, folder=tmp_path / "cut")

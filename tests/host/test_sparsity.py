@@ -344,8 +344,8 @@ _MOMENTS = {
     "matrix pruned": "patch(sequential_pruning, '_fit', 5)",
     "pruned matrices kept": "patch(prune.SequentiallyPruned, 'save', 3)",
     "texts sampled": "patch(teacher, '_sample', 2)",
-    "best kept": "patch(distill._Run, '_keep', 1, after=True)",
-    "state saved": "patch(distill._Run, '_save', 3, after=True)",
+    "best kept": "patch(distill.Trainer, '_keep', 1, after=True)",
+    "state saved": "patch(distill.Trainer, '_save', 3, after=True)",
 }
 _PROGRAM = """
 import importlib, os, signal, sys

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,10 @@ from edge_dtm.host.distill.evaluate import check, divergence_and_gradient
 from edge_dtm.host.distill.result import (
     Distilled,
     Point,
-    load_tensors,
     plain_point,
-    point_from_json,
-    save_tensors,
 )
+from edge_dtm.host.distill.settings import DistillSettings
+from edge_dtm.host.distill.state import TrainingState, load_best, save_best
 from edge_dtm.host.distill.teacher import TeacherText, batches_by_length, padded
 from edge_dtm.host.distill.trained import HALF_TYPES, Trained, TrainedGain, TrainedMatrix
 from edge_dtm.llamacpp import ggml
@@ -43,74 +42,11 @@ from edge_dtm.llamacpp import ggml
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
 
+BLOCK_NORMS = ("attn_norm", "ffn_norm")
 BETAS = (0.9, 0.95)  # runs are short: 0.999 would remember the whole of them
 LARGEST_GRADIENT = 1.0  # norm over all that is trained
 CHECKPOINTING_BYTES = 2 * 2**30
 LARGEST_WEIGHT = 65504.0
-STATE = "state.safetensors"
-PRECISIONS = ("auto", "float32", "bfloat16")
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """learning_rate: at its highest, a share of every weight's size, see unit_sizes. batch_tokens
-    count padding. round_every: steps between two roundings; check_every: None for
-    a tenth of the steps; patience: checks without a better SDT before it stops early; back_off: what
-    the rate is multiplied with after every back_off_after checks without a better SDT, when the
-    training goes on from the best; checkpointing: recompute activations to save memory, None: where they would take more than
-    CHECKPOINTING_BYTES."""
-
-    steps: int
-    learning_rate: float = 3e-3
-    batch_tokens: int = 2048
-    warmup_share: float = 0.05
-    round_every: int = 4
-    check_every: int | None = None
-    patience: int = 6  # of ten checks: the highest rate makes the first ones worse
-    # What repairs a badly damaged model within a few steps is too much for a slightly damaged one.
-    back_off_after: int = 2
-    back_off: float = 0.2
-    seed: int = 0
-    precision: str = "auto"
-    checkpointing: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.round_every < 1 or self.batch_tokens < 1 or self.patience < 1:
-            raise EdgeDtmError(
-                "distillation needs at least one step, batch token, check and rounding"
-            )
-        if self.back_off_after < 1 or not 0 < self.back_off <= 1:
-            raise EdgeDtmError(
-                "distillation backs off after one check or more, to a share of the rate"
-            )
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise EdgeDtmError(f"a learning rate of {self.learning_rate} trains nothing: use 3e-3")
-        if self.precision not in PRECISIONS:
-            raise EdgeDtmError(
-                f"precision {self.precision!r} is unknown: use {', '.join(PRECISIONS)}"
-            )
-
-    @property
-    def steps_to_check(self) -> int:
-        return self.check_every or max(1, self.steps // 10)
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step (from 0): linear warm-up, then half a cosine towards 0."""
-        warmup = max(1, round(self.steps * self.warmup_share))
-        if step < warmup:
-            return self.learning_rate * (step + 1) / (warmup + 1)
-        done = (step - warmup) / max(1, self.steps - warmup)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware (steps were 1.5 times as fast on a
-    Zen 4 core: 452 instead of 303 tokens a second, hidden 576, 6 layers, vocabulary 8,192)."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    # Private, but there is no other way to ask; absent elsewhere than on x86.
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in names)
 
 
 def epoch_batches(lengths: Sequence[int], tokens: int, seed: int, epoch: int) -> list[list[int]]:
@@ -141,10 +77,12 @@ def distill(
     state of the last check, from which a killed run goes on to the same result. progress: called
     after each step with the steps done, its loss in nats and the last check's SDT.
     """
-    return _Run(model, components, head, text, validation, settings, folder, progress).run()
+    return Trainer(model, components, head, text, validation, settings, folder, progress).run()
 
 
-class _Run:
+class Trainer:
+    """A distillation under way; see distill()."""
+
     def __init__(
         self,
         model: Any,
@@ -174,11 +112,7 @@ class _Run:
             for name, trained in components.items()
             if name.startswith("blk.")
         ]
-        names = [
-            f"blk.{i}.{norm}"
-            for i in range(len(model.model.layers))
-            for norm in ("attn_norm", "ffn_norm")
-        ]
+        names = [f"blk.{i}.{n}" for i in range(len(model.model.layers)) for n in BLOCK_NORMS]
         self.norms: dict[str, torch.nn.Parameter] = {
             f"{name}.weight": modules[module_name(name)].weight for name in [*names, "output_norm"]
         }
@@ -196,16 +130,11 @@ class _Run:
             weight_decay=0.0,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        fast = settings.precision == "auto" and fast_bfloat16(self.device)
-        self.bfloat16 = fast or settings.precision == "bfloat16"
+        self.bfloat16 = settings.uses_bfloat16(self.device)
         self.checkpointing = settings.checkpointing
         if self.checkpointing is None:
             self.checkpointing = self._activation_bytes() > CHECKPOINTING_BYTES
-        self.step, self.seconds, self.tokens = 0, 0.0, 0
-        self.curve: list[Point] = []
-        self.best_step = 0
-        # What the rate is multiplied with, and the checks since the best or since it was lowered.
-        self.scale, self.since = 1.0, 0
+        self.state = TrainingState()
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
         self._batches = len(epoch_batches(text.lengths, settings.batch_tokens, settings.seed, 0))
 
@@ -250,23 +179,25 @@ class _Run:
         if self.checkpointing:
             _checkpointing(self.model, True)
         try:
-            while self.step < self.settings.steps and not self._stopped():
+            while self.state.step < self.settings.steps and not self.state.stops_early(
+                self.settings
+            ):
                 start = time.perf_counter()
                 loss = self._step()
-                self.step += 1
+                self.state.step += 1
                 due = (
-                    self.step % self.settings.steps_to_check == 0
-                    or self.step == self.settings.steps
+                    self.state.step % self.settings.steps_to_check == 0
+                    or self.state.step == self.settings.steps
                 )
                 if not due:  # a check rounds everything anyway
                     self._follow()
-                self.seconds += time.perf_counter() - start
+                self.state.seconds += time.perf_counter() - start
                 loss_sum, since = loss_sum + loss, since + 1
                 if due:
                     self._check(loss_sum / since)
                     loss_sum, since = 0.0, 0
                 if self.progress:
-                    self.progress(self.step, loss, self.curve[-1]["sdt"])
+                    self.progress(self.state.step, loss, self.state.curve[-1]["sdt"])
         finally:
             if self.checkpointing:
                 _checkpointing(self.model, False)
@@ -299,7 +230,7 @@ class _Run:
 
     def _step(self) -> float:
         """One update of the latents; returns the loss in nats a position."""
-        rows = self._batch(self.step)
+        rows = self._batch(self.state.step)
         lengths = [self.text.lengths[i] for i in rows]
         ids = padded([self.text.sequences[i] for i in rows]).to(self.device)
         self.model.train()  # transformers checkpoints only then; a Llama has no dropout
@@ -319,26 +250,26 @@ class _Run:
         norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), LARGEST_GRADIENT)
         self._need_finite(float(norm))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate(self.step) * self.scale
+            group["lr"] = self.settings.rate(self.state.step) * self.state.rate_scale
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.eval()
-        self.tokens += sum(lengths)
+        self.state.tokens += sum(lengths)
         return loss
 
     def _need_finite(self, value: float) -> None:
         if not math.isfinite(value):
             raise EdgeDtmError(
-                f"distillation has no finite loss any more at step {self.step + 1}: lower the learning "
+                f"distillation has no finite loss any more at step {self.state.step + 1}: lower the learning "
                 f"rate of {self.settings.learning_rate:g}"
             )
 
     def _follow(self) -> None:
-        fresh = self.step % self.settings.round_every == 0
+        fresh = self.state.step % self.settings.round_every == 0
         for gain in self.gains.values():
             gain.follow()
         for matrix in self.matrices:
-            if fresh and matrix.type not in HALF_TYPES and matrix.type != "F32":
+            if fresh and matrix.type not in HALF_TYPES:
                 self._round(matrix)
             else:
                 matrix.follow()
@@ -349,52 +280,40 @@ class _Run:
             self._need_finite(math.inf)
         return matrix.round()
 
-    def _rank(self, point: Point) -> tuple[float, float]:
-        """Lower is better: SDT, ties decided by perplexity."""
-        return point["sdt"], point["perplexity"]
-
-    def _stopped(self) -> bool:
-        """Nothing better in the last `patience` checks."""
-        best = min(range(len(self.curve)), key=lambda i: self._rank(self.curve[i]))
-        return len(self.curve) - 1 - best >= self.settings.patience
-
     def _check(self, loss: float) -> None:
         """Round everything, check what would be shipped, keep it if it is the best, save."""
+        state = self.state
         blocks: dict[str, ByteArray] = {}
-        if self.step:
+        if state.step:
             start = time.perf_counter()
             for gain in self.gains.values():
                 gain.follow()
             for matrix in self.matrices:
                 blocks[matrix.name] = self._round(matrix)
-            self.seconds += time.perf_counter() - start
-        found = check(self.model, self.validation, self.settings.batch_tokens)
+            self.state.seconds += time.perf_counter() - start
+        answers = check(self.model, self.validation, self.settings.batch_tokens)
         point: Point = {
-            "step": self.step,
+            "step": self.state.step,
             "loss": loss,
-            "sdt": found.sdt,
-            "fdt": found.fdt,
-            "perplexity": found.perplexity,
-            "tokens": self.tokens,
+            "sdt": answers.sdt,
+            "fdt": answers.fdt,
+            "perplexity": answers.perplexity,
+            "tokens": self.state.tokens,
         }
-        if self.step:
-            better = all(self._rank(point) < self._rank(p) for p in self.curve)
-            self.curve.append(point)
-            self.since = 0 if better else self.since + 1
+        if self.state.step:
+            better = state.is_best(point)
+            state.curve.append(point)
+            state.checks_since = 0 if better else state.checks_since + 1
             if better:
                 self._keep(blocks)
-            elif self._backs_off:
-                self.scale *= self.settings.back_off
+            elif state.backs_off(self.settings):
+                state.rate_scale *= self.settings.back_off
                 self._to_best()
             self._save()
         else:
-            self.curve.append(point)
-        lines = "".join(json.dumps(plain_point(p)) + "\n" for p in self.curve)
+            self.state.curve.append(point)
+        lines = "".join(json.dumps(plain_point(p)) + "\n" for p in self.state.curve)
         write_whole(self.folder / "curve.jsonl", lines.encode())
-
-    @property
-    def _backs_off(self) -> bool:
-        return self.since > 0 and self.since % self.settings.back_off_after == 0
 
     def _to_best(self) -> None:
         """Go on from the best that was checked, without AdamW's memory of the way beyond it."""
@@ -405,67 +324,23 @@ class _Run:
             gain.restart(best.vectors[name])
         self.optimizer.state.clear()
 
-    def _best_file(self, step: int) -> Path:
-        return self.folder / f"best-{step:07d}.safetensors"
-
     def _keep(self, blocks: dict[str, ByteArray]) -> None:
-        """Under a name of its own: until the state names it the former best must not be lost."""
-        tensors = {f"blocks.{n}": torch.from_numpy(b) for n, b in blocks.items()}
-        tensors |= {f"vector.{n}": gain.detach().cpu() for n, gain in self.norms.items()}
-        self.best_step = self.step
-        save_tensors(self._best_file(self.step), tensors, {})
+        self.state.best_step = self.state.step
+        save_best(self.folder, self.state.step, blocks, self.norms)
 
     def _save(self) -> None:
-        tensors = {name: t.detach().cpu() for name, t in self.trained.items()}
-        for name, t in self.trained.items():
-            for key, value in self.optimizer.state[t].items():
-                tensors[f"adam.{key}.{name}"] = value.detach().cpu()
-        head = {
-            "key": self.key,
-            "step": self.step,
-            "curve": [plain_point(p) for p in self.curve],
-            "best_step": self.best_step,
-            "seconds": self.seconds,
-            "tokens": self.tokens,
-            "scale": self.scale,
-            "since": self.since,
-        }
-        save_tensors(self.folder / STATE, tensors, {"state": json.dumps(head)})
-        for file in self.folder.glob("best-*.safetensors"):
-            if file != self._best_file(self.best_step):
-                file.unlink(missing_ok=True)
+        self.state.save(self.folder, self.key, self.trained, self.optimizer)
 
     def _resume(self) -> bool:
         """Whether there was a state of this very run to go on with.
 
         Offsets are not saved: a state is always of a moment when all was freshly rounded.
         """
-        path = self.folder / STATE
-        if not path.is_file():
+        state = TrainingState.load(self.folder, self.key, self.trained, self.optimizer)
+        if state is None:
             return False
-        try:
-            tensors, text = load_tensors(path)
-            state = json.loads(text["state"])
-            if state["key"] != self.key:
-                return False
-            with torch.no_grad():
-                for name, t in self.trained.items():
-                    t.copy_(tensors[name])
-                    if f"adam.step.{name}" not in tensors:
-                        continue  # never had a gradient
-                    self.optimizer.state[t] = {
-                        key: tensors[f"adam.{key}.{name}"].to(self.device)
-                        for key in ("step", "exp_avg", "exp_avg_sq")
-                    }
-            self.step, self.best_step = state["step"], state["best_step"]
-            self.seconds, self.tokens = state["seconds"], state["tokens"]
-            self.curve = [point_from_json(p) for p in state["curve"]]
-            self.scale, self.since = float(state["scale"]), int(state["since"])
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise EdgeDtmError(
-                f"{path} is damaged ({error}): run edge-dtm compress again with --no-resume"
-            ) from None
-        if self._backs_off:
+        self.state = state
+        if state.backs_off(self.settings):
             self._to_best()
             return True
         for gain in self.gains.values():
@@ -477,28 +352,15 @@ class _Run:
     def _result(self) -> Distilled:
         types = {m.name: m.type for m in self.matrices}
         blocks: dict[str, ByteArray] = {}
-        vectors: dict[str, FloatArray] = {}
-        if self.best_step:
-            path = self._best_file(self.best_step)
-            try:
-                tensors, _ = load_tensors(path)
-            except (OSError, ValueError) as error:
-                raise EdgeDtmError(
-                    f"{path} is damaged ({error}): run edge-dtm compress again with --no-resume"
-                ) from None
-            for key, tensor in tensors.items():
-                kind, _, name = key.partition(".")
-                if kind == "blocks":
-                    blocks[name] = tensor.numpy()
-                else:
-                    vectors[name] = tensor.numpy()
-        else:
-            vectors = self.first_gains
+        vectors: dict[str, FloatArray] = self.first_gains
+        if self.state.best_step:
+            blocks, vectors = load_best(self.folder, self.state.best_step)
         lengths = {m.name: m.parameter.shape[1] for m in self.matrices}
+        seconds = self.state.seconds
         return Distilled(
-            best_step=self.best_step,
-            steps=self.step,
-            curve=self.curve,
+            best_step=self.state.best_step,
+            steps=self.state.step,
+            curve=self.state.curve,
             types=types,
             values={
                 n: ggml.dequantize(types[n], blocks[n], lengths[n])
@@ -508,7 +370,7 @@ class _Run:
             },
             blocks=blocks,
             vectors=vectors,
-            tokens_per_s=self.tokens / self.seconds if self.seconds else 0.0,
+            tokens_per_s=self.state.tokens / seconds if seconds else 0.0,
             peak_rss_bytes=peak_rss_bytes(),
         )
 

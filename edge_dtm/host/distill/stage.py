@@ -12,7 +12,7 @@ from edge_dtm.formats.reference import Reference
 from edge_dtm.host.blocks.costs import captures, measure_costs
 from edge_dtm.host.blocks.prune import prune_plan
 from edge_dtm.host.checkpoint.model import load_model
-from edge_dtm.host.distill.distill import DistillSettings, distill
+from edge_dtm.host.distill.distill import distill
 from edge_dtm.host.distill.inputs import (
     DistilledStore,
     head_weight,
@@ -23,6 +23,7 @@ from edge_dtm.host.distill.inputs import (
     with_vectors,
 )
 from edge_dtm.host.distill.result import Distilled, plain_point
+from edge_dtm.host.distill.settings import DistillSettings
 from edge_dtm.host.measure import export_and_measure
 from edge_dtm.host.trajectory.reference import calibration_rows
 from edge_dtm.host.values import Base, Candidate, Costs, Encoded, NoiseFloor, Run
