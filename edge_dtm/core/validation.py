@@ -122,5 +122,8 @@ def _reason(detail: ErrorDetails) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer above 4300 digits, but TOML hex can hold one
+        return "a huge number"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

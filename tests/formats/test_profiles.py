@@ -314,10 +314,10 @@ def test_sources_have_to_be_a_table(tmp_path: Path) -> None:
     assert "sources: is 'x'" in error_of(write_profile(tmp_path, {"sources": '"x"'}, sources=False))
 
 
-@pytest.mark.parametrize("version", ["2", "0", '"1"', "1.0", "true"])
+@pytest.mark.parametrize("version", ["2", "0", '"1"', "1.0", "true", "0x" + "f" * 5000])
 def test_another_schema_version_is_the_only_complaint(tmp_path: Path, version: str) -> None:
     message = error_of(write_profile(tmp_path, {"schema_version": version, "new_key": "1"}))
-    assert "schema_version" in message
+    assert "schema version" in message
     assert "new_key" not in message
 
 
