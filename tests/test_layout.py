@@ -97,3 +97,22 @@ def test_what_the_device_uses_imports_no_torch(folder: str) -> None:
     # gguf itself imports sentencepiece where that is installed.
     assert not HOST_ONLY & external
     assert {name.split(".")[1] for name in own} <= {folder, *ALLOWED[folder], "data"}
+
+
+def test_the_readme_lists_what_is_there() -> None:
+    """Every folder of the package is in the README's tree, and nothing else."""
+    text = (ROOT / "README.md").read_text().split("## Layout")[1].split("```")[1]
+    entries, parents = set(), {0: ROOT}
+    for line in filter(str.strip, text.splitlines()):
+        depth = (len(line) - len(line.lstrip())) // 2
+        names = [w.rstrip(",") for w in line.split()[:2] if w.rstrip(",").endswith(("/", ".py"))]
+        if depth > 3 or not names:
+            continue  # the second line of a description
+        for name in names:
+            path = parents[depth] / name
+            assert path.exists(), f"{path.relative_to(ROOT)} is in the README only"
+            entries.add(path)
+            parents[depth + 1] = path
+    folders = {p.parent for p in PACKAGE.rglob("__init__.py")} - {PACKAGE}
+    assert folders <= entries, sorted(str(p.relative_to(ROOT)) for p in folders - entries)
+    assert set((PACKAGE / "host").glob("*.py")) - entries <= {PACKAGE / "host" / "__init__.py"}
