@@ -51,6 +51,12 @@ THRESHOLDS = Thresholds(
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: none of them starts when all others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def _write_tiny_gguf(path: Path, seed: int) -> None:
     write_gguf(path, seed, hidden=HIDDEN, layers=LAYERS, matrix_type="F32")
 
@@ -170,6 +176,29 @@ STARTS = [
     "Dear Clara,",
     "{",
 ]
+
+
+PROMPTS = [
+    "The baker went to the market and",
+    "Anna has three red apples.",
+    "def count_items(items):",
+    "Once upon a time",
+    "1. Wash the",
+    "The weather in Oslo",
+    "Dear Clara,",
+    "{",
+    "What is two plus two?",
+    "On Monday the farmer",
+    "Return the",
+    "A short story about a parrot:",
+]
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -124,8 +124,10 @@ def test_packing_is_deterministic(folder: Path, tmp_path: Path) -> None:
         os.utime(path, (1, 1))
     pack(folder, tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    reader = zstandard.ZstdDecompressor().stream_reader((tmp_path / "a").open("rb"))
-    with tarfile.open(fileobj=reader, mode="r|") as archive:
+    with (
+        zstandard.ZstdDecompressor().stream_reader((tmp_path / "a").open("rb")) as reader,
+        tarfile.open(fileobj=reader, mode="r|") as archive,
+    ):
         members = [(m.name, m.mtime, m.uid, m.gid, m.mode, m.uname) for m in archive]
     assert members == [(name, 0, 0, 0, 0o644, "") for name in ("manifest.json", *FILES)]
 

@@ -6,9 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,26 +17,22 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import gguf
-from click.testing import CliRunner, Result
-from test_compress import LINES, _manifest, _plan, _same, _tensors
+import test_compress
+from fixtures.killed import Moment, run_killed
+from test_compress import _manifest, _plan, _run, _same, _tensors
 
-from edge_dtm.cli import main
 from edge_dtm.formats.plan import Plan
 from edge_dtm.host.checkpoint.edited import EditedCheckpoint
 from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.distill.result import Distilled
 
-ROOT = Path(__file__).resolve().parents[2]
 TOKENS, HEAD_DIM = 24, 64
 LEVELS = (0.25, 0.5, 0.75, 0.9)
 # Little of everything, in this process and in those that are killed.
 SMALL: dict[str, Any] = {
-    "edge_dtm.host.trajectory.reference.SAMPLED_PROMPTS": 4,
-    "edge_dtm.host.trajectory.reference.EXTRA_PROMPTS": 4,
-    "edge_dtm.host.trajectory.reference.PACKAGED_PROMPTS": 6,
+    **test_compress.SMALL,
     "edge_dtm.host.blocks.costs.SPARSE_LEVELS": LEVELS,
     "edge_dtm.formats.plan.SPARSE_LEVELS": LEVELS,
-    "edge_dtm.host.trajectory.generate.BATCH_SEQUENCES": 4,
     "edge_dtm.host.distill.teacher.BATCH_SEQUENCES": 4,
     "edge_dtm.host.distill.inputs.SAMPLED_TEXTS": 8,
     "edge_dtm.host.distill.inputs.FEWEST_TEXTS": 8,
@@ -54,13 +47,6 @@ def _small_runs() -> Iterator[None]:
             patch.setattr(name, value)
         patch.setattr(os, "sched_getaffinity", lambda _: {0})
         yield
-
-
-@pytest.fixture(scope="module")
-def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sparse-prompts") / "prompts.txt"
-    path.write_text("\n".join(LINES) + "\n")
-    return path
 
 
 class Runs:
@@ -92,12 +78,6 @@ class Runs:
         return out, _run(*self.arguments(out, *options), status=status).stderr
 
 
-def _run(*arguments: str | Path, status: int = 0) -> Result:
-    result = CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == status, result.stderr
-    return result
-
-
 @pytest.fixture(scope="module")
 def runs(
     trained_folder: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory
@@ -112,7 +92,12 @@ SPARSE = ("--sparsity", "0.85", "--distill", "6")
 
 @pytest.fixture(scope="module")
 def sparse(runs: Runs) -> Path:
-    return runs(*SPARSE)[0]
+    out, text = runs(*SPARSE)
+    # Costs of zeros were not measured before, hence all are measured again.
+    assert "reference: taken from the work folder" in text
+    assert "costs: taken from the work folder" not in text
+    assert len(list((out / "work").glob("costs-*.jsonl"))) == 2
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -341,48 +326,12 @@ def test_a_changed_model_has_no_recipe(runs: Runs, sparse: Path, tmp_path: Path)
 # --- killed runs ----------------------------------------------------------------------------
 
 _MOMENTS = {
-    "matrix pruned": "patch(sequential_pruning, '_fit', 5)",
-    "pruned matrices kept": "patch(prune.SequentiallyPruned, 'save', 3)",
-    "texts sampled": "patch(teacher, '_sample', 2)",
-    "best kept": "patch(distill.Trainer, '_keep', 1, after=True)",
-    "state saved": "patch(distill.Trainer, '_save', 3, after=True)",
+    "matrix pruned": Moment("edge_dtm.host.blocks.sequential_pruning._fit", 5),
+    "pruned matrices kept": Moment("edge_dtm.host.blocks.prune.SequentiallyPruned.save", 3),
+    "texts sampled": Moment("edge_dtm.host.distill.teacher._sample", 2),
+    "best kept": Moment("edge_dtm.host.distill.distill.Trainer._keep", 1, after=True),
+    "state saved": Moment("edge_dtm.host.distill.distill.Trainer._save", 3, after=True),
 }
-_PROGRAM = """
-import importlib, os, signal, sys
-from edge_dtm.cli import main
-from edge_dtm.host.blocks import prune, sequential_pruning
-from edge_dtm.host.distill import distill, teacher
-
-def patch(owner, name, call, after=False):
-    real, count = getattr(owner, name), 0
-    def replaced(*args, **options):
-        nonlocal count
-        count += 1
-        if count == call and after:
-            real(*args, **options)
-        if count == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **options)
-    setattr(owner, name, replaced)
-
-os.sched_getaffinity = lambda _: [0]
-for name, value in {small!r}.items():
-    module, _, attribute = name.rpartition(".")
-    setattr(importlib.import_module(module), attribute, value)
-{patch}
-main(sys.argv[1:])
-"""
-
-
-def _killed(moment: str, arguments: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM.format(patch=_MOMENTS[moment], small=SMALL), *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == -signal.SIGKILL, (moment, done.stderr)
 
 
 @pytest.mark.slow
@@ -395,7 +344,7 @@ def test_a_run_killed_in_every_new_stage_ends_in_the_same_bytes(runs: Runs, spar
         "state saved": "distilled-*/state.safetensors",
     }
     for moment in _MOMENTS:
-        _killed(moment, arguments)
+        run_killed(arguments, SMALL, _MOMENTS[moment])
         if moment in left:
             assert list((out / "work").glob(left[moment])), moment
         assert not (out / "manifest.json").exists()
