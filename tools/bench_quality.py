@@ -30,7 +30,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,11 +42,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.table import Table
 
 # The script also runs from a checkout where the package is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from bench_quality_text import (
+    SCHEMA_VERSION,
+    load_other,
+    markdown,
+    notes,
+    series,
+    terminal_tables,
+    too_few,
+)
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.files import digest_of
@@ -64,30 +72,28 @@ from edge_dtm.formats.ggml_types import ALLOWED_TYPES, DEFAULT_TYPES
 from edge_dtm.formats.plan import Component, Plan, Treatment, uniform
 from edge_dtm.formats.profile import load_profile
 from edge_dtm.formats.record import Record
-from edge_dtm.formats.reference import CALIBRATION, HELD_OUT, Reference
+from edge_dtm.formats.reference import CALIBRATION, HELD_OUT, Reference, load_imatrix
 from edge_dtm.host import export
-from edge_dtm.host.blocks.activations import Activations
+from edge_dtm.host.blocks.costs import captures, measure_costs
 from edge_dtm.host.blocks.sensitivity import component_costs, edge_costs
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
 from edge_dtm.host.checkpoint.equalized import EqualizedCheckpoint
-from edge_dtm.host.compress import Measured, Pipeline
+from edge_dtm.host.checkpoint.model import load_model
+from edge_dtm.host.measure import against, noise_floor, replay
+from edge_dtm.host.prepare import reopen_run
 from edge_dtm.host.quantize.equalize import input_scale
 from edge_dtm.host.quantize.treat import treated_values
-from edge_dtm.host.settings import Settings
-from edge_dtm.host.trajectory.reference import calibration_rows
-from edge_dtm.llamacpp.llama import error_text, last_errors, library
+from edge_dtm.host.settings import Goal, Settings, Source
+from edge_dtm.host.values import Base, Costs, Measurement, Run
+from edge_dtm.llamacpp import llama
 from edge_dtm.llamacpp.tensors import describe
-from edge_dtm.report.frontier_figure import Point, draw_comparison
-from edge_dtm.report.summary import interval
+from edge_dtm.report.frontier_figure import draw_comparison
 from edge_dtm.search.allocation import convex_hull, search
 from edge_dtm.search.cost_table import CostTable
 from edge_dtm.search.predictor import Predictor
 
-SCHEMA_VERSION = 2
 DEFAULT_PRESETS = "Q3_K_M,IQ4_NL,Q4_0,Q4_K_M,Q5_K_M,Q6_K,Q8_0"
 DEFAULT_ABLATIONS = "Q4_K_M,Q6_K"
-WANTED_SEQUENCES = 128
-RANKED_TYPE = "Q4_0"  # what each component alone is measured in for the FDT ranking
 
 Vectors = Mapping[str, npt.NDArray[np.float32]]
 
@@ -138,7 +144,7 @@ class Candidate:
     size_bytes: int
     types: Mapping[str, int]
     sha256: str
-    measured: Measured
+    measured: Measurement
 
     @property
     def sdt(self) -> float:
@@ -149,38 +155,23 @@ class Candidate:
             "size_bytes": self.size_bytes,
             "tensors_of_type": dict(self.types),
             "gguf_sha256": self.sha256,
-            **self.measured.divergence.to_json(),
-            "perplexity": self.measured.perplexity,
+            **self.measured.to_json(),
         }
-
-
-class Variant(Pipeline):
-    """The pipeline with other settings on the same work folder and the same captured gradients."""
-
-    def __init__(self, run: Pipeline, **changes: Any) -> None:
-        self.__dict__.update(run.__dict__)
-        self.s = replace(run.s, **changes)
-        self.equalized = run.checkpoint
-
-    def _save_imatrix(self, calibration: Any) -> None:
-        """Nothing: it is the original model's. Captured again it could differ in a last bit, and
-        what was measured with it would be out of date."""
 
 
 class Bench:
     """Makes GGUFs and measures them; each file and each record once."""
 
-    def __init__(self, run: Pipeline, reference: Reference) -> None:
-        self.run, self.reference = run, reference
+    def __init__(self, run: Run, base: Base, reference: Reference) -> None:
+        self.run, self.base, self.reference = run, base, reference
         self.held_out = reference.part(HELD_OUT)
         self.lengths = self.held_out.generated_lengths
-        self.folder = run.work / "bench"
+        self.folder = run.work.folder / "bench"
         self.folder.mkdir(exist_ok=True)
-        self.weights = sum(c.weights for c in run.components)
         self.common = {
             "model": run.checkpoint.check(),
             "packages": export.provenance(run.checkpoint)["packages"],
-            "fixed_bytes": run.fixed_bytes,
+            "fixed_bytes": base.fixed_bytes,
         }
         self.sources: dict[str, Path] = {}
 
@@ -201,12 +192,11 @@ class Bench:
                 facts = {"sha256": sha256, "size_bytes": gguf.stat().st_size, "types": types}
                 record = self._record(sha256)
                 if not record.is_file():
-                    measured = self.run.measure(gguf, self.reference, f"{title}: replay")
-                    measured.record.save(record)
+                    replay(self.run, gguf, self.held_out, f"{title}: replay").save(record)
                 _write_json(made, facts)
             finally:
                 gguf.unlink(missing_ok=True)
-        measured = self.run.judge(Record.load(record), self.held_out)
+        measured = against(self.held_out, Record.load(record), 0.0)
         return Candidate(facts["size_bytes"], facts["types"], facts["sha256"], measured)
 
     def _record(self, sha256: str) -> Path:
@@ -223,10 +213,6 @@ class Bench:
 
     def mask(self, record: Record) -> BoolArray:
         return divergent_mask(self.held_out.generated_ids, record.ids, self.lengths)
-
-    def floor_mask(self) -> BoolArray:
-        """Of the record that Pipeline.noise_floor leaves."""
-        return self.mask(Record.load(self.run.work / f"floor-{self.run.key}.npz"))
 
     def preset(
         self, name: str, vectors: Vectors | None, checkpoint: Checkpoint | None = None
@@ -255,7 +241,7 @@ class Bench:
         """blocks_name: says with the plan which blocks these are."""
 
         def make(path: Path) -> None:
-            with self.run.stages(f"{title}: export", self.weights) as advance:
+            with self.run.stages(f"{title}: export", self.base.weights) as advance:
                 export.export_gguf(checkpoint, plan, path, blocks, advance)
 
         return self.candidate(title, ["plan", plan.hash, blocks_name], make)
@@ -265,8 +251,8 @@ class Bench:
         kind = "equalized" if isinstance(checkpoint, EqualizedCheckpoint) else "original"
         if kind not in self.sources:
             path = self.folder / f"f32-{kind}.gguf"
-            plan = uniform(self.run.components, "F32", self.run.fixed_bytes)
-            with self.run.stages(f"Exporting F32, {kind}", self.weights) as advance:
+            plan = uniform(self.base.components, "F32", self.base.fixed_bytes)
+            with self.run.stages(f"Exporting F32, {kind}", self.base.weights) as advance:
                 export.export_gguf(checkpoint, plan, path, {}, advance)
             self.sources[kind] = path
         return self.sources[kind]
@@ -275,9 +261,9 @@ class Bench:
         self, name: str, vectors: Vectors | None, checkpoint: Checkpoint, title: str, path: Path
     ) -> None:
         source = self._source(checkpoint)
-        lib = library()  # sends llama.cpp's log elsewhere
+        lib = llama.library()  # sends llama.cpp's log elsewhere
         params = lib.llama_model_quantize_default_params()
-        params.ftype, params.nthread = preset_ftype(name), self.run.threads
+        params.ftype, params.nthread = preset_ftype(name), self.run.run_settings.threads
         params.allow_requantize = False
         arrays = {k: np.ascontiguousarray(v, dtype=np.float32) for k, v in (vectors or {}).items()}
         if arrays:
@@ -287,21 +273,23 @@ class Bench:
                 entry.data = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
                 entry.size = data.size
             params.imatrix = ctypes.cast(entries, type(params.imatrix))
-        last_errors.clear()
+        llama.last_errors.clear()
         with self.run.stages(f"{title}: quantize", 1) as advance:
             code = lib.llama_model_quantize(
                 os.fsencode(source), os.fsencode(path), ctypes.byref(params)
             )
             advance(1)
         if code:
-            raise EdgeDtmError(f"llama.cpp could not make a {name} of this model{error_text()}")
+            raise EdgeDtmError(
+                f"llama.cpp could not make a {name} of this model{llama.error_text()}"
+            )
 
     def close(self) -> None:
         """Remove what is large and quick to make again."""
         for path in self.sources.values():
             path.unlink(missing_ok=True)
-        for kind in ("activations", "calibration"):  # as Pipeline.costs names them
-            shutil.rmtree(self.run.work / f"{kind}-{self.run.key}", ignore_errors=True)
+        for captured in captures(self.run, self.base, self.reference):
+            captured.remove()
 
 
 def _write_json(path: Path, data: Any) -> None:
@@ -320,7 +308,7 @@ def array_digest(arrays: Vectors) -> str:
 
 
 def preset_ftype(name: str) -> int:
-    value = getattr(library(), f"LLAMA_FTYPE_MOSTLY_{name}", None)
+    value = getattr(llama.library(), f"LLAMA_FTYPE_MOSTLY_{name}", None)
     if value is None:
         raise EdgeDtmError(f"llama.cpp has no preset {name!r}; known are Q4_K_M, Q5_K_S, Q8_0, ...")
     return int(value)
@@ -378,13 +366,13 @@ def with_costs(table: CostTable, cost_of: Callable[[Component, Treatment], float
     )
 
 
-def weight_errors(run: Pipeline, table: CostTable) -> dict[str, dict[str, float]]:
+def weight_errors(run: Run, table: CostTable) -> dict[str, dict[str, float]]:
     """Component -> type -> summed squared error of the original weights, plainly rounded."""
     out: dict[str, dict[str, float]] = {}
     with run.stages("Weight errors", sum(c.weights for c in table.components)) as advance:
         for c, treatments in zip(table.components, table.treatments, strict=True):
             weights = run.checkpoint.hf_tensor(c.name + ".weight")
-            types = {t.type for t in treatments} | ({RANKED_TYPE} if c.fits(RANKED_TYPE) else set())
+            types = {t.type for t in treatments}
             out[c.name] = {}
             for kind in sorted(types):
                 error = treated_values(weights, Treatment(kind), None) - weights
@@ -393,24 +381,24 @@ def weight_errors(run: Pipeline, table: CostTable) -> dict[str, dict[str, float]
     return out
 
 
-def unaware_costs(run: Pipeline, reference: Reference, table: CostTable) -> list[list[float]]:
+def unaware_costs(
+    run: Run, base: Base, reference: Reference, table: CostTable
+) -> list[list[float]]:
     """Costs of plain rounding without importance, as if the inputs were not rounded. (The head's
     inputs still are: edge_costs has no such switch.)"""
-    measured, _ = calibration_rows(reference)
-    activations = Activations(
-        run.work / f"activations-{run.key}", reference.rows(measured), run.components
-    )
-    with run.stages("Gradients", len(measured)) as advance:
-        activations.capture(run.model(), run.s.seed, advance)
-    run.__dict__.pop("_loaded", None)
+    activations, _ = captures(run, base, reference)
+    with run.stages("Gradients", len(activations.reference)) as advance:
+        activations.capture(
+            load_model(run.checkpoint, run.device), run.settings.source.seed, advance
+        )
     costs = []
-    with run.stages("Costs without activations", sum(c.weights for c in run.components)) as advance:
+    with run.stages("Costs without activations", base.weights) as advance:
         for c, ts in zip(table.components, table.treatments, strict=True):
             weights = run.checkpoint.hf_tensor(c.name + ".weight")
             if c.in_block:
                 costs.append(
                     component_costs(
-                        activations, c, ts, weights, run.torch_device, None, exact_inputs=True
+                        activations, c, ts, weights, run.device, None, exact_inputs=True
                     )
                 )
             else:
@@ -420,44 +408,16 @@ def unaware_costs(run: Pipeline, reference: Reference, table: CostTable) -> list
     return costs
 
 
-def fdt_losses(run: Pipeline, reference: Reference, sequences: int) -> dict[str, float]:
-    """Component -> mean FDT lost, in tokens, with that component alone in RANKED_TYPE."""
-    from bench_sensitivity import Direct
-
-    from edge_dtm.host.quantize.activations import activation_kind
-
-    calibration = reference.part(CALIBRATION)
-    part = calibration.rows(np.arange(min(sequences, len(calibration))))
-    unfit = [c.name for c in run.components if not c.fits(RANKED_TYPE)]
-    if unfit:
-        raise EdgeDtmError(
-            f"--fdt-ranking: {RANKED_TYPE} does not fit {', '.join(unfit[:3])}; leave it out"
-        )
-    direct = Direct(run.model(), part)
-    run.__dict__.pop("_loaded", None)
-    edges = np.concatenate([[0], np.cumsum(part.generated_lengths)])
-    out = {}
-    with run.stages("FDT of each component alone", len(run.components)) as advance:
-        for c in run.components:
-            weights = run.checkpoint.hf_tensor(c.name + ".weight")
-            values = treated_values(weights, Treatment(RANKED_TYPE), None)
-            _, other = direct.treated(c, values, activation_kind(RANKED_TYPE))
-            lost = []
-            for a, b in pairwise(edges):
-                at = np.flatnonzero(other[a:b])
-                lost.append(float(b - a - at[0]) if at.size else 0.0)
-            # One that never diverged still comes before nothing at all.
-            out[c.name] = max(float(np.mean(lost)), 0.5 / len(lost))
-            advance(1)
-    return out
-
-
 Blocks = export.Importance | export.Blocks
 # What a variant's files are made with: its costs, the checkpoint, the blocks and their name.
 Method = tuple[CostTable, Checkpoint, Blocks, str]
 
 
-def methods(work: Bench, full: Method, fdt_ranking: int) -> dict[str, Method]:
+def method_of(costs: Costs) -> Method:
+    return costs.table, costs.equalized, costs.encoded.encoded, costs.encoded.key
+
+
+def methods(work: Bench, full: Method) -> dict[str, Method]:
     """The variants of the ablations, by what they are called in the tables."""
     run, reference, table = work.run, work.reference, full[0]
     out: dict[str, Method] = {}
@@ -466,11 +426,13 @@ def methods(work: Bench, full: Method, fdt_ranking: int) -> dict[str, Method]:
         ("without equalization", {"equalize": False}),
         ("without both", {"feedback": False, "equalize": False}),
     ):
-        other = Variant(run, **changes)
-        costs, shipped = other.costs(reference)
-        out[title] = (costs, other.equalized, shipped.blocks, shipped.folder.name)
+        method = replace(run.settings.method, **changes)
+        other = replace(run, settings=replace(run.settings, method=method))
+        out[title] = method_of(measure_costs(other, work.base, reference))
     types = [[str(t) for t in ts] for ts in table.treatments]
-    unaware = work.kept("unaware", [types, full[3]], lambda: unaware_costs(run, reference, table))
+    unaware = work.kept(
+        "unaware", [types, full[3]], lambda: unaware_costs(run, work.base, reference, table)
+    )
     out["without activations"] = (
         replace(table, costs=tuple(map(tuple, unaware))), run.checkpoint, {}, "plain",
     )  # fmt: skip
@@ -478,14 +440,6 @@ def methods(work: Bench, full: Method, fdt_ranking: int) -> dict[str, Method]:
     out["weight error as cost"] = (
         with_costs(table, lambda c, t: errors[c.name][t.type]), *full[1:],
     )  # fmt: skip
-    if fdt_ranking:
-        losses = work.kept("fdt", fdt_ranking, lambda: fdt_losses(run, reference, fdt_ranking))
-
-        def cost(c: Component, t: Treatment) -> float:
-            error: dict[str, float] = errors[c.name]
-            return float(losses[c.name]) * error[t.type] / max(error[RANKED_TYPE], 1e-30)
-
-        out["FDT of each alone as cost"] = (with_costs(table, cost), *full[1:])
     return out
 
 
@@ -495,10 +449,9 @@ def ablations(
     rows: Sequence[tuple[dict[str, Any], Candidate, Candidate]],
     vectors: Vectors,
     floor: BoolArray,
-    fdt_ranking: int,
 ) -> list[dict[str, Any]]:
     """rows: for each size its JSON, our file and the best preset with importance matrix."""
-    variants = methods(work, full, fdt_ranking) if rows else {}
+    variants = methods(work, full) if rows else {}
     out = []
     for row, ours, best in rows:
         size, name = row["preset"], row["best_imatrix"]
@@ -533,7 +486,6 @@ def bench(
     model: Path,
     presets: list[str],
     ablation_sizes: list[str],
-    fdt_ranking: int,
     threads: int | None,
     stages: Stages,
     types: Sequence[str] = DEFAULT_TYPES,
@@ -545,28 +497,30 @@ def bench(
     if lost:
         raise EdgeDtmError(f"--ablations: {', '.join(lost)} must be among --presets too")
     settings = Settings(
-        model=model, out=bundle, profile=load_profile("raspberrypi"), types=tuple(types)
+        out=bundle,
+        source=Source(model),
+        goal=Goal(load_profile("raspberrypi"), types=tuple(types)),
     )
-    run, reference = Pipeline.reopen(settings, stages, threads)
-    reasons = {n: why_skipped(n, run.components) for n in presets}
+    run, base, reference = reopen_run(settings, stages, threads)
+    reasons = {n: why_skipped(n, base.components) for n in presets}
     skipped = [{"preset": n, "reason": why} for n, why in reasons.items() if why]
     presets = [n for n in presets if not reasons[n]]
     for s in skipped:
         stages.note(f"{s['preset']} is skipped: {s['reason']}")
     if not presets:
         raise EdgeDtmError("no preset is left to compare with: name others with --presets")
-    run.keep_activations = True  # for the variants; close() removes them
-    work = Bench(run, reference)
+    work = Bench(run, base, reference)
     for note in too_few(len(work.held_out)):
         stages.note(note)
     try:
-        table, shipped = run.costs(reference)
-        full: Method = (table, run.equalized, shipped.blocks, shipped.folder.name)
-        vectors, imatrix_tokens = run.imatrix()
+        full = method_of(measure_costs(run, base, reference))
+        table = full[0]
+        # Read before the variants, which write it again.
+        vectors, imatrix_tokens = load_imatrix(run.work.folder / f"imatrix-{run.key}.npz")
         calibration = reference.part(CALIBRATION)
         predictor = Predictor(calibration.margins, calibration.generated_lengths)
-        noise_floor = run.noise_floor(reference)
-        floor = work.floor_mask()
+        lowest = noise_floor(run, reference).measurement
+        floor = work.mask(lowest.record)
         files = {(n, im): work.preset(n, vectors if im else None) for n in presets for im in (0, 1)}
         results: list[dict[str, Any]] = []
         ours_of: dict[str, Candidate] = {}
@@ -615,7 +569,6 @@ def bench(
             ],
             vectors,
             floor,
-            fdt_ranking,
         )
     finally:
         work.close()
@@ -624,269 +577,19 @@ def bench(
         "model": reference.provenance["model"],
         "model_sha256": reference.provenance["model_sha256"],
         "packages": reference.provenance["packages"],
-        "seed": run.s.seed,
-        "tokens_per_prompt": run.s.tokens,
+        "seed": run.settings.source.seed,
+        "tokens_per_prompt": run.settings.source.tokens,
         "sequences": len(work.held_out),
         "positions": int(work.lengths.sum()),
         "calibration_sequences": len(calibration),
         "imatrix_tokens": imatrix_tokens,
         "f16_bytes": run.f16_bytes,
-        "noise_floor": noise_floor,
+        "noise_floor": lowest.to_json(),
         "skipped": skipped,
         "presets": results,
         "ablations": left_out,
-        "fdt_ranking_sequences": min(fdt_ranking, len(calibration)),
         "units": {"sdt": "share", "fdt": "tokens", "size": "bytes"},
     }
-
-
-def load_other(path: Path) -> dict[str, Any]:
-    """What an earlier run wrote with --json. EdgeDtmError when it is not that."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"schema {data['schema_version']}, not {SCHEMA_VERSION}")
-        section(data)
-        return dict(data)
-    except OSError as error:
-        raise EdgeDtmError(f"--with: {path} cannot be read ({error.strerror or error})") from None
-    except (ValueError, LookupError, TypeError) as error:
-        raise EdgeDtmError(
-            f"--with: {path} is not what --json writes ({error!r}): measure that model again"
-        ) from None
-
-
-FILES = (("plain", "preset"), ("imatrix", "preset + im"), ("ours", "ours"))
-SMALLEST = "†"  # marks a file of ours that is larger than asked for
-HEAD = (
-    "size of", "bytes", "best preset", "its SDT", "FDT", "our bytes", "our SDT", "FDT",
-    "predicted SDT", "ratio above the floor", "FDT ratio", "fewer bytes at equal SDT",
-)  # fmt: skip
-
-
-def name_of(best: Mapping[str, Any]) -> str:
-    return f"{best['preset']}{' + im' if best['file'] == 'imatrix' else ''}"
-
-
-def ratio_text(q: Mapping[str, float | None]) -> str:
-    v, low, high = ("inf" if q[k] is None else f"{q[k]:.2f}" for k in ("value", "low", "high"))
-    return f"{v} ({low} to {high})"
-
-
-def fewer_text(r: Mapping[str, Any]) -> str:
-    size, ours = r["best"]["size_bytes"], r["our_bytes_at_equal_sdt"]
-    at_least = ""
-    if ours is None and (smallest := r.get("our_smallest_bytes")) and smallest < size:
-        ours, at_least = smallest, "at least "
-    return "-" if ours is None else f"{at_least}{size - ours:,} ({(size - ours) / size:.1%})"
-
-
-def ours_bytes(data: Mapping[str, Any]) -> str:
-    return f"{data['size_bytes']:,}{SMALLEST if data['smallest'] else ''}"
-
-
-def rows(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    return [
-        (
-            r["preset"],
-            f"{r['limit_bytes']:,}",
-            name_of(r["best"]),
-            f"{r['best']['sdt']['value']:.2%}",
-            f"{r['best']['fdt']['value']:.1f}",
-            ours_bytes(r["ours"]),
-            f"{r['ours']['sdt']['value']:.2%}",
-            f"{r['ours']['fdt']['value']:.1f}",
-            f"{r['predicted']['sdt']:.2%}",
-            ratio_text(r["sdt_ratio"]),
-            ratio_text(r["fdt_ratio"]),
-            fewer_text(r),
-        )
-        for r in data["presets"]
-    ]
-
-
-def terminal_tables(data: Mapping[str, Any]) -> list[Table]:
-    """A line a file, then a line a size, then a line a variant, so that each fits 80 columns."""
-
-    def table(title: str, heads: Sequence[str], left: int) -> Table:
-        out = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False)
-        for i, head in enumerate(heads):
-            out.add_column(head, justify="right" if i >= left else "left", no_wrap=True)
-        return out
-
-    files = table("Files", ("size of", "file", "bytes", "SDT", "FDT", "predicted\nSDT"), 2)
-    sizes = table(
-        "Ours against the best preset of that size or smaller",
-        ("size of", "best preset", "SDT ratio\nabove the floor", "FDT\nratio", "fewer bytes\nat equal SDT"),
-        2,
-    )  # fmt: skip
-    for r in data["presets"]:
-        for key, title in FILES:
-            f = r[key]
-            files.add_row(
-                r["preset"] if key == "plain" else "",
-                title,
-                ours_bytes(f) if key == "ours" else f"{f['size_bytes']:,}",
-                f"{f['sdt']['value']:.2%}",
-                f"{f['fdt']['value']:.1f}",
-                f"{r['predicted']['sdt']:.2%}" if key == "ours" else "",
-                end_section=key == "ours",
-            )
-        fdt = r["fdt_ratio"]["value"]
-        sizes.add_row(
-            r["preset"], name_of(r["best"]), ratio_text(r["sdt_ratio"]),
-            "inf" if fdt is None else f"{fdt:.2f}", fewer_text(r),
-        )  # fmt: skip
-    left_out = table(
-        "Ablations", ("size of", "variant", "bytes", "SDT", "FDT", "SDT ratio to full\nabove the floor"), 2
-    )  # fmt: skip
-    for cells in ablation_rows(data, interval_of=lambda f, k: _short(f, k)):
-        left_out.add_row(*cells)
-    return [files, sizes, *([left_out] if data["ablations"] else [])]
-
-
-def _short(data: Mapping[str, Any], key: str) -> str:
-    return f"{data[key]['value']:.2%}" if key == "sdt" else f"{data[key]['value']:.1f}"
-
-
-def ablation_rows(
-    data: Mapping[str, Any], interval_of: Callable[[Mapping[str, Any], str], str]
-) -> list[tuple[str, ...]]:
-    return [
-        (
-            a["preset"],
-            a["variant"],
-            ours_bytes(a),
-            interval_of(a, "sdt"),
-            interval_of(a, "fdt"),
-            ratio_text(a["sdt_ratio_to_full"]),
-        )
-        for a in data["ablations"]
-    ]
-
-
-def too_few(sequences: int) -> list[str]:
-    if sequences >= WANTED_SEQUENCES:
-        return []
-    return [
-        f"warning: only {sequences} held-out sequences, {WANTED_SEQUENCES} are wanted: the intervals "
-        "are wide; run edge-dtm compress with more prompts"
-    ]
-
-
-def notes(data: Mapping[str, Any]) -> list[str]:
-    f = data["noise_floor"]
-    out = [
-        f"Noise floor (F16 in llama.cpp, {data['f16_bytes']:,} bytes): SDT {interval(f['sdt'], True)}, "
-        f"mean FDT {interval(f['fdt'], False)}.",
-        f"{data['sequences']} held-out sequences, {data['positions']:,} generated tokens, at most "
-        f"{data['tokens_per_prompt']} a sequence; brackets: 95 % bootstrap over sequences.",
-        *too_few(data["sequences"]),
-        *(f"{s['preset']} was skipped: {s['reason']}." for s in data["skipped"]),
-    ]
-    if any(x["smallest"] for x in (*(r["ours"] for r in data["presets"]), *data["ablations"])):
-        out.append(
-            f"{SMALLEST} There is no plan of ours that is as small: this is the smallest, which is "
-            "larger than what it is compared with."
-        )
-    return out
-
-
-INTRODUCTION = (
-    "SDT: share of tokens whose argmax differs from the original's, smaller is better. FDT: mean "
-    "position of the first that differs, larger is better. im: llama.cpp's quantizer was given an "
-    "importance matrix made on the calibration prompts. Ours: the best plan the search finds in the "
-    "preset's file size. Best preset: the file of least SDT among all presets, plain and im, of "
-    "that size or smaller. Ratio above the floor: (our SDT - noise floor) / (best preset's SDT - "
-    "noise floor), sequences resampled together; below 1 means fewer divergent tokens. FDT ratio: "
-    "our mean FDT / the best preset's; above 1 is better. Fewer bytes at equal SDT: best preset's "
-    "file less the size at which ours would have its SDT, by linear interpolation of the size over "
-    "log SDT between our measured points; at least: our smallest file diverges less; - : no figure."
-)
-ABLATION_TEXT = (
-    "Ablations. Each variant searches its own plan for the same size; ratio: (its SDT - noise floor) "
-    "/ (full method's SDT - noise floor), above 1 means more divergent tokens than the full method. "
-    "Without activations: plain rounding without importance, costs as if inputs were not rounded "
-    "(except the head's), not equalized. Weight error as cost: the squared error of the plainly "
-    "rounded weights decides the types. As cost and of each alone: blocks of the full method, types "
-    "from those it has blocks for. Equalized: the same preset made from our equalized checkpoint, "
-    "the importance matrix scaled likewise."
-)
-
-
-def section(data: Mapping[str, Any]) -> list[str]:
-    """The Markdown lines about one model."""
-    packages = ", ".join(f"{k} {v}" for k, v in data["packages"].items())
-    lines = [
-        f"## {data['model']}",
-        "",
-        f"| {' | '.join(HEAD)} |",
-        f"|---|---:|---|{'---:|' * (len(HEAD) - 3)}",
-        *(f"| {' | '.join(row)} |" for row in rows(data)),
-        "",
-        *(line for note in notes(data) for line in (note, "")),
-    ]
-    if data["ablations"]:
-        ranking = data["fdt_ranking_sequences"]
-        extra = (
-            f" FDT of each alone as cost: mean FDT lost on {ranking} calibration sequences with that "
-            f"matrix alone in {RANKED_TYPE}, scaled to other types by the weight error."
-        )
-        lines += [
-            ABLATION_TEXT + (extra if ranking else ""),
-            "",
-            "| size of | variant | bytes | SDT | mean FDT | ratio to full, above the floor |",
-            "|---|---|---:|---:|---:|---:|",
-            *(
-                f"| {' | '.join(cells)} |"
-                for cells in ablation_rows(data, lambda f, k: interval(f[k], k == "sdt"))
-            ),
-            "",
-        ]
-    lines += [
-        "Every file, with intervals of its SDT and mean FDT:",
-        "",
-        "| size of | file | bytes | SDT | mean FDT | tensors of each type |",
-        "|---|---|---:|---:|---:|---|",
-    ]
-    for r in data["presets"]:
-        for key, title in FILES:
-            kinds = sorted(r[key]["tensors_of_type"].items(), key=lambda i: (-i[1], i[0]))
-            size = ours_bytes(r[key]) if key == "ours" else f"{r[key]['size_bytes']:,}"
-            lines.append(
-                f"| {r['preset']} | {title} | {size} | {interval(r[key]['sdt'], True)} | "
-                f"{interval(r[key]['fdt'], False)} | {', '.join(f'{n} {t}' for t, n in kinds)} |"
-            )
-    commands = data["commands"]
-    return [
-        *lines,
-        "",
-        f"Versions: {packages}. Made with:",
-        "",
-        *(f"    {c}" for c in commands),
-        "",
-    ]
-
-
-def markdown(models: Sequence[Mapping[str, Any]], figure: str | None = None) -> str:
-    """figure: the picture's place relative to this file."""
-    lines = ["# Ours against llama.cpp's presets at equal size", "", INTRODUCTION, ""]
-    if figure is not None:
-        lines += [f"![File size against SDT and mean FDT]({figure})", ""]
-    return "\n".join([*lines, *(line for data in models for line in section(data))])
-
-
-def series(data: Mapping[str, Any]) -> tuple[str, dict[str, list[Point]], tuple[float, float]]:
-    """One model's points for draw_comparison."""
-    points = {
-        title: [
-            (r[key]["size_bytes"], r[key]["sdt"]["value"], r[key]["fdt"]["value"])
-            for r in data["presets"]
-        ]
-        for key, title in FILES
-    }
-    floor = data["noise_floor"]
-    return str(data["model"]), points, (floor["sdt"]["value"], floor["fdt"]["value"])
 
 
 def _commands(args: argparse.Namespace, data: Mapping[str, Any]) -> list[str]:
@@ -901,8 +604,6 @@ def _commands(args: argparse.Namespace, data: Mapping[str, Any]) -> list[str]:
     types = f" --types {args.types}" if args.types else ""
     options.append(f"--presets {shlex.quote(args.presets)}")
     options.append(f"--ablations {shlex.quote(args.ablations or 'none')}")
-    if args.fdt_ranking:
-        options.append(f"--fdt-ranking {args.fdt_ranking}")
     options += [
         f"--{key} {shown(path)}"
         for key in ("out", "figure", "json")
@@ -934,14 +635,6 @@ def main(argv: list[str] | None = None) -> int:
         help="presets at whose sizes the variants are measured, or none "
         f"[default: those of {DEFAULT_ABLATIONS} that are among --presets]",
     )
-    parser.add_argument(
-        "--fdt-ranking",
-        metavar="N",
-        type=int,
-        default=0,
-        help="also rank by the FDT of each component alone on N calibration sequences, which takes "
-        "one pass over them a component [default: 0, left out]",
-    )
     parser.add_argument("--threads", type=int, help="CPU threads of llama.cpp [default: all]")
     parser.add_argument("--json", type=Path, help="also write every figure as JSON")
     parser.add_argument("--out", type=Path, help="also write the tables as Markdown")
@@ -959,8 +652,6 @@ def main(argv: list[str] | None = None) -> int:
     presets = _names(args.presets)
     if not presets:
         parser.error("--presets names none")
-    if args.fdt_ranking < 0:
-        parser.error("--fdt-ranking must be 0 or more")
     if args.ablations is None:
         args.ablations = ",".join(n for n in _names(DEFAULT_ABLATIONS) if n in presets)
     types = _names(args.types) if args.types else list(DEFAULT_TYPES)
@@ -969,8 +660,6 @@ def main(argv: list[str] | None = None) -> int:
             f"--types: {', '.join(unknown)} is unknown, known are {', '.join(ALLOWED_TYPES)}"
         )
     sizes = [] if args.ablations == "none" else _names(args.ablations)
-    if args.fdt_ranking and not sizes:
-        parser.error("--fdt-ranking needs --ablations")
     if args.others and args.out is None and args.figure is None:
         parser.error("--with needs --out or --figure")
     stages = Stages()
@@ -980,7 +669,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise EdgeDtmError(f"{path.parent} is no folder: make it or write elsewhere")
         others = [load_other(path) for path in args.others]
         data = bench(
-            args.bundle, args.model or default_model_dir(), presets, sizes, args.fdt_ranking,
+            args.bundle, args.model or default_model_dir(), presets, sizes,
             args.threads, stages, types,
         )  # fmt: skip
     except EdgeDtmError as error:

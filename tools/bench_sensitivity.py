@@ -1,17 +1,13 @@
 """The sensitivity's costs (gradients times local error) against measuring them directly.
 
-Some block matrices, spread over layers and kinds, get each type in turn: the values of the blocks
-that ship are put into the torch model (the equalized one), the matrix's input is rounded as the
-device's kernel would, the model runs teacher-forced on calibration sequences, and the mean-square
-change of the top-1/top-2 margin is noted, with the SDT. The same costs are then computed the way
-`edge-dtm compress` does, on the same sequences, with a stopwatch on both. Pairs of matrix and type
-that no plan can choose, since they lie above the convex hull of bytes and cost, have no blocks
-where error feedback was kept; they are left out, and counted.
+Some block matrices, spread over layers and kinds, get each type in turn: the values that ship are put
+into the torch model (the equalized one), the matrix's input is rounded as the device's kernel would,
+the model runs teacher-forced on calibration sequences, and the mean-square change of the top-1/top-2
+margin is noted, with the SDT. Pairs of matrix and type that no plan can choose, since they lie above
+the convex hull of bytes and cost, are left out, and counted.
 
-WORK_BUNDLE is a folder that `edge-dtm compress MODEL -o WORK_BUNDLE` made; its `work` folder gives
-the reference, the cost table and the blocks. Output: rank correlation and ratio of the
-costs to the direct measurement, and the time of both, measured on the sample and extrapolated to
-all block matrices, all treatments and all of the sequences the sensitivity stage uses.
+WORK_BUNDLE is a folder that `edge-dtm compress MODEL -o WORK_BUNDLE` made, with its `work` folder.
+Output: rank correlation and ratio of the cost table to the direct measurement.
 
     python tools/bench_sensitivity.py WORK_BUNDLE --json sensitivity.json
 """
@@ -21,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,18 +36,14 @@ from edge_dtm.core.progress import Stages
 from edge_dtm.formats.plan import Component, Treatment
 from edge_dtm.formats.profile import load_profile
 from edge_dtm.formats.reference import Reference
-from edge_dtm.host.blocks.activations import Activations
 from edge_dtm.host.blocks.capture import BATCH_SEQUENCES
-from edge_dtm.host.blocks.encoded import EncodedStore
-from edge_dtm.host.blocks.sensitivity import component_costs
-from edge_dtm.host.checkpoint.checkpoint import to_hf_rows
-from edge_dtm.host.checkpoint.equalized import EqualizedCheckpoint
+from edge_dtm.host.blocks.costs import measure_costs
 from edge_dtm.host.checkpoint.model import load_model, module_name
-from edge_dtm.host.compress import Pipeline
+from edge_dtm.host.prepare import reopen_run
 from edge_dtm.host.quantize.activations import activation_kind, round_activations
-from edge_dtm.host.quantize.treat import treated_values
-from edge_dtm.host.settings import Settings
+from edge_dtm.host.settings import Goal, Method, Settings, Source
 from edge_dtm.host.trajectory.reference import calibration_rows
+from edge_dtm.host.values import Costs
 from edge_dtm.llamacpp import ggml
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -92,17 +83,17 @@ def sample(components: Sequence[Component], count: int, seed: int) -> list[Compo
 
 
 def shipped_values(
-    shipped: EncodedStore, component: Component, treatment: Treatment
+    costs: Costs, component: Component, treatment: Treatment
 ) -> npt.NDArray[np.float32] | None:
-    """What the blocks that ship stand for, float32 (rows, row_length), rows in HF's order; None
-    where there are no blocks, since no plan can choose that treatment."""
+    """What ships, float32 (rows, row_length), rows in HF's order; None where no plan can choose that
+    treatment."""
     try:
-        data = shipped.blocks(component, treatment)
+        data = costs.encoded.encoded(component, treatment)
     except EdgeDtmError:
         return None
     values = ggml.dequantize(treatment.type, data, component.row_length)
-    heads = shipped.checkpoint._rotated_heads(component.name + ".weight")
-    return to_hf_rows(values, heads) if heads else values
+    rows: npt.NDArray[np.float32] = costs.equalized.hf_rows(component.name, values)
+    return rows
 
 
 class Direct:
@@ -133,26 +124,20 @@ class Direct:
             )
 
     @torch.no_grad()
-    def run(self, head_kind: str | None = None) -> tuple[FloatArray, FloatArray]:
-        """Margins float64 and whether the argmax is another, bool, at all generated positions.
-        head_kind: how the head's inputs are rounded, None for not at all."""
+    def run(self) -> tuple[FloatArray, FloatArray]:
+        """Margins float64 and whether the argmax is another, bool, at all generated positions."""
         head, margins, other = self.model.lm_head.weight, [], []
         for ids, at, top, generated in self.batches:
             # Padding stands to the right, where causal attention never looks back from.
             hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
-            hidden = hidden[at[0], at[1]]
-            if head_kind is not None:
-                hidden = round_activations(hidden, head_kind)
-            logits = hidden @ head.T
+            logits = hidden[at[0], at[1]] @ head.T
             two = logits.gather(1, top)
             margins.append((two[:, 0] - two[:, 1]).double().cpu())
             other.append((logits.argmax(-1) != generated).cpu())
         return torch.cat(margins).numpy(), torch.cat(other).numpy()
 
     def treated(self, component: Component, values: FloatArray, kind: str) -> Any:
-        """`run` with other weights in one matrix and its input rounded. values: float32, HF rows."""
-        if not component.in_block:
-            return self._treated_edge(component, values, kind)
+        """`run` with other weights in one block matrix and its input rounded. values: float32, HF rows."""
         module = self.modules[module_name(component.name)]
         original = module.weight.data
 
@@ -168,21 +153,6 @@ class Direct:
             module.weight.data = original
             handle.remove()
 
-    def _treated_edge(self, component: Component, values: FloatArray, kind: str) -> Any:
-        """`treated` of `token_embd`, whose rows are looked up, and of the head; a tied embedding
-        is both."""
-        looked_up = component.name == "token_embd"
-        is_head = not looked_up or self.model.config.tie_word_embeddings
-        modules = [self.model.model.embed_tokens] * looked_up + [self.model.lm_head] * is_head
-        original = [m.weight.data for m in modules]
-        try:
-            for module in modules:
-                module.weight.data = torch.from_numpy(values).to(self.device)
-            return self.run(kind if is_head else None)
-        finally:
-            for module, data in zip(modules, original, strict=True):
-                module.weight.data = data
-
 
 def bench(
     bundle: Path,
@@ -195,14 +165,18 @@ def bench(
 ) -> dict[str, Any]:
     """Everything, as what --json writes."""
     settings = Settings(
-        model=model_path, out=bundle, profile=load_profile("raspberrypi"), device=device
+        out=bundle,
+        source=Source(model_path),
+        goal=Goal(load_profile("raspberrypi")),
+        method=Method(device=device),
     )
-    run, reference = Pipeline.reopen(settings, stages)
-    table, shipped = run.costs(reference)
+    run, base, reference = reopen_run(settings, stages)
+    costs = measure_costs(run, base, reference)
+    table = costs.table
     whole = reference.rows(calibration_rows(reference)[0])
     part = whole.rows(np.arange(min(sequences, len(whole))))
-    chosen = sample(run.components, count, run.s.seed)
-    index = {c.name: i for i, c in enumerate(run.components)}
+    chosen = sample(base.components, count, run.settings.source.seed)
+    index = {c.name: i for i, c in enumerate(base.components)}
     wanted = [(c, Treatment(t)) for c in chosen for t in types if c.fits(t)]
     missing = {t.type for c, t in wanted if t not in table.treatments[index[c.name]]}
     if missing or not wanted:
@@ -210,143 +184,59 @@ def bench(
             f"--types {','.join(types)}: {', '.join(sorted(missing)) or 'none of them'} "
             f"{'has no costs in the work folder' if missing else 'fits the matrices'}"
         )
-    pairs = [(c, t) for c, t in wanted if shipped_values(shipped, c, t) is not None]
+    pairs = [(c, t) for c, t in wanted if shipped_values(costs, c, t) is not None]
     if not pairs:
         raise EdgeDtmError(f"--types {','.join(types)}: none of them can be in a plan; name others")
     if len(pairs) < len(wanted):
         stages.note(f"{len(wanted) - len(pairs)} of {len(wanted)} pairs left out: never in a plan")
-    weights = {c.name: run.equalized.hf_tensor(c.name + ".weight") for c in chosen}
-
-    direct = Direct(load_model(run.equalized, run.torch_device), part)
-    direct.run()  # the first run is slower; not timed
-    base, base_other = direct.run()
+    direct = Direct(load_model(costs.equalized, run.device), part)
+    exact, exact_other = direct.run()
     rows: list[dict[str, Any]] = []
-    quantize_s, forward_s = 0.0, 0.0
     with stages("Direct measurement", len(pairs)) as advance:
         for component, treatment in pairs:
-            start = time.perf_counter()
-            values = shipped_values(shipped, component, treatment)
+            values = shipped_values(costs, component, treatment)
             assert values is not None
-            middle = time.perf_counter()
             margins, other = direct.treated(component, values, activation_kind(treatment.type))
-            end = time.perf_counter()
-            quantize_s, forward_s = quantize_s + middle - start, forward_s + end - middle
             i = index[component.name]
             rows.append(
                 {
                     "component": component.name,
                     "type": treatment.type,
-                    "direct": float(np.square(margins - base).mean()),
+                    "direct": float(np.square(margins - exact).mean()),
                     "direct_sdt": float(other.mean()),
                     "table": table.costs[i][table.treatments[i].index(treatment)],
                 }
             )
             advance(1)
 
-    del direct
-
-    def values_of(
-        c: Component, choices: Sequence[Treatment]
-    ) -> dict[Treatment, npt.NDArray[np.float32]]:
-        """Of the blocks that ship where there are some, of plain rounding elsewhere."""
-        out, use = {}, activations.importance(c.name)
-        for t in choices:
-            values = shipped_values(shipped, c, t)
-            out[t] = treated_values(weights[c.name], t, use) if values is None else values
-        return out
-
-    # All block matrices are captured, as the stage does; costs are timed for the chosen ones only,
-    # but with all of their treatments.
-    blocks = [c for c in run.components if c.in_block]
-    folder = run.work / "bench" / "activations"
-    activations = Activations(folder, part, run.components)
-    activations.remove()
-    if isinstance(run.equalized, EqualizedCheckpoint):
-        activations.scales, activations.config = run.equalized.scales, run.checkpoint.config
-    costs: dict[str, list[float]] = {}
-    try:
-        model = run.model()  # not timed; the original, since that is what the stage captures
-        start = time.perf_counter()
-        with stages("Gradients of the same sequences", len(part)) as advance:
-            activations.capture(model, run.s.seed, advance)
-        run.__dict__.pop("_loaded", None)
-        capture_s = time.perf_counter() - start
-        start = time.perf_counter()
-        with stages("Costs of the same matrices", len(chosen)) as advance:
-            for c in chosen:
-                choices = table.treatments[index[c.name]]
-                known = {
-                    t: torch.from_numpy(v).to(run.torch_device)
-                    for t, v in values_of(c, choices).items()
-                }
-                costs[c.name] = component_costs(
-                    activations, c, choices, weights[c.name], run.torch_device, None, known
-                )
-                advance(1)
-        costs_s = time.perf_counter() - start
-        # The part of it that does not grow with the tokens: the values of every treatment.
-        start = time.perf_counter()
-        for c in chosen:
-            values_of(c, table.treatments[index[c.name]])
-        fixed_s = min(time.perf_counter() - start, costs_s)
-    finally:
-        activations.remove()
-    for row in rows:
-        choices = table.treatments[index[row["component"]]]
-        row["same_sequences"] = costs[row["component"]][choices.index(Treatment(row["type"]))]
-
-    tokens = replayed(whole) / replayed(part)
-    matrices = sum(c.weights for c in blocks) / sum(c.weights for c in chosen)
-    treatments = [len(table.treatments[index[c.name]]) for c in blocks]
-    weights_treated = sum(c.weights * n for c, n in zip(blocks, treatments, strict=True))
-    direct_all = (
-        quantize_s * weights_treated / sum(c.weights for c, _ in pairs)
-        + forward_s * sum(treatments) / len(pairs) * tokens
-    )
-    gradient_all = capture_s * tokens + (fixed_s + (costs_s - fixed_s) * tokens) * matrices
     return {
         "model": reference.provenance["model"],
         "packages": reference.provenance["packages"],
-        "seed": run.s.seed,
-        "device": str(run.torch_device),
-        "threads": torch.get_num_threads(),
+        "seed": run.settings.source.seed,
+        "device": str(run.device),
         "sequences": len(part),
         "positions": int(part.generated_lengths.sum()),
         "stage_sequences": len(whole),
         "components": len(chosen),
-        "block_components": len(blocks),
-        "block_treatments": sum(treatments),
-        "base_sdt": float(base_other.mean()),
+        "block_components": sum(c.in_block for c in base.components),
+        "base_sdt": float(exact_other.mean()),
         "pairs": rows,
         "pairs_left_out": len(wanted) - len(pairs),
-        "agreement": {name: agreement(rows, name, types) for name in ("table", "same_sequences")},
-        "seconds_measured": {
-            "direct_quantize": quantize_s,
-            "direct_forward": forward_s,
-            "gradient_capture": capture_s,
-            "gradient_costs": costs_s,
-            "gradient_costs_quantize": fixed_s,
-        },
-        "seconds_extrapolated": {"direct": direct_all, "gradient": gradient_all},
-        "time_ratio": direct_all / gradient_all,
+        "agreement": agreement(rows, types),
         "units": {"direct": "logits squared", "direct_sdt": "share"},
     }
 
 
-def replayed(reference: Reference) -> int:
-    return int((reference.prompt_lengths + reference.generated_lengths - 1).sum())
-
-
-def agreement(
-    rows: Sequence[Mapping[str, Any]], name: str, types: Sequence[str]
-) -> list[dict[str, Any]]:
+def agreement(rows: Sequence[Mapping[str, Any]], types: Sequence[str]) -> list[dict[str, Any]]:
     """Rank correlation and ratio over all pairs (first) and those of each type."""
     out = []
     for kind in ("all", *types):
         of = [r for r in rows if kind in ("all", r["type"])]
         if not of:
             continue
-        cost, direct, sdt = (np.array([r[k] for r in of]) for k in (name, "direct", "direct_sdt"))
+        cost, direct, sdt = (
+            np.array([r[k] for r in of]) for k in ("table", "direct", "direct_sdt")
+        )
         positive = direct > 0
         ratio = cost[positive] / direct[positive]
         low, middle, high = np.percentile(ratio, [25, 50, 75]) if ratio.size else [np.nan] * 3
@@ -381,44 +271,22 @@ def show(data: Mapping[str, Any], console: Console) -> None:
         f"{data['model']}: {data['components']} of {data['block_components']} block matrices, "
         f"{len(data['pairs'])} pairs of matrix and type ({data['pairs_left_out']} more are never in a "
         f"plan), {data['sequences']} sequences, "
-        f"{data['positions']:,} positions; torch on {data['device']}, {data['threads']} threads"
+        f"{data['positions']:,} positions; torch on {data['device']}"
     )
-    titles = {
-        "table": f"Cost table ({data['stage_sequences']} sequences) against direct measurement",
-        "same_sequences": f"Costs on the same {data['sequences']} sequences against it",
-    }
-    for name, title in titles.items():
-        table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False)
-        heads = ("type", "pairs", "Spearman", "median\nratio", "\n(quartiles)", "median\ndirect",
-                 "median\nSDT", "Spearman\nwith SDT")  # fmt: skip
-        for i, head in enumerate(heads):
-            table.add_column(head, justify="right" if i else "left", no_wrap=True)
-        for a in data["agreement"][name]:
-            low, high = a["ratio_quartiles"]
-            table.add_row(
-                a["type"], str(a["pairs"]), _text(a["spearman"], 3), _text(a["ratio_median"]),
-                f"{_text(low)}-{_text(high)}", f"{a['direct_median']:.2e}",
-                f"{a['direct_sdt_median']:.2%}", _text(a["spearman_sdt"], 3),
-            )  # fmt: skip
-        console.print(table)
-    m, e = data["seconds_measured"], data["seconds_extrapolated"]
-    say(
-        f"measured: direct {m['direct_quantize'] + m['direct_forward']:.1f} s for "
-        f"{len(data['pairs'])} pairs (quantizing {m['direct_quantize']:.1f} s, forward passes "
-        f"{m['direct_forward']:.1f} s); gradients {m['gradient_capture']:.1f} s for all matrices, "
-        f"costs {m['gradient_costs']:.1f} s for {data['components']} of them with all treatments "
-        f"(quantizing {m['gradient_costs_quantize']:.1f} s of it)"
-    )
-    say(
-        f"extrapolated to {data['block_components']} block matrices, {data['block_treatments']} "
-        f"treatments and {data['stage_sequences']} sequences: direct {e['direct']:.0f} s, "
-        f"sensitivity {e['gradient']:.0f} s, which is {data['time_ratio']:.1f} times less"
-    )
-    say(
-        "(quantizing grows with treated weights, forward passes with treatments and tokens, gradients "
-        "with tokens, the rest of the costs with weights and tokens; embedding and head are left out, "
-        "and so is making blocks with error feedback, which both need)"
-    )
+    title = f"Cost table ({data['stage_sequences']} sequences) against direct measurement"
+    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False)
+    heads = ("type", "pairs", "Spearman", "median\nratio", "\n(quartiles)", "median\ndirect",
+             "median\nSDT", "Spearman\nwith SDT")  # fmt: skip
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i else "left", no_wrap=True)
+    for a in data["agreement"]:
+        low, high = a["ratio_quartiles"]
+        table.add_row(
+            a["type"], str(a["pairs"]), _text(a["spearman"], 3), _text(a["ratio_median"]),
+            f"{_text(low)}-{_text(high)}", f"{a['direct_median']:.2e}",
+            f"{a['direct_sdt_median']:.2%}", _text(a["spearman_sdt"], 3),
+        )  # fmt: skip
+    console.print(table)
 
 
 def main(argv: list[str] | None = None) -> int:

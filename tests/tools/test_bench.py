@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_quality as quality
+import bench_quality_text as text_of
 import bench_sensitivity as sensitivity
 import numpy as np
 import pytest
@@ -23,9 +24,14 @@ from edge_dtm.core.metrics import BOOTSTRAP_RESAMPLES
 from edge_dtm.core.progress import Stages
 from edge_dtm.formats.plan import Component, Plan, Treatment
 from edge_dtm.formats.profile import load_profile
-from edge_dtm.formats.reference import CALIBRATION
-from edge_dtm.host import compress
+from edge_dtm.formats.reference import CALIBRATION, load_imatrix
+from edge_dtm.host.blocks.costs import measure_costs
 from edge_dtm.host.checkpoint.model import load_model, module_name
+from edge_dtm.host.compress import compress
+from edge_dtm.host.prepare import reopen_run
+from edge_dtm.host.settings import Goal, Method, Settings, Source
+from edge_dtm.host.trajectory import reference as trajectory
+from edge_dtm.host.values import Base, Run
 from edge_dtm.search.cost_table import CostTable
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -42,34 +48,31 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model, bundle, prompts = folder / "tiny", folder / "bundle", folder / "prompts.txt"
     make_tiny_llama(model, steps=40, layers=2)
     prompts.write_text("\n".join(PROMPTS) + "\n")
-    settings = compress.Settings(
-        model=model,
+    settings = Settings(
         out=bundle,
-        profile=load_profile("raspberrypi"),
-        max_bytes=2_000_000,
-        prompts=prompts,
-        tokens=TOKENS,
-        device="cpu",
+        source=Source(model, prompts, TOKENS),
+        goal=Goal(load_profile("raspberrypi"), max_bytes=2_000_000),
+        method=Method(device="cpu"),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compress, "SAMPLED_PROMPTS", 6)
-        patch.setattr(compress, "EXTRA_PROMPTS", 6)
-        patch.setattr(compress, "PACKAGED_PROMPTS", 2)
-        compress.compress(settings, Stages())
+        patch.setattr(trajectory, "SAMPLED_PROMPTS", 6)
+        patch.setattr(trajectory, "EXTRA_PROMPTS", 6)
+        patch.setattr(trajectory, "PACKAGED_PROMPTS", 2)
+        compress(settings, Stages())
     return model, bundle
 
 
-def _reopened(made: tuple[Path, Path]) -> tuple[compress.Pipeline, Any]:
+def _reopened(made: tuple[Path, Path]) -> tuple[Run, Base, Any]:
     model, bundle = made
-    settings = compress.Settings(
-        model=model, out=bundle, profile=load_profile("raspberrypi"), device="cpu"
+    settings = Settings(
+        bundle, Source(model), Goal(load_profile("raspberrypi")), Method(device="cpu")
     )
-    return compress.Pipeline.reopen(settings, Stages(), threads=1)
+    return reopen_run(settings, Stages(), threads=1)
 
 
 VARIANTS = [
     "full method", "without feedback", "without equalization", "without both",
-    "without activations", "weight error as cost", "FDT of each alone as cost",
+    "without activations", "weight error as cost",
 ]  # fmt: skip
 
 
@@ -84,7 +87,7 @@ def test_quality(
     out, result, figure = (tmp_path / f"quality.{end}" for end in ("md", "json", "png"))
     arguments = [
         str(bundle), "--model", str(model), "--presets", "Q3_K_M,Q4_K_M,Q8_0", "--threads", "1",
-        "--ablations", "Q4_K_M", "--fdt-ranking", "2", "--out", str(out), "--json", str(result),
+        "--ablations", "Q4_K_M", "--out", str(out), "--json", str(result),
         "--figure", str(figure),
     ]  # fmt: skip
     assert quality.main(arguments) == 0
@@ -133,7 +136,7 @@ def test_quality(
     assert full["sdt_ratio_to_full"]["value"] == (None if reached else 1)
     # Other blocks make another file; other costs with the same blocks may find the same plan.
     files_made = {a["gguf_sha256"] for n, a in variants.items() if not n.endswith("as cost")}
-    assert len(files_made) == len(variants) - 2
+    assert len(files_made) == len(variants) - 1
     assert (
         variants[f"{name} + im"]["tensors_of_type"]
         == (variants[f"{name} + im, equalized"]["tensors_of_type"])
@@ -143,7 +146,7 @@ def test_quality(
     assert "python tools/bench_quality.py bundle --model tiny" in text
     assert "(quality.png)" in text
     assert "warning: only" in text and "warning: only" in printed
-    assert quality.SMALLEST in text and quality.SMALLEST in printed
+    assert text_of.SMALLEST in text and text_of.SMALLEST in printed
     assert str(tmp_path.parent) not in text
     assert str(tmp_path.parent) not in result.read_text()
     assert max(map(len, printed.split("warning: only")[0].splitlines()[:10])) <= 80
@@ -157,8 +160,8 @@ def test_quality(
 
     for owner, method in (
         (quality.Bench, "_quantize"),
-        (quality.Pipeline, "measure"),
-        (quality.Pipeline, "model"),
+        (quality, "replay"),
+        (quality, "load_model"),
         (quality.export, "export_gguf"),
         (quality, "treated_values"),
     ):
@@ -196,9 +199,9 @@ def test_imatrix_gives_our_bytes(made: tuple[Path, Path], tmp_path: Path) -> Non
 
     from edge_dtm.host.quantize.treat import treat
 
-    run, reference = _reopened(made)
-    vectors, _ = run.imatrix()
-    work = quality.Bench(run, reference)
+    run, base, reference = _reopened(made)
+    vectors, _ = load_imatrix(run.work.folder / f"imatrix-{run.key}.npz")
+    work = quality.Bench(run, base, reference)
     work._quantize("Q4_K_M", vectors, run.checkpoint, "Q4_K_M", tmp_path / "preset.gguf")
     work.close()
     tensors = gguf.GGUFReader(tmp_path / "preset.gguf").tensors
@@ -216,24 +219,24 @@ def test_ours_holds_the_shipped_blocks(
 ) -> None:
     import gguf
 
-    run, reference = _reopened(made)
-    table, shipped = run.costs(reference)
-    work = quality.Bench(run, reference)
-    plan, smallest = quality.best_plan(table, 1_400_000)
+    run, base, reference = _reopened(made)
+    costs = measure_costs(run, base, reference)
+    work = quality.Bench(run, base, reference)
+    plan, smallest = quality.best_plan(costs.table, 1_400_000)
     assert not smallest
     kept = tmp_path / "ours.gguf"
 
     class Copied(Exception):
         pass
 
-    def copy(path: Path, *_: Any) -> None:
+    def copy(_: Any, path: Path, *__: Any) -> None:
         shutil.copy(path, kept)
         raise Copied
 
-    monkeypatch.setattr(run, "measure", copy)
+    monkeypatch.setattr(quality, "replay", copy)
     with pytest.raises(Copied):
         # A name of its own: the file may have been made by another test.
-        work.ours("ours", plan, run.equalized, shipped.blocks, "test")
+        work.ours("ours", plan, costs.equalized, costs.encoded.encoded, "test")
     assert kept.stat().st_size == plan.size_bytes <= 1_400_000
     assert not (work.folder / "candidate.gguf").exists()
     compensated = 0
@@ -243,7 +246,7 @@ def test_ours_holds_the_shipped_blocks(
             continue
         assert t.tensor_type.name == plan[name].type
         # Read without EncodedStore, which export used.
-        file = shipped.folder / f"{name}.{plan[name].type}.npy"
+        file = costs.encoded.folder / f"{name}.{plan[name].type}.npy"
         if file.is_file():
             blocks = np.load(file)
             assert np.array_equal(np.asarray(t.data).reshape(blocks.shape), blocks), name
@@ -254,13 +257,13 @@ def test_ours_holds_the_shipped_blocks(
 @pytest.mark.slow
 def test_equalized_imatrix(made: tuple[Path, Path]) -> None:
     """The transformed vectors are the mean squares that the equalized model really has."""
-    run, reference = _reopened(made)
-    run.costs(reference)
+    run, base, reference = _reopened(made)
+    new = measure_costs(run, base, reference).equalized
     part = reference.part(CALIBRATION)
-    names = [c.name for c in run.components if c.in_block]
+    names = [c.name for c in base.components if c.in_block]
 
     def squares(checkpoint: Any) -> dict[str, Any]:
-        model, out = load_model(checkpoint, run.torch_device), {}
+        model, out = load_model(checkpoint, run.device), {}
         modules = dict(model.named_modules())
         handles = [
             modules[module_name(n)].register_forward_pre_hook(
@@ -274,8 +277,8 @@ def test_equalized_imatrix(made: tuple[Path, Path]) -> None:
             h.remove()
         return out
 
-    original, equalized = squares(run.checkpoint), squares(run.equalized)
-    changed = quality.equalized_imatrix(original, run.equalized)
+    original, equalized = squares(run.checkpoint), squares(new)
+    changed = quality.equalized_imatrix(original, new)
     for n in names:
         # Float32 rounding through the layers.
         np.testing.assert_allclose(changed[n], equalized[n], rtol=1e-2, atol=1e-9, err_msg=n)
@@ -299,37 +302,35 @@ def test_sensitivity(
     # Of two types of the same size one at least lies on the hull.
     assert len(data["pairs"]) >= 7
     assert data["base_sdt"] < 0.05
-    for pairs in data["agreement"].values():
-        assert pairs[0]["type"] == "all"
-        assert pairs[0]["spearman"] > 0.7
-        assert 0.3 < pairs[0]["ratio_median"] < 3
-    assert data["time_ratio"] > 0
-    assert not (bundle / "work" / "bench" / "activations").exists()
+    of_all = data["agreement"][0]
+    assert of_all["type"] == "all" and of_all["spearman"] > 0.7
+    assert 0.3 < of_all["ratio_median"] < 3
 
 
 @pytest.mark.slow
 def test_direct_measurement(made: tuple[Path, Path]) -> None:
-    """EncodedStore blocks come in HF's order; embedding and head can be measured alone too."""
-    run, reference = _reopened(made)
-    table, shipped = run.costs(reference)
+    """What ships comes in HF's order."""
+    run, base, reference = _reopened(made)
+    costs = measure_costs(run, base, reference)
+    table = costs.table
     part = reference.part(CALIBRATION)
-    direct = sensitivity.Direct(load_model(run.equalized, run.torch_device), part)
-    base, _ = direct.run()
+    direct = sensitivity.Direct(load_model(costs.equalized, run.device), part)
+    exact, _ = direct.run()
     for c, treatments in zip(table.components, table.treatments, strict=True):
-        if c.name not in ("token_embd", "output", "blk.0.attn_q", "blk.0.attn_k"):
+        if c.name not in ("blk.0.attn_q", "blk.0.attn_k"):
             continue
-        weights = run.equalized.hf_tensor(c.name + ".weight")
+        weights = costs.equalized.hf_tensor(c.name + ".weight")
         for t in (t for t in treatments if t.type in ("Q8_0", "Q6_K")):
-            values = sensitivity.shipped_values(shipped, c, t)
+            values = sensitivity.shipped_values(costs, c, t)
             if values is None:
                 continue
             # Within a few steps of 1/32 of the row's largest; other rows would be far off.
             assert np.abs(values - weights).max() < 0.2 * np.abs(weights).max()
             assert np.square(values - weights).mean() < 0.01 * np.square(weights).mean()
             margins, _ = direct.treated(c, values, "q8_0")
-            assert 0 < np.square(margins - base).mean() < np.square(base).mean()
+            assert 0 < np.square(margins - exact).mean() < np.square(exact).mean()
         # Nothing is left behind.
-        assert np.array_equal(direct.run()[0], base)
+        assert np.array_equal(direct.run()[0], exact)
 
 
 def test_ratio_above_floor_against_a_slow_loop() -> None:
@@ -363,7 +364,7 @@ def test_ratio_above_floor_against_a_slow_loop() -> None:
         assert [found.low, found.high] == pytest.approx(interval(slow))
     none = quality.ratio_json(quality.above_floor(ours, floor, floor))
     assert none["value"] is None
-    assert quality.ratio_text(none) == "inf (inf to inf)"
+    assert text_of.ratio_text(none) == "inf (inf to inf)"
 
 
 def test_bytes_at_equal_sdt() -> None:
@@ -398,7 +399,7 @@ def test_smallest_plan_is_marked() -> None:
 
 def test_ablations_need_their_preset(tmp_path: Path) -> None:
     with pytest.raises(EdgeDtmError, match="Q6_K must be among"):
-        quality.bench(tmp_path, tmp_path, ["Q4_K_M"], ["Q6_K"], 0, None, Stages())
+        quality.bench(tmp_path, tmp_path, ["Q4_K_M"], ["Q6_K"], None, Stages())
 
 
 def test_errors_take_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
