@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from edge_dtm.search.allocation import _hulls, _plan, _steps, _with_fixed_edges
 from edge_dtm.search.cost_table import CostTable
+from edge_dtm.search.hulls import fixed_edges, greedy_walk
 from edge_dtm.search.predictor import Predictor
 
 
 @dataclass(frozen=True)
 class FrontierPoint:
+    """What the best plan of size_bytes predicts: sigma in logits, sdt a share, fdt in tokens."""
+
     size_bytes: int
     sigma: float
     sdt: float
@@ -22,19 +24,21 @@ class FrontierPoint:
 
 def frontier(table: CostTable, predictor: Predictor) -> list[FrontierPoint]:
     """The best plan of every size that the greedy walks pass, from the smallest to the largest.
+
     Zeros make no file smaller, so treatments with zeros are never among them unless nothing else
-    is allowed."""
-    found = []
-    for fixed in _with_fixed_edges(table):
-        hulls = _hulls(fixed)
-        start = _plan(fixed, [hull[0] for hull in hulls])
+    is allowed.
+    """
+    passed = []
+    for fixed in fixed_edges(table):
+        walk = greedy_walk(fixed)
+        start = fixed.plan(walk.start)
         size, cost = start.size_bytes, fixed.cost(start)
-        found.append((size, cost))
-        for step in _steps(fixed, hulls):
+        passed.append((size, cost))
+        for step in walk.steps:
             size, cost = size + step.extra_bytes, cost - step.gain
-            found.append((size, cost))
+            passed.append((size, cost))
     best: list[tuple[int, float]] = []
-    for size, cost in sorted(found):
+    for size, cost in sorted(passed):
         if not best or cost < best[-1][1]:
             best.append((size, cost))
     return [_point(size, cost, predictor) for size, cost in best]

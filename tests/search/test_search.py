@@ -15,18 +15,11 @@ from edge_dtm.formats.plan import (
     Treatment,
     candidate_treatments,
     least_bytes_with_zeros,
-    uniform,
 )
-from edge_dtm.search.allocation import (
-    MIXES,
-    _walk_both,
-    convex_hull,
-    least_divergent_share,
-    search,
-    search_transfer,
-)
+from edge_dtm.search.allocation import least_divergent_share, search
 from edge_dtm.search.cost_table import CostTable
 from edge_dtm.search.frontier import frontier
+from edge_dtm.search.hulls import convex_hull
 from edge_dtm.search.predictor import Predictor
 
 TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q5_0", "Q4_0")
@@ -251,16 +244,14 @@ def test_zeros_that_do_not_fit():
 def test_least_bytes_with_zeros_is_a_lower_bound(seed, zero_share):
     """No plan of the search is smaller, and one little larger than that exists."""
     table = sparse_table(seed)
-    types = sorted({t.type for ts in table.treatments for t in ts})
-    least = table.fixed_bytes + least_bytes_with_zeros(table.components, types, zero_share)
-    for factor in (0.7, 1.0, 1.05, 1.3, 2.0):
-        try:
-            plan = search(table, round(least * factor), zero_share)
-        except EdgeDtmError:
-            continue
-        assert plan.size_bytes >= least * 0.999  # shares are met up to a weight a row
+    least = table.fixed_bytes + least_bytes_with_zeros(table.components, table.types, zero_share)
+    # Shares are met up to a weight a row, so up to a thousandth of the bytes.
+    with pytest.raises(EdgeDtmError):
+        search(table, round(least * 0.999), zero_share)
     largest = max(c.size_bytes(Treatment("F16")) for c in table.components if c.in_block)
-    assert search(table, round(least + largest), zero_share).size_bytes <= least + largest
+    plan = search(table, round(least + largest), zero_share)
+    assert least * 0.999 < plan.size_bytes <= least + largest
+    assert plan.zero_share >= zero_share - 1e-3
 
 
 def test_least_bytes_with_zeros_against_all_plans():
@@ -300,200 +291,6 @@ def test_zeros_that_stay_are_not_given_back():
     assert plan.zero_share == pytest.approx(0.2, abs=1 / 320)
     # As many as are held anyway: nothing more, and nothing less.
     assert search(table, 10**6, 0.1).treatments == (Treatment("Q8_0", 0.3), Treatment("Q8_0"))
-
-
-# --- what travels --------------------------------------------------------------------------------
-
-
-def transfer_table(draw_cost, rows, fixed=1000, fixed_transfer=600):
-    """Q4_0, Q8_0 and both levels of zeros, which travel lightly and cost more."""
-    kinds = (
-        (Treatment("Q4_0"), 0.97),
-        (Treatment("Q8_0"), 0.95),
-        (Treatment("Q8_0", 0.5), 0.62),
-        (Treatment("Q8_0", 0.9), 0.22),
-        (Treatment("F16"), 0.86),
-    )
-    parts = tuple(Component(f"blk.{i}.ffn_up", r, 256) for i, r in enumerate(rows))
-    return CostTable(
-        parts,
-        tuple(tuple(t for t, _ in kinds) for _ in parts),
-        tuple(tuple(draw_cost(i, t) for t, _ in kinds) for i, _ in enumerate(parts)),
-        fixed,
-        tuple(tuple(round(c.size_bytes(t) * rate) for t, rate in kinds) for c in parts),
-        fixed_transfer,
-    )
-
-
-@st.composite
-def transfer_tables(draw, most=4):
-    rows = draw(st.lists(st.integers(1, 6), min_size=1, max_size=most))
-    return transfer_table(lambda *_: float(draw(st.integers(0, 60))), rows)
-
-
-def both_sizes(table):
-    """(bytes, bytes that travel, cost) of every combination."""
-    options = [
-        [(c.size_bytes(t), n, cost) for t, n, cost in zip(ts, ns, cs, strict=True)]
-        for c, ts, ns, cs in zip(
-            table.components, table.treatments, table.transfers, table.costs, strict=True
-        )
-    ]
-    for combination in itertools.product(*options):
-        sizes, travels, costs = zip(*combination, strict=True)
-        yield (
-            table.fixed_bytes + sum(sizes),
-            table.fixed_transfer_bytes + sum(travels),
-            sum(costs),
-        )
-
-
-@settings(max_examples=150, deadline=None)
-@given(transfer_tables(), st.floats(0, 1), st.floats(0, 1))
-def test_both_limits_are_held_at_nearly_the_least_cost(table, one, two):
-    plans = list(both_sizes(table))
-    sizes, travels = [s for s, _, _ in plans], [n for _, n, _ in plans]
-    limit = round(min(sizes) + one * (max(sizes) - min(sizes)))
-    transfer = round(min(travels) + two * (max(travels) - min(travels)))
-    possible = [c for s, n, c in plans if s <= limit and n <= transfer]
-    try:
-        plan = search_transfer(table, limit, transfer)
-    except EdgeDtmError:
-        # In a table as tiny as these a single step may be all the room there is.
-        largest = max(c.size_bytes(Treatment("F16")) for c in table.components)
-        assert not any(s + largest <= limit and n + largest <= transfer for s, n, _ in plans)
-        return
-    assert plan.size_bytes <= limit
-    assert table.transfer_bytes(plan) <= transfer
-    walks = [_walk_both(table, limit, transfer, mix) for mix in MIXES]
-    costs = [table.cost(walk) for walk in walks if walk is not None]
-    assert table.cost(plan) == min(costs)
-    assert min(possible) <= table.cost(plan)
-    # A step of one component is what a greedy walk may miss for each of the two limits.
-    assert table.cost(plan) <= min(possible) + 2 * max(map(max, table.costs))
-
-
-@settings(max_examples=60, deadline=None)
-@given(transfer_tables())
-def test_where_one_limit_is_loose_the_other_decides_alone(table):
-    plans = list(both_sizes(table))
-    for budget in sorted({s for s, _, _ in plans})[:: max(1, len(plans) // 8)]:
-        plan = search_transfer(table, budget, 10**9)
-        optimum = min(c for s, _, c in plans if s <= budget)
-        assert optimum <= table.cost(plan) <= optimum + max(map(max, table.costs))
-    for transfer in sorted({n for _, n, _ in plans})[:: max(1, len(plans) // 8)]:
-        plan = search_transfer(table, 10**9, transfer)
-        optimum = min(c for _, n, c in plans if n <= transfer)
-        assert optimum <= table.cost(plan) <= optimum + max(map(max, table.costs))
-
-
-@pytest.mark.parametrize("share", [0, 0.2, 0.5, 0.8, 1])
-@pytest.mark.parametrize("slack", [1.02, 1.1, 1.3])
-def test_limits_that_press_against_each_other(share, slack):
-    """The smallest file travels too heavily, what travels lightest is too large a file; alike in
-    all components, so that only some of one and some of the other fit both."""
-    random = np.random.default_rng(31)
-    factors = random.lognormal(0, 1, 40)
-    rows = [int(n) for n in random.integers(20, 70, 40)]
-    table = transfer_table(lambda i, t: factors[i] * rising(0, t), rows)
-    small, light = Treatment("Q4_0"), Treatment("Q8_0", 0.9)
-    limit, transfer = (
-        round(
-            slack
-            * sum(
-                (1 - share) * sizes[ts.index(small)] + share * sizes[ts.index(light)]
-                for sizes, ts in zip(of, table.treatments, strict=True)
-            )
-        )
-        + fixed
-        for of, fixed in (
-            (
-                [
-                    [c.size_bytes(t) for t in ts]
-                    for c, ts in zip(table.components, table.treatments, strict=True)
-                ],
-                table.fixed_bytes,
-            ),
-            (table.transfers, table.fixed_transfer_bytes),
-        )
-    )
-    plan = search_transfer(table, limit, transfer)
-    assert plan.size_bytes <= limit and table.transfer_bytes(plan) <= transfer
-    # The dual with a price for each currency is a lower bound.
-    bound = max(
-        sum(
-            min(cost + a * c.size_bytes(t) + b * n for t, n, cost in zip(ts, ns, cs, strict=True))
-            for c, ts, ns, cs in zip(
-                table.components, table.treatments, table.transfers, table.costs, strict=True
-            )
-        )
-        - a * (limit - table.fixed_bytes)
-        - b * (transfer - table.fixed_transfer_bytes)
-        for a in [0, *np.geomspace(1e-6, 1e-1, 14)]
-        for b in [0, *np.geomspace(1e-6, 1e-1, 14)]
-    )
-    assert bound <= table.cost(plan) <= 1.25 * bound + max(map(max, table.costs)) / 4
-
-
-def rising(i, t):
-    """Costs as real ones."""
-    kinds = {"F16": 1e-4, "Q8_0": 1e-2, "Q4_0": 1.5}
-    return (i + 1) * (kinds[t.type] + 20 * t.zero_share**3)
-
-
-def test_zeros_are_chosen_where_they_are_the_only_way():
-    table = transfer_table(rising, [5, 9, 12, 7])
-    dense = [
-        min(n for t, n in zip(ts, ns, strict=True) if not t.zero_share)
-        for ts, ns in zip(table.treatments, table.transfers, strict=True)
-    ]
-    least_dense = table.fixed_transfer_bytes + sum(dense)
-    plan = search_transfer(table, 10**9, least_dense)
-    assert not zero_count(plan)
-    assert {t.type for t in plan.treatments} == {"Q4_0"}
-    plan = search_transfer(table, 10**9, least_dense - 1)
-    assert zero_count(plan) and table.transfer_bytes(plan) < least_dense
-    least = table.fixed_transfer_bytes + sum(map(min, table.transfers))
-    plan = search_transfer(table, 10**9, least)
-    assert set(plan.treatments) == {Treatment("Q8_0", 0.9)}
-    # With room in neither currency for all of it, the file's limit still holds.
-    q8 = uniform(table.components, "Q8_0", table.fixed_bytes).size_bytes
-    assert search_transfer(table, q8, least).size_bytes == q8
-    # All that fits and costs least, where nothing presses.
-    plan = search_transfer(table, 10**9, 10**9)
-    assert set(plan.treatments) == {Treatment("F16")}
-
-
-def test_nothing_that_travels_so_lightly():
-    table = transfer_table(rising, [5, 9])
-    least = table.fixed_transfer_bytes + sum(map(min, table.transfers))
-    with pytest.raises(EdgeDtmError) as caught:
-        search_transfer(table, 10**9, least - 1)
-    text = str(caught.value)
-    assert f"{least - 1:,} after zstd" in text and f"the least that travels is {least:,}" in text
-    assert "raise --max-transfer or --max-bytes" in text and "\n" not in text
-    smallest = uniform(table.components, "Q4_0", table.fixed_bytes).size_bytes
-    with pytest.raises(EdgeDtmError, match=f"no plan has at most {smallest - 1:,} bytes"):
-        search_transfer(table, smallest - 1, 10**9)
-
-
-def test_what_travels_of_a_component_without_a_finite_cost():
-    table = transfer_table(lambda *_: math.inf, [5])
-    with pytest.raises(EdgeDtmError, match="no usable treatment"):
-        search_transfer(table, 10**9, 10**9)
-
-
-def test_what_travels_stays_with_its_treatment():
-    table = transfer_table(rising, [5, 9])
-    only = table.restricted(["Q8_0", "Q4_0"], sparse=False)
-    for ts, ns, all_ts, all_ns in zip(
-        only.treatments, only.transfers, table.treatments, table.transfers, strict=True
-    ):
-        known = dict(zip(all_ts, all_ns, strict=True))
-        assert list(ns) == [known[t] for t in ts]
-    plan = uniform(only.components, "Q4_0", only.fixed_bytes)
-    assert only.transfer_bytes(plan) == table.transfer_bytes(plan)
-    assert table.transfer_bytes(plan) == 600 + sum(ns[0] for ns in table.transfers)
 
 
 # --- the paper's experiment ----------------------------------------------------------------------
