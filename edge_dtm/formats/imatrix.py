@@ -1,7 +1,7 @@
 """Importance vectors as the imatrix files of llama.cpp's tools.
 
 llama-imatrix records for each matrix the sum of the squares of its inputs, and llama-quantize
-weights the squared error of each column with their mean. Source of both formats and of all rules
+weights the squared error of each column with their mean. Source of the format and of all rules
 here: tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp and tools/quantize/quantize.cpp of the
 llama.cpp in llama-cpp-python 0.3.36.
 """
@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ OPTIONAL = ("token_embd", "output")
 COMMAND = "llama-imatrix -m MODEL.gguf -f TEXT.txt --process-output -o imatrix.gguf"
 
 _WEIGHT, _SUMS, _COUNTS = ".weight", ".in_sum2", ".counts"
-_EXPERTS = "_exps" + _WEIGHT  # the only mark of experts in the old format, which has no counts
+_EXPERTS = "_exps" + _WEIGHT
 
 
 def write_imatrix(
@@ -103,17 +103,18 @@ def write_imatrix(
 def read_imatrix(path: Path) -> dict[str, FloatArray]:
     """Component -> float32 (row_length,), the mean square of its inputs, of an imatrix file.
 
-    Reads the GGUF format and the older binary one (`llama-imatrix --output-format dat`), with the
-    values llama-quantize would use: ones where nothing was counted. EdgeDtmError when the file is
-    neither, is not whole, holds NaN, infinite or negative values, or mixtures of experts.
+    The values are those llama-quantize uses: ones where nothing was counted. EdgeDtmError when
+    the file is no GGUF (the older binary form is none), is not whole, holds NaN, infinite or
+    negative values, or mixtures of experts.
     """
     try:
         with path.open("rb") as file:
-            if file.read(4) == b"GGUF":
-                means = _read_gguf(path)
-            else:
-                file.seek(0)
-                means = _read_legacy(file)
+            if file.read(4) != b"GGUF":
+                raise EdgeDtmError(
+                    f"{path} is no GGUF (the older binary form of imatrix files is not read): make it "
+                    f"again as GGUF with a current llama-imatrix: {COMMAND}"
+                )
+        means = _read_gguf(path)
         for name, mean in means.items():
             if not np.isfinite(mean).all() or (mean < 0).any():
                 raise ValueError(f"values of {name} are NaN, infinite or negative")
@@ -199,45 +200,4 @@ def _read_gguf(path: Path) -> dict[str, FloatArray]:
         mean = np.divide(table, whole, out=np.ones(table.shape, np.float32), where=whole > 0)
         experts = counts.size > 1 or name.endswith(_EXPERTS)
         means[_component(name)] = mean if experts else mean[0]
-    return means
-
-
-def _read_legacy(file: BinaryIO) -> dict[str, FloatArray]:
-    """Entries of (name length, name, calls, values, float32 values), all int32 in the machine's
-    order, little-endian in practice; then perhaps the number of chunks and the dataset's name.
-    The values are means times calls. ValueError when it is anything else.
-    """
-    left = os.fstat(file.fileno()).st_size
-
-    def take(size: int) -> bytes:
-        nonlocal left
-        # Before reading, since a wrong length can be 2 GB.
-        if not 0 <= size <= left:
-            raise ValueError("it is truncated, or of another format")
-        left -= size
-        return file.read(size)
-
-    def integer() -> int:
-        return int(struct.unpack("<i", take(4))[0])
-
-    means: dict[str, FloatArray] = {}
-    entries = integer()
-    if entries < 1:
-        raise ValueError("it has no entries")
-    for _ in range(entries):
-        name = take(integer()).decode()
-        calls, values = integer(), integer()
-        if not name or values < 1:
-            raise ValueError("it has an entry without a name or values")
-        mean = np.frombuffer(take(4 * values), dtype="<f4").astype(np.float32)
-        if calls > 0:
-            mean /= np.float32(calls)
-        if _component(name) in means:
-            raise ValueError(f"it holds {name} twice")
-        means[_component(name)] = mean[None] if name.endswith(_EXPERTS) else mean
-    if left:
-        integer()  # chunks
-        take(integer())  # dataset
-    if left:
-        raise ValueError(f"{left} bytes follow its end")
     return means

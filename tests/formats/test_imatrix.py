@@ -1,4 +1,4 @@
-"""Imatrix files: the round trip, the format's fields, the old format, and everything else refused."""
+"""Imatrix files: the round trip, the format's fields, and everything else refused."""
 
 import ctypes
 import struct
@@ -250,92 +250,35 @@ def test_experts(tmp_path):
     refused(path, "3 of 4", "blk.0.ffn_up_exps, blk.1.ffn_up_exps, blk.1.attn_q", "mixture")
 
 
-def legacy(entries, tail=b"", number=None):
-    """The old format: entries of (name, calls, values); the values are means times calls."""
-    out = struct.pack("<i", len(entries) if number is None else number)
-    for name, calls, values in entries:
-        raw = name.encode()
-        out += struct.pack(f"<i{len(raw)}sii", len(raw), raw, calls, len(values))
-        out += struct.pack(f"<{len(values)}f", *values)
-    return out + tail
-
-
-TAIL = struct.pack("<ii5s", 3, 5, b"a.txt")
-ENTRIES = [("blk.0.ffn_up.weight", 4, [2.0, 6.0]), ("output.weight", 0, [3.0, 5.0, 0.0])]
-
-
-@pytest.mark.parametrize("tail", [b"", TAIL, struct.pack("<ii", 3, 0)])
-def test_legacy(tail, tmp_path):
-    path = tmp_path / "i.dat"
-    path.write_bytes(legacy(ENTRIES, tail))
-    read = read_imatrix(path)
-    assert {k: v.tolist() for k, v in read.items()} == {
-        "blk.0.ffn_up": [0.5, 1.5],
-        "output": [3.0, 5.0, 0.0],  # no calls: as it stands
-    }
-    assert {v.dtype for v in read.values()} == {np.dtype(np.float32)}
-
-
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (b"", ["truncated"]),
-        (b"abc", ["truncated"]),
-        (b"Once upon a time, there was a text file.", ["truncated, or of another format"]),
-        (legacy([]), ["no entries"]),
-        (legacy(ENTRIES, number=-2), ["no entries"]),
-        (legacy(ENTRIES, number=3), ["truncated"]),
-        (legacy(ENTRIES, TAIL + b"x"), ["1 bytes follow"]),
-        (legacy(ENTRIES, TAIL[:-1]), ["truncated"]),
-        (legacy([("", 1, [1.0])]), ["without a name"]),
-        (legacy([("a.weight", 1, [])]), ["without a name or values"]),
-        (legacy([*ENTRIES, ENTRIES[0]]), ["blk.0.ffn_up.weight twice"]),
-        (legacy([("a.weight", 1, [1.0, np.nan])]), ["values of a are NaN"]),
-        (legacy([("a.weight", 1, [-1.0])]), ["negative"]),
-        (legacy([("a.weight", 0, [np.inf])]), ["infinite"]),
-        (struct.pack("<ii", 1, 2**31 - 1) + b"name", ["truncated"]),
-        (struct.pack("<ii2s", 1, 2, b"\xff\xff") + bytes(20), ["utf-8"]),
-    ],
-)
-def test_bad_legacy(data, words, tmp_path):
-    path = tmp_path / "i.dat"
-    path.write_bytes(data)
-    refused(path, "llama-imatrix -m", *words)
-
-
-def test_legacy_experts(tmp_path):
-    path = tmp_path / "i.dat"
-    path.write_bytes(legacy([*ENTRIES, ("blk.0.ffn_up_exps.weight", 1, [1.0, 2.0])]))
-    refused(path, "1 of 3", "blk.0.ffn_up_exps", "mixture")
+@pytest.mark.parametrize("data", [b"", b"abc", b"Once upon a time", struct.pack("<ii", 1, 6)])
+def test_what_is_no_gguf_is_to_be_made_again(data, tmp_path):
+    (tmp_path / "i.dat").write_bytes(data)
+    refused(tmp_path / "i.dat", "GGUF", "llama-imatrix -m")
 
 
 def test_every_truncation_is_noticed(tmp_path):
     path = tmp_path / "i"
-    # Padding after the last tensor may be cut off, and so may the old format's tail.
+    # Padding after the last tensor may be cut off.
     whole = written(path).read_bytes()
     needed = gguf.GGUFReader(path).tensors[-1]
     for size in range(needed.data_offset + needed.n_bytes):
         path.write_bytes(whole[:size])
-        refused(path)
-    old = legacy(ENTRIES, TAIL)
-    for size in set(range(len(old))) - {len(legacy(ENTRIES))}:
-        path.write_bytes(old[:size])
         refused(path)
 
 
 def test_damage_is_an_error_or_other_values(tmp_path):
     """Never another exception, whichever byte changes."""
     path, rng = tmp_path / "i", np.random.default_rng(0)
-    for whole in (written(path).read_bytes(), legacy(ENTRIES, TAIL)):
-        for position in range(len(whole)):
-            data = bytearray(whole)
-            data[position] ^= int(rng.integers(1, 256))
-            path.write_bytes(data)
-            try:
-                for vector in read_imatrix(path).values():
-                    assert np.isfinite(vector).all() and (vector >= 0).all()
-            except EdgeDtmError as error:
-                assert "\n" not in str(error)
+    whole = written(path).read_bytes()
+    for position in range(len(whole)):
+        data = bytearray(whole)
+        data[position] ^= int(rng.integers(1, 256))
+        path.write_bytes(data)
+        try:
+            for vector in read_imatrix(path).values():
+                assert np.isfinite(vector).all() and (vector >= 0).all()
+        except EdgeDtmError as error:
+            assert "\n" not in str(error)
 
 
 def test_no_file(tmp_path):
