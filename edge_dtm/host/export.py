@@ -152,16 +152,16 @@ def export_gguf(
 def compare_with_plan(path: Path, plan: Plan) -> None:
     """EdgeDtmError listing every tensor whose type or shape is not the plan's, or a wrong size."""
     reader = gguf.GGUFReader(path)
-    found = {
+    written = {
         t.name: (t.tensor_type.name, tuple(int(n) for n in reversed(t.shape)))
         for t in reader.tensors
     }
     wrong = []
     for component, treatment in zip(plan.components, plan.treatments, strict=True):
         expected = (treatment.type, (component.rows, component.row_length))
-        if found.get(component.name + ".weight") != expected:
+        if written.get(component.name + ".weight") != expected:
             wrong.append(
-                f"{component.name} is {found.get(component.name + '.weight')}, not {expected}"
+                f"{component.name} is {written.get(component.name + '.weight')}, not {expected}"
             )
     if path.stat().st_size != plan.size_bytes:
         wrong.append(f"the file has {path.stat().st_size:,} bytes, not {plan.size_bytes:,}")

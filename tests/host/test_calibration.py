@@ -148,7 +148,7 @@ def test_moments_of_the_ends(made: Made, calibration: Calibration, direct: _Dire
         ("output", False, head),
         ("token_embd", True, looked_up + head),
     ):
-        _close(calibration.edge_moments(name, tied).double().numpy(), expected, 2e-3)
+        _close(calibration.edge_hessian(name, tied).double().numpy(), expected, 2e-3)
 
 
 def test_size_is_what_the_files_take(calibration: Calibration) -> None:

@@ -68,7 +68,8 @@ class Calibration:
         if not path.is_file():
             return
         try:
-            with np.load(path, allow_pickle=False) as data:
+            # numpy leaves a path it cannot read open.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
                 self._sums = {k: data[k] for k in data.files if k != "state"}
                 state = json.loads(data["state"].tobytes().decode())
             self._done, self._scales = state["done"], state["scales"]
@@ -180,7 +181,7 @@ class Calibration:
         """(rows,): mean square of the margins' gradient at each of the component's outputs."""
         return np.asarray(self._sums[f"r.{name}"] / self.tokens)
 
-    def edge_moments(self, name: str, tied: bool) -> torch.Tensor:
+    def edge_hessian(self, name: str, tied: bool) -> torch.Tensor:
         """Second moments for `token_embd` and `output`, float32 (hidden, hidden): of the rows
         looked up the gradients at the embedding, of a head's the final hidden states, both in the
         units in which they add to the cost (a margin has two rows of the head)."""

@@ -37,26 +37,26 @@ ROW_STEP = 4  # of the rows a quarter, for that look
 
 
 @dataclass(frozen=True)
-class Moments:
+class Hessians:
     """What one component is rounded and pruned with: importance for ggml's quantizer and mean
-    squares of the inputs, float32 (row_length,), and both sides' second moments."""
+    squares of the inputs, float32 (row_length,), and the damped Hessians of both sides."""
 
     importance: FloatArray
     squares: torch.Tensor
-    feedback: DampedHessian
+    inputs: DampedHessian
     outputs: DampedHessian
 
 
 @torch.no_grad()
-def component_moments(
+def component_hessians(
     calibration: Calibration,
     scales: Scales,
     config: ModelConfig | None,
     component: Component,
     device: torch.device,
     vector: FloatArray | None = None,
-) -> Moments:
-    """A block matrix's moments on the sequences that are fitted to, as the equalized model has
+) -> Hessians:
+    """A block matrix's Hessians on the sequences that are fitted to, as the equalized model has
     them where scales and config are given. vector: importance in place of our own."""
     name = component.name
 
@@ -69,27 +69,26 @@ def component_moments(
     if scale is not None:
         x *= on_device(scale)
         squares = squares * np.square(scale, dtype=np.float64)
-    moments = input_hessian(x, v)
-    importance = np.ascontiguousarray(moments.diagonal().cpu().numpy())
-    feedback = DampedHessian(moments, damping_for(effective_tokens(v), component.row_length))
+    hessian = input_hessian(x, v)
+    importance = np.ascontiguousarray(hessian.diagonal().cpu().numpy())
+    damping = damping_for(effective_tokens(v), component.row_length)
+    inputs = DampedHessian(hessian, damping)
     if vector is not None:
         importance = vector
-        feedback.importance = vector / max(float(vector.mean()), 1e-30) + np.float32(
-            damping_for(effective_tokens(v), component.row_length)
-        )
-    outputs = output_moments(calibration, scales, config, component, device)
-    return Moments(importance, on_device(squares.astype(np.float32)), feedback, outputs)
+        inputs.importance = vector / max(float(vector.mean()), 1e-30) + np.float32(damping)
+    outputs = component_output_hessian(calibration, scales, config, component, device)
+    return Hessians(importance, on_device(squares.astype(np.float32)), inputs, outputs)
 
 
 @torch.no_grad()
-def output_moments(
+def component_output_hessian(
     calibration: Calibration,
     scales: Scales,
     config: ModelConfig | None,
     component: Component,
     device: torch.device,
 ) -> DampedHessian:
-    """The damped moments of the margins' gradients at a block matrix's outputs."""
+    """The damped Hessian of a block matrix's outputs, of the margins' gradients there."""
     name = component.name
     out = output_scale(scales, name, config) if config is not None else None
     g = torch.from_numpy(calibration.gradients(name)).to(device)
@@ -118,7 +117,7 @@ def fit_component(
     def on_device(array: FloatArray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-    m = component_moments(
+    m = component_hessians(
         calibration, activations.scales, activations.config, component, device, vector
     )
     importance = m.importance
@@ -137,9 +136,9 @@ def fit_component(
     fitted = {}
     # On the CPU every core has a process of its own.
     threads = 1 if device.type == "cpu" else None
-    encoded = gptq_quantize(w, [t.type for t in which], m.feedback, m.outputs, threads=threads)
+    encoded = gptq_quantize(w, [t.type for t in which], m.inputs, m.outputs, threads=threads)
     sparse = [t for t in treatments if t.zero_share]
-    encoded += fit_masks(w, sparse, m.feedback, m.outputs, m.squares, score, threads)
+    encoded += fit_masks(w, sparse, m.inputs, m.outputs, m.squares, score, threads)
     for treatment, (data, values) in zip([*which, *sparse], encoded, strict=True):
         with_feedback = local_error(values - w, judge, judge_outputs)
         # Plain rounding's errors of different rows are independent: every fourth row tells.
@@ -154,13 +153,13 @@ def edge_feedback(
     calibration: Calibration, scales: Scales, component: Component, tied: bool
 ) -> DampedHessian:
     """Error feedback for `token_embd` or `output`."""
-    moments = calibration.edge_moments(component.name, tied)
+    hessian = calibration.edge_hessian(component.name, tied)
     scale = input_scale(scales, component.name)
     if scale is not None:
         s = torch.from_numpy(scale)
-        moments = s[:, None] * moments * s
+        hessian = s[:, None] * hessian * s
     tokens = int(calibration.reference.generated_lengths.sum())
-    return DampedHessian(moments, damping_for(tokens, component.row_length))
+    return DampedHessian(hessian, damping_for(tokens, component.row_length))
 
 
 def component_importance(

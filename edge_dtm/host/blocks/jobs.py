@@ -18,8 +18,8 @@ from edge_dtm.host.blocks.activations import SIGN_DRAWS, Activations
 from edge_dtm.host.blocks.calibration import Calibration
 from edge_dtm.host.blocks.encoded import EncodedStore
 from edge_dtm.host.blocks.fit import (
+    component_hessians,
     component_importance,
-    component_moments,
     edge_feedback,
     fit_component,
 )
@@ -249,10 +249,10 @@ def encode_masks(
 def _encode_mask(jobs: MaskJobs, task: tuple[Component, Treatment]) -> bool:
     component, treatment = task
     vector = given_importance(jobs.imatrix, jobs.scales, component.name)
-    m = component_moments(
+    m = component_hessians(
         jobs.calibration, jobs.scales, jobs.config, component, jobs.device, vector
     )
     weights = torch.from_numpy(jobs.read(component.name + ".weight")).to(jobs.device)
-    fitted = fit_masks(weights, [treatment], m.feedback, m.outputs, m.squares, jobs.mask_score)
+    fitted = fit_masks(weights, [treatment], m.inputs, m.outputs, m.squares, jobs.mask_score)
     jobs.encoded.save(component, treatment, fitted[0][0])
     return True

@@ -16,7 +16,7 @@ from edge_dtm.formats.reference import Reference
 from edge_dtm.host.blocks.calibration import Calibration
 from edge_dtm.host.blocks.costs import capture, captures
 from edge_dtm.host.blocks.encoded import EncodedStore
-from edge_dtm.host.blocks.fit import output_moments
+from edge_dtm.host.blocks.fit import component_output_hessian
 from edge_dtm.host.blocks.jobs import MaskJobs, encode_masks
 from edge_dtm.host.blocks.sequential_pruning import Pruned, prune_sequentially
 from edge_dtm.host.checkpoint.model import load_model, module_name
@@ -119,7 +119,7 @@ def _prune_sequentially(
             t,
             torch.from_numpy(costs.equalized.hf_tensor(c.name + ".weight")).to(run.device),
             torch.from_numpy(values[c.name].start != 0).to(run.device),
-            output_moments(
+            component_output_hessian(
                 calibration,
                 costs.scales,
                 config if run.settings.method.equalize else None,

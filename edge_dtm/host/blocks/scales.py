@@ -90,11 +90,11 @@ def logit_difference(model: Any, reference: Reference, original: FloatArray | No
     """Largest difference of the model's logits from the reference's top logits, relative to the
     largest of these. original: in place of the reference's, of its shape."""
     wanted = reference.top_logits if original is None else original
-    found = top_logits(model, reference)
+    logits = top_logits(model, reference)
     worst, largest = 0.0, 0.0
     for row in range(len(reference)):
         count = int(reference.generated_lengths[row])
         # Not max(): that passes over NaN.
-        worst = float(np.maximum(worst, np.abs(found[row, :count] - wanted[row, :count]).max()))
+        worst = float(np.maximum(worst, np.abs(logits[row, :count] - wanted[row, :count]).max()))
         largest = max(largest, float(np.abs(wanted[row, :count]).max()))
     return worst / max(largest, 1e-30)

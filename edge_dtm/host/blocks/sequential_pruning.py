@@ -88,11 +88,11 @@ class _Stream:
         self, layer: Any, hidden: torch.Tensor, wanted: Sequence[str], last: str | None = None
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """Inputs of the layer's modules of these names, and its output; not further than `last`."""
-        found: dict[str, torch.Tensor] = {}
+        inputs: dict[str, torch.Tensor] = {}
 
         def keep(name: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
             def hook(_: Any, args: tuple[torch.Tensor, ...]) -> None:
-                found[name] = args[0]
+                inputs[name] = args[0]
                 if name == last:
                     raise _Stop
 
@@ -112,7 +112,7 @@ class _Stream:
         finally:
             for handle in handles:
                 handle.remove()
-        return found, out
+        return inputs, out
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def prune_sequentially(
     called with layers done.
     """
     was, now = _Stream(original, sequences), _Stream(student, sequences)
-    made: dict[str, tuple[ByteArray, torch.Tensor]] = {}
+    encoded: dict[str, tuple[ByteArray, torch.Tensor]] = {}
     for number, (before, after) in enumerate(
         zip(original.model.layers, student.model.layers, strict=True)
     ):
@@ -146,18 +146,18 @@ def prune_sequentially(
         # The original's inputs all in one run; the treated model's change with every step.
         wanted = list(dict.fromkeys(x for _, site, norm in steps for x in (site, norm) if x))
         runs = [was.run(before, x, wanted) for x in was.hidden]
-        own = [found for found, _ in runs]
+        own = [inputs for inputs, _ in runs]
         for here, site, norm in steps:
             fed = _fed(own, now, after, site, norm)
             for p in here:
                 item = pruned[prefix + p]
-                made[prefix + p] = _fit(item, fed)
-                parts[local[p]].weight.copy_(made[prefix + p][1])
+                encoded[prefix + p] = _fit(item, fed)
+                parts[local[p]].weight.copy_(encoded[prefix + p][1])
         was.hidden = [_whole(out) for _, out in runs]
         now.hidden = [_whole(now.run(after, x, ())[1]) for x in now.hidden]
         if progress:
             progress(1)
-    return made
+    return encoded
 
 
 def _whole(hidden: torch.Tensor | None) -> torch.Tensor:

@@ -142,11 +142,11 @@ class HfTokenizer:
             writer.add_chat_template(self._chat_template)
 
     def _find_eos(self) -> tuple[int, ...]:
-        found = [] if self._backend.special.eos is None else [self._backend.special.eos]
+        ids = [] if self._backend.special.eos is None else [self._backend.special.eos]
         for name in ("generation_config.json", "config.json"):
             value = read_json(self._folder / name).get("eos_token_id")
-            found += [i for i in (value if isinstance(value, list) else [value]) if i is not None]
-        return tuple(dict.fromkeys(int(i) for i in found if 0 <= int(i) < self.vocab_size))
+            ids += [i for i in (value if isinstance(value, list) else [value]) if i is not None]
+        return tuple(dict.fromkeys(int(i) for i in ids if 0 <= int(i) < self.vocab_size))
 
     def _config_bos(self, default: int) -> int:
         value = read_json(self._folder / "config.json").get("bos_token_id")

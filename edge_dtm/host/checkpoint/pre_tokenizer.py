@@ -112,9 +112,9 @@ def tokenization_mismatches(
 def _mismatches(vocab: LlamaVocab, expected: Iterable[tuple[str, Sequence[int]]]) -> list[Mismatch]:
     out = []
     for text, ids in expected:
-        found = vocab.encode(text)
-        if found != list(ids):
-            out.append(Mismatch(text, tuple(ids), tuple(found)))
+        tokens = vocab.encode(text)
+        if tokens != list(ids):
+            out.append(Mismatch(text, tuple(ids), tuple(tokens)))
     return out
 
 

@@ -58,8 +58,8 @@ class SentencePieceModel:
 
         def named(kind: str, default: int) -> int | None:
             content = _content(config.get(f"{kind}_token"))
-            found = self._special_ids.get(content) if content else None
-            return found if found is not None else (default if default >= 0 else None)
+            token = self._special_ids.get(content) if content else None
+            return token if token is not None else (default if default >= 0 else None)
 
         self.special = SpecialTokens(
             bos=named("bos", sp.bos_id()),
@@ -103,14 +103,14 @@ def _content(entry: Any) -> str | None:
 
 def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
     """id -> (text, whether special) of the tokens a SentencePiece folder adds to its model."""
-    found: dict[int, tuple[str, bool]] = {}
+    tokens: dict[int, tuple[str, bool]] = {}
     for content, index in read_json(folder / "added_tokens.json").items():
-        found[int(index)] = (content, False)
+        tokens[int(index)] = (content, False)
     for added in read_json(folder / "tokenizer.json").get("added_tokens", []):
-        found[int(added["id"])] = (added["content"], bool(added.get("special")))
+        tokens[int(added["id"])] = (added["content"], bool(added.get("special")))
     for index, added in config.get("added_tokens_decoder", {}).items():
-        found[int(index)] = (added["content"], bool(added.get("special")))
-    return found
+        tokens[int(index)] = (added["content"], bool(added.get("special")))
+    return tokens
 
 
 def read_proto(path: Path) -> Any:

@@ -64,7 +64,7 @@ def check(model: Any, validation: Reference, batch_tokens: int = 2048) -> Check:
     device = next(model.parameters()).device
     head = model.lm_head.weight
     s, n = validation.generated_ids.shape
-    said, log_probability = np.full((s, n), -1, dtype=np.int64), np.zeros((s, n))
+    argmaxes, log_probability = np.full((s, n), -1, dtype=np.int64), np.zeros((s, n))
     lengths = (validation.prompt_lengths + validation.generated_lengths - 1).tolist()
     order = sorted(range(s), key=lambda row: (lengths[row], row))
     for rows in batches_by_length(lengths, order, batch_tokens):
@@ -84,10 +84,10 @@ def check(model: Any, validation: Reference, batch_tokens: int = 2048) -> Check:
         first = 0
         for row in rows:
             count = int(validation.generated_lengths[row])
-            said[row, :count] = torch.cat(best)[first : first + count].numpy()
+            argmaxes[row, :count] = torch.cat(best)[first : first + count].numpy()
             log_probability[row, :count] = torch.cat(logs)[first : first + count].numpy()
             first += count
-    mask = divergent_mask(validation.generated_ids, said, validation.generated_lengths)
+    mask = divergent_mask(validation.generated_ids, argmaxes, validation.generated_lengths)
     return Check(
         share_of_divergent_tokens(mask, validation.generated_lengths),
         float(first_divergent_tokens(mask, validation.generated_lengths).mean()),

@@ -86,11 +86,11 @@ def gptq_quantize(
             return _quantize_rows(some, names, hessian, outputs, sweeps, inside, mask)
 
         done = list((pool.map if outputs is None else map)(work, tasks))
-    found: list[list[tuple[ByteArray, torch.Tensor]]] = [[] for _ in types]
-    for (_, batch), made in zip(tasks, done, strict=True):
-        for j, data, values in zip(batch, *made, strict=True):
-            found[j].append((data, values))
-    return [(np.concatenate([d for d, _ in f]), torch.cat([v for _, v in f])) for f in found]
+    encoded: list[list[tuple[ByteArray, torch.Tensor]]] = [[] for _ in types]
+    for (_, batch), results in zip(tasks, done, strict=True):
+        for j, data, values in zip(batch, *results, strict=True):
+            encoded[j].append((data, values))
+    return [(np.concatenate([d for d, _ in f]), torch.cat([v for _, v in f])) for f in encoded]
 
 
 def _group_rows(rows: int) -> int:
@@ -171,7 +171,7 @@ class _Rounder:
         if self.kept is not None:
             target = target * self.kept[:, rows, columns].reshape(target.shape)
         wanted = target.cpu().numpy().reshape(len(self.types), -1, self.block)
-        found = np.empty_like(wanted)
+        rounded = np.empty_like(wanted)
         importance = self.hessian.importance[columns]
 
         count = wanted.shape[1]
@@ -183,16 +183,16 @@ class _Rounder:
         def work(task: tuple[int, slice]) -> ByteArray:
             j, here = task
             part = ggml.quantize(self.types[j], wanted[j, here], importance, threads=1)
-            found[j, here] = ggml.dequantize(self.types[j], part, self.block, threads=1)
+            rounded[j, here] = ggml.dequantize(self.types[j], part, self.block, threads=1)
             return part
 
-        made: list[list[ByteArray]] = [[] for _ in self.types]
+        blocks: list[list[ByteArray]] = [[] for _ in self.types]
         for (j, _), part in zip(
             tasks, (self.pool.map if self.pool else map)(work, tasks), strict=True
         ):
-            made[j].append(part)
-        parts = [np.concatenate(m) if len(m) > 1 else m[0] for m in made]
-        return parts, torch.from_numpy(found).to(target.device).view(target.shape)
+            blocks[j].append(part)
+        parts = [np.concatenate(m) if len(m) > 1 else m[0] for m in blocks]
+        return parts, torch.from_numpy(rounded).to(target.device).view(target.shape)
 
     def _keep(self, parts: list[ByteArray], rows: slice, block: int, which: BoolArray) -> None:
         """which: (types, rows), those whose new blocks are taken."""
@@ -210,10 +210,10 @@ class _Rounder:
         for i, (passing, _) in enumerate(self.hessian.blocks(self.block)):
             here = slice(i * self.block, (i + 1) * self.block)
             moved = target[:, here] - error[:, : here.start] @ passing
-            parts, found = self._round(moved, here, rows)
+            parts, rounded = self._round(moved, here, rows)
             self._keep(parts, rows, i, everywhere)
-            values[:, here] = found
-            error[:, here] = moved - found
+            values[:, here] = rounded
+            error[:, here] = moved - rounded
         self.values[:, rows] = values.view(shape)
 
     def descent_sweep(self, target: torch.Tensor, rows: slice) -> None:
@@ -227,10 +227,10 @@ class _Rounder:
             own = moments[here, here]
             others = error @ moments[:, here] - error[:, here] @ own
             moved = target[:, here] + others @ inverse
-            parts, found = self._round(moved, here, rows)
-            old, new = moved - values[:, here], moved - found
+            parts, rounded = self._round(moved, here, rows)
+            old, new = moved - values[:, here], moved - rounded
             better = ((new @ own) * new).sum(1) < ((old @ own) * old).sum(1)
-            values[:, here] = torch.where(better[:, None], found, values[:, here])
+            values[:, here] = torch.where(better[:, None], rounded, values[:, here])
             error[:, here] = target[:, here] - values[:, here]
             self._keep(parts, rows, i, better.view(shape[:2]).cpu().numpy())
         self.values[:, rows] = values.view(shape)

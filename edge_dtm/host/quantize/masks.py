@@ -118,7 +118,7 @@ def fit_masks(
     inputs. Each level is fitted on its own, so that a level that is made again alone, when it is
     exported, comes out the same.
     """
-    made: dict[Treatment, tuple[npt.NDArray[np.uint8], torch.Tensor]] = {}
+    encoded: dict[Treatment, tuple[npt.NDArray[np.uint8], torch.Tensor]] = {}
     with one_torch_thread():
         scores = prune_scores(weights, score, hessian, importance)
         kept = {s: kept_weights(scores, s) for s in {t.zero_share for t in treatments}}
@@ -126,7 +126,7 @@ def fit_masks(
     for t in treatments:
         if t.type == "F16":
             data = ggml.quantize("F16", values[t.zero_share].cpu().numpy(), threads=threads)
-            made[t] = data, values[t.zero_share].half().float()
+            encoded[t] = data, values[t.zero_share].half().float()
     others = [t for t in treatments if t.type != "F16"]
     if others:
         rounded = gptq_quantize(
@@ -137,5 +137,5 @@ def fit_masks(
             threads=threads,
             kept=torch.stack([kept[t.zero_share] for t in others]),
         )
-        made |= dict(zip(others, rounded, strict=True))
-    return [made[t] for t in treatments]
+        encoded |= dict(zip(others, rounded, strict=True))
+    return [encoded[t] for t in treatments]
