@@ -97,7 +97,7 @@ def test_the_exported_file_holds_the_values(
             shipped.save_component(c.name, None, [])
         treatments.append(KIND if c.in_block else Treatment("Q8_0"))
     plan = Plan(made.components, tuple(treatments), fixed_bytes(made.checkpoint))
-    export_gguf(made.checkpoint, plan, tmp_path / "m.gguf", shipped.blocks)
+    export_gguf(made.checkpoint, plan, tmp_path / "m.gguf", shipped.encoded)
     back = open_checkpoint(tmp_path / "m.gguf")
     for name, expected in values.items():
         assert np.array_equal(back.hf_tensor(name + ".weight"), expected), name

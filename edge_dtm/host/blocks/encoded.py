@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -82,7 +83,7 @@ class EncodedStore:
         EdgeDtmError when the folder lacks the component.
         """
         try:
-            with np.load(self.folder / f"{component.name}.npz", allow_pickle=False) as stored:
+            with self._head(component.name) as stored:
                 levels = [
                     (float(share), bool(fitted))
                     for name, share, fitted in zip(
@@ -136,6 +137,15 @@ class EncodedStore:
             ),
         )
 
+    @contextmanager
+    def _head(self, name: str) -> Iterator[Mapping[str, Any]]:
+        # numpy leaves a path it cannot read open.
+        with (
+            (self.folder / f"{name}.npz").open("rb") as file,
+            np.load(file, allow_pickle=False) as stored,
+        ):
+            yield stored
+
     def load(self, component: Component, treatment: Treatment) -> ByteArray:
         """Stored bytes. EdgeDtmError when they cannot be read."""
         path = self._block_file(component, treatment)
@@ -149,7 +159,7 @@ class EncodedStore:
 
     def importance(self, name: str) -> FloatArray | None:
         """float32 (row_length,), what plain rounding of the component weighs errors with."""
-        with np.load(self.folder / f"{name}.npz", allow_pickle=False) as stored:
+        with self._head(name) as stored:
             importance: FloatArray = stored["importance"]
         return importance if len(importance) else None
 
@@ -158,14 +168,13 @@ class EncodedStore:
 
         EdgeDtmError when the folder lacks what was measured.
         """
-        head = self.folder / f"{component.name}.npz"
         path = self._block_file(component, treatment)
         data: ByteArray
         try:
             if treatment.zero_share and self.is_fitted(component, treatment):
                 data = np.load(path, mmap_mode="r", allow_pickle=False)
                 return data
-            with np.load(head, allow_pickle=False) as stored:
+            with self._head(component.name) as stored:
                 importance, types = stored["importance"], stored["compensated"].tolist()
                 moments = torch.from_numpy(stored["moments"])
             if takes_feedback(treatment) and treatment.type in types:
