@@ -32,7 +32,7 @@ Seal = Callable[..., None]
 SCRIPT = """
 import sys
 import edge_dtm.llamacpp.runner, edge_dtm.device.verify
-assert "llama_cpp" not in sys.modules
+assert not {"llama_cpp", "gguf"} & set(sys.modules)
 from edge_dtm.device.verify import Options, verify
 from edge_dtm.report.verdict_table import print_verdict
 verdict = verify(sys.argv[1], Options(threads=1)).verdict

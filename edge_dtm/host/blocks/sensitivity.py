@@ -14,6 +14,7 @@ z = <D, W^ - W> + <G W, X^ - X>, so one product a rounding kind serves every tre
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ from edge_dtm.host.quantize.hessian import DampedHessian
 from edge_dtm.host.quantize.treat import prune_order, treated_values
 
 FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.integer[Any]]
 
 
 @torch.no_grad()
@@ -97,20 +99,9 @@ def edge_costs(
     The head's error changes the margins at once, by h (W^[top1] - W^[top2]) - h (W[top1] -
     W[top2]): no gradient is needed. Only rows that occur are quantized.
     """
-    ref = activations.reference
     looked_up = component.name == EMBEDDED
     is_head = component.name == "output" or tied
-    lengths = [int(b - a) for a, b in zip(activations.edges, activations.edges[1:], strict=False)]
-    ids = np.concatenate(
-        [(ref.prompt(r) + ref.generated(r))[:n] for r, n in enumerate(lengths)]
-    ).astype(np.int64)
-    at = np.concatenate(
-        [
-            activations.edges[r] + ref.prompt_lengths[r] - 1 + np.arange(ref.generated_lengths[r])
-            for r in range(len(ref))
-        ]
-    )
-    top = np.concatenate([ref.top_ids[r, : ref.generated_lengths[r], :2] for r in range(len(ref))])
+    ids, at, top = _edge_tokens(activations)
     used = np.unique(np.concatenate([ids, top.ravel()]))
     rows = weights[used]
     index_ids, index_top = np.searchsorted(used, ids), np.searchsorted(used, top)
@@ -145,3 +136,21 @@ def edge_costs(
             if better < costs[j]:
                 costs[j], with_feedback[j] = better, True
     return costs, with_feedback
+
+
+def _edge_tokens(activations: Activations) -> tuple[IntArray, IntArray, IntArray]:
+    """Over all sequences: the ids that are looked up, (tokens,); where margins are taken among the
+    tokens, (positions,); and the two likeliest ids there, (positions, 2)."""
+    ref = activations.reference
+    lengths = [int(b - a) for a, b in zip(activations.edges, activations.edges[1:], strict=False)]
+    ids = np.concatenate(
+        [(ref.prompt(r) + ref.generated(r))[:n] for r, n in enumerate(lengths)]
+    ).astype(np.int64)
+    at = np.concatenate(
+        [
+            activations.edges[r] + ref.prompt_lengths[r] - 1 + np.arange(ref.generated_lengths[r])
+            for r in range(len(ref))
+        ]
+    )
+    top = np.concatenate([ref.top_ids[r, : ref.generated_lengths[r], :2] for r in range(len(ref))])
+    return ids, at, top
