@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from edge_dtm.cli import main
 from edge_dtm.core.paths import default_model_dir
-from edge_dtm.host import compress
+from edge_dtm.host.trajectory import reference
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_BYTES = 110_000_000
@@ -45,7 +45,7 @@ def _run(*arguments: str | Path) -> Result:
 def test_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not (default_model_dir() / "config.json").is_file():
         assert make_smollm2.main([]) == 0
-    monkeypatch.setattr(compress, "SAMPLED_PROMPTS", 4)
+    monkeypatch.setattr(reference, "SAMPLED_PROMPTS", 4)
     prompts, bundle, packed = (tmp_path / n for n in ("p.txt", "bundle", "b.tar.zst"))
     prompts.write_text("\n".join(LINES) + "\n")
     options = ["--prompts", prompts, "--tokens", "16", "--max-bytes", "110M", "--device", "cpu"]
