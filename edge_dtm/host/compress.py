@@ -22,7 +22,7 @@ from edge_dtm.report import summary
 from edge_dtm.search import target
 from edge_dtm.search.allocation import least_divergent_share, search
 from edge_dtm.search.cost_table import CostTable
-from edge_dtm.search.frontier import frontier
+from edge_dtm.search.hulls import frontier
 from edge_dtm.search.predictor import Predictor
 
 

@@ -1,19 +1,13 @@
-"""Cost table and budget in, plan out. Pure functions.
-
-The model (design of the project, after the additive error model of Divergent Token Metrics):
-the mean-square change of the top-1/top-2 margin that treatments cause adds up over components,
-sigma^2 = sum of costs, and a token flips where a normal change of that size exceeds its margin.
-"""
+"""Cost table and budget in, plan out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import Plan, Treatment
 from edge_dtm.search.cost_table import CostTable
-from edge_dtm.search.hulls import fixed_edges, greedy_walk
+from edge_dtm.search.hulls import greedy_walks
 
 
 def search(table: CostTable, max_bytes: int, zero_share: float = 0.0) -> Plan:
@@ -64,59 +58,34 @@ def least_divergent_share(table: CostTable, coarse: str, fine: str, share: float
 
 def _cheapest(table: CostTable, max_bytes: int, reward: float) -> Plan:
     """The plan of least cost less `reward` for each zero; EdgeDtmError when none fits."""
-    best: tuple[float, Plan] | None = None
-    smallest_bytes = []
-    for fixed in fixed_edges(table, reward):
-        size_bytes, plan = _within(fixed, max_bytes, reward)
-        smallest_bytes.append(size_bytes)
-        if plan is None:
+    plans, smallest = [], []
+    for walk in greedy_walks(table, reward):
+        choice = list(walk.start)
+        size_bytes = table.plan(choice).size_bytes
+        smallest.append(size_bytes)
+        if size_bytes > max_bytes:
             continue
-        net_cost = fixed.cost(plan) - reward * _zeros(plan)
-        if best is None or net_cost < best[0]:
-            best = (net_cost, plan)
-    if best is None:
-        smallest = min(smallest_bytes)
+        blocked: set[int] = set()
+        for step in walk.steps:
+            if step.component in blocked:
+                continue
+            if size_bytes + step.extra_bytes > max_bytes:
+                # Its later steps build on this one; cheaper steps of others may still fit.
+                blocked.add(step.component)
+                continue
+            choice[step.component] = step.treatment
+            size_bytes += step.extra_bytes
+        plans.append(table.plan(choice))
+    if not plans:
         raise EdgeDtmError(
-            f"the smallest plan takes {smallest:,} bytes, the budget is {max_bytes:,}: raise "
-            f"--max-bytes by {smallest - max_bytes:,} or allow smaller --types"
+            f"the smallest plan takes {min(smallest):,} bytes, the budget is {max_bytes:,}: raise "
+            f"--max-bytes by {min(smallest) - max_bytes:,} or allow smaller --types"
         )
-    return best[1]
-
-
-def _within(table: CostTable, max_bytes: int, reward: float) -> tuple[int, Plan | None]:
-    """The smallest size, and the greedy plan within max_bytes unless that is too large."""
-    walk = greedy_walk(table, reward)
-    choice = list(walk.start)
-    smallest = size_bytes = table.plan(choice).size_bytes
-    if size_bytes > max_bytes:
-        return smallest, None
-    blocked: set[int] = set()
-    for step in walk.steps:
-        if step.component in blocked:
-            continue
-        if size_bytes + step.extra_bytes > max_bytes:
-            # Its later steps build on this one; cheaper steps of others may still fit.
-            blocked.add(step.component)
-            continue
-        choice[step.component] = step.treatment
-        size_bytes += step.extra_bytes
-    return smallest, table.plan(choice)
+    return min(plans, key=lambda plan: table.cost(plan) - reward * _zeros(plan))
 
 
 def _zeros(plan: Plan) -> int:
     return sum(c.zeros(t) for c, t in zip(plan.components, plan.treatments, strict=True))
-
-
-class _Lowering(NamedTuple):
-    """A component's next lower level of zeros.
-
-    saved: cost saved for each zero given back; zeros: given back at that level.
-    """
-
-    saved: float
-    component: int
-    below: Treatment
-    zeros: int
 
 
 def _give_back_zeros(table: CostTable, plan: Plan, zero_share: float) -> Plan:
@@ -125,36 +94,35 @@ def _give_back_zeros(table: CostTable, plan: Plan, zero_share: float) -> Plan:
     excess = _zeros(plan) - round(zero_share * weights)
     treatments = list(plan.treatments)
     while excess > 0:
-        lowerings = _lowerings(table, treatments, excess)
+        lowerings = list(_lowerings(table, treatments, excess))
         if not lowerings:
             break
-        best = max(lowerings, key=lambda lowering: lowering.saved)
-        component, treatment = table.components[best.component], treatments[best.component]
-        a_row = min(best.zeros, excess) // component.rows
-        if a_row * component.rows == best.zeros:
-            treatments[best.component] = best.below
+        _, i, below, zeros = max(lowerings, key=lambda lowering: lowering[0])
+        component = table.components[i]
+        a_row = min(zeros, excess) // component.rows
+        if a_row * component.rows == zeros:
+            treatments[i] = below
         else:
-            left = component.zeros(treatment) // component.rows - a_row
-            treatments[best.component] = Treatment(treatment.type, left / component.row_length)
+            left = component.zeros(treatments[i]) // component.rows - a_row
+            treatments[i] = Treatment(below.type, left / component.row_length)
         excess -= a_row * component.rows
     return Plan(plan.components, tuple(treatments), plan.fixed_bytes)
 
 
-def _lowerings(table: CostTable, treatments: Sequence[Treatment], excess: int) -> list[_Lowering]:
-    """What each component that can give back one zero a row would save."""
-    lowerings = []
+def _lowerings(
+    table: CostTable, treatments: Sequence[Treatment], excess: int
+) -> Iterator[tuple[float, int, Treatment, int]]:
+    """Of each component that can give back one zero a row: the cost saved for each zero given back
+    at its next lower level, the component's index, that level, and the zeros given back there."""
     for i, (component, treatment) in enumerate(zip(table.components, treatments, strict=True)):
-        if not treatment.zero_share or component.rows > excess:
-            continue
         levels = [
             t.zero_share
             for t in table.treatments[i]
             if t.type == treatment.type and t.zero_share < treatment.zero_share
         ]
-        if not levels:  # zeros that have to stay
-            continue
-        below = Treatment(treatment.type, max(levels))
-        zeros = component.zeros(treatment) - component.zeros(below)
-        saved = table.cost_of(i, treatment) - table.cost_of(i, below)
-        lowerings.append(_Lowering(saved / max(zeros, 1), i, below, zeros))
-    return lowerings
+        # Without a lower level the zeros have to stay.
+        if component.rows <= excess and levels:
+            below = Treatment(treatment.type, max(levels))
+            zeros = component.zeros(treatment) - component.zeros(below)
+            saved = table.cost_of(i, treatment) - table.cost_of(i, below)
+            yield saved / max(zeros, 1), i, below, zeros

@@ -1,4 +1,4 @@
-"""For every component its candidate treatments, their bytes and their costs."""
+"""What every treatment of every component costs."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class CostTable:
 
         EdgeDtmError when none of them fits some component.
         """
-        keep = [
-            [j for j, t in enumerate(ts) if t.type in types and (sparse or not t.zero_share)]
-            for ts in self.treatments
+        kept = [
+            [(t, c) for t, c in options if t.type in types and (sparse or not t.zero_share)]
+            for options in map(zip, self.treatments, self.costs)
         ]
-        empty = [c.name for c, k in zip(self.components, keep, strict=True) if not k]
+        empty = [c.name for c, options in zip(self.components, kept, strict=True) if not options]
         if empty:
             raise EdgeDtmError(
                 f"none of the types {', '.join(types)} fits {len(empty)} components "
@@ -68,7 +68,7 @@ class CostTable:
             )
         return CostTable(
             self.components,
-            tuple(tuple(ts[j] for j in k) for ts, k in zip(self.treatments, keep, strict=True)),
-            tuple(tuple(cs[j] for j in k) for cs, k in zip(self.costs, keep, strict=True)),
+            tuple(tuple(t for t, _ in options) for options in kept),
+            tuple(tuple(c for _, c in options) for options in kept),
             self.fixed_bytes,
         )

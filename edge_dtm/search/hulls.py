@@ -1,16 +1,16 @@
-"""The lower convex hull of each component's treatments, and the greedy walk over all hulls. Pure."""
+"""The lower convex hull of each component's treatments, and the greedy walks over all hulls."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise, product
-
-import numpy as np
+from math import isfinite
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.search.cost_table import CostTable
+from edge_dtm.search.predictor import Predictor
 
 
 def convex_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
@@ -18,12 +18,9 @@ def convex_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
 
     A treatment whose cost is not finite (an overflow in F16, say) is never on it.
     """
-    order = sorted(
-        (i for i in range(len(sizes)) if np.isfinite(costs[i])),
-        key=lambda i: (sizes[i], costs[i], i),
-    )
     hull: list[int] = []
-    for i in order:
+    finite = (i for i in range(len(sizes)) if isfinite(costs[i]))
+    for i in sorted(finite, key=lambda i: (sizes[i], costs[i], i)):
         if hull and costs[i] >= costs[hull[-1]]:
             continue
         while len(hull) >= 2:
@@ -59,62 +56,72 @@ class Walk:
     steps: list[Step]
 
 
-def greedy_walk(table: CostTable, reward: float = 0.0) -> Walk:
-    """The walk over the table's hulls.
+def greedy_walks(table: CostTable, reward: float = 0.0) -> Iterator[Walk]:
+    """One walk for each choice of treatments of `token_embd` and `output`, which keep it.
+
+    In a small model a step of the embedding is a tenth of the file. A greedy walk that meets such
+    a step too early or too late strays far from the optimum; tried one by one it cannot.
 
     reward: cost taken off for each zero, in logits squared. EdgeDtmError when a component has no
     treatment of finite cost.
     """
-    hulls = _hulls(table, reward)
-    steps = heapq.merge(
-        *(_steps_of(c, hull) for c, hull in enumerate(hulls)),
-        key=lambda step: -step.gain / step.extra_bytes,
-    )
-    return Walk([hull[0].treatment for hull in hulls], list(steps))
-
-
-def fixed_edges(table: CostTable, reward: float = 0.0) -> Iterator[CostTable]:
-    """The table once for each choice of treatments of `token_embd` and `output`.
-
-    In a small model a step of the embedding is a tenth of the file. A greedy walk that meets such
-    a step too early or too late strays far from the optimum; tried one by one it cannot.
-    """
-    hulls = _hulls(table, reward)
-    edges = [i for i, c in enumerate(table.components) if not c.in_block]
-    for corners in product(*(hulls[i] for i in edges)):
-        treatments, costs = list(table.treatments), list(table.costs)
-        for i, corner in zip(edges, corners, strict=True):
-            treatments[i] = (treatments[i][corner.treatment],)
-            costs[i] = (costs[i][corner.treatment],)
-        yield CostTable(table.components, tuple(treatments), tuple(costs), table.fixed_bytes)
-
-
-@dataclass(frozen=True)
-class _Corner:
-    """One treatment on a hull; net_cost: the cost less the reward for its zeros."""
-
-    treatment: int
-    size_bytes: int
-    net_cost: float
-
-
-def _hulls(table: CostTable, reward: float) -> list[list[_Corner]]:
-    """One hull a component."""
-    hulls = []
-    for component, treatments, costs in zip(
-        table.components, table.treatments, table.costs, strict=True
-    ):
+    hulls: list[list[int]] = []
+    steps: list[list[Step]] = []
+    edges = []
+    for i, component in enumerate(table.components):
+        treatments = table.treatments[i]
         sizes = [component.size_bytes(t) for t in treatments]
-        net = [c - reward * component.zeros(t) for c, t in zip(costs, treatments, strict=True)]
-        hull = [_Corner(j, sizes[j], net[j]) for j in convex_hull(sizes, net)]
+        pairs = zip(table.costs[i], treatments, strict=True)
+        costs = [cost - reward * component.zeros(t) for cost, t in pairs]
+        hull = convex_hull(sizes, costs)
         if not hull:
             raise EdgeDtmError(f"{component.name} has no usable treatment: allow more --types")
         hulls.append(hull)
-    return hulls
+        if component.in_block:
+            steps.append(
+                [Step(i, b, sizes[b] - sizes[a], costs[a] - costs[b]) for a, b in pairwise(hull)]
+            )
+        else:
+            edges.append(i)
+    merged = list(heapq.merge(*steps, key=lambda step: -step.gain / step.extra_bytes))
+    for choice in product(*(hulls[i] for i in edges)):
+        start = [hull[0] for hull in hulls]
+        for i, treatment in zip(edges, choice, strict=True):
+            start[i] = treatment
+        yield Walk(start, merged)
 
 
-def _steps_of(component: int, hull: Sequence[_Corner]) -> list[Step]:
-    return [
-        Step(component, b.treatment, b.size_bytes - a.size_bytes, a.net_cost - b.net_cost)
-        for a, b in pairwise(hull)
-    ]
+@dataclass(frozen=True)
+class FrontierPoint:
+    """What the best plan of size_bytes predicts: sigma in logits, sdt a share, fdt in tokens."""
+
+    size_bytes: int
+    sigma: float
+    sdt: float
+    fdt: float
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def frontier(table: CostTable, predictor: Predictor) -> list[FrontierPoint]:
+    """The best plan of every size that the greedy walks pass, from the smallest to the largest.
+
+    Zeros make no file smaller, so treatments with zeros are never among them unless nothing else
+    is allowed.
+    """
+    passed = []
+    for walk in greedy_walks(table):
+        start = table.plan(walk.start)
+        size, cost = start.size_bytes, table.cost(start)
+        passed.append((size, cost))
+        for step in walk.steps:
+            size, cost = size + step.extra_bytes, cost - step.gain
+            passed.append((size, cost))
+    points: list[FrontierPoint] = []
+    least = float("inf")
+    for size, cost in sorted(passed):
+        if cost < least:
+            least = cost
+            points.append(FrontierPoint(size, **predictor.predict(cost).to_json()))
+    return points

@@ -395,30 +395,11 @@ def test_the_explanation_names_the_binding_limit_and_all_numbers(
         assert f"{limit / 1e6:,.1f} MB" in text
 
 
-def test_arguments_replace_the_values_of_the_profile() -> None:
-    replaced = byte_budget(
-        make_profile(),
-        kv_bytes_per_token=1000,
-        compute_buffer_bytes=0,
-        f16_file_bytes=16_000_000_000,
-        n_ctx=100,
-        wanted_tokens_per_s=2.5,
-    )
-    direct = byte_budget(
-        make_profile(n_ctx=100, wanted_tokens_per_s=2.5),
-        kv_bytes_per_token=1000,
-        compute_buffer_bytes=0,
-        f16_file_bytes=16_000_000_000,
-    )
-    assert replaced == direct
-    assert replaced.speed_limit_bytes == 4_000_000_000 - 50_000
-
-
 @pytest.mark.parametrize(
     ("arguments", "number", "remedy"),
     [
         ({"compute_buffer_bytes": 7_000_000_000}, "memory leaves -2.0 MB", "more memory"),
-        ({"wanted_tokens_per_s": 1e7}, "1e+07 tokens/s", "lower wanted_tokens_per_s"),
+        ({"n_ctx": 6_000_000}, "5 tokens/s leave -1,000.0 MB", "lower wanted_tokens_per_s"),
         ({"f16_file_bytes": 1}, "the F16 file leaves 0.0 MB", "check f16_file_bytes"),
     ],
 )
@@ -437,26 +418,6 @@ def test_no_room_is_an_error_with_numbers_and_remedy(
     assert len(message.splitlines()) == 1
     assert number in message
     assert remedy in message
-
-
-def test_all_bad_arguments_are_in_one_message() -> None:
-    with pytest.raises(EdgeDtmError) as caught:
-        byte_budget(
-            make_profile(),
-            kv_bytes_per_token=-1,
-            compute_buffer_bytes=-1,
-            f16_file_bytes=0,
-            n_ctx=0,
-            wanted_tokens_per_s=float("nan"),
-        )
-    for name in (
-        "kv_bytes_per_token",
-        "compute_buffer_bytes",
-        "f16_file_bytes",
-        "n_ctx",
-        "wanted_tokens_per_s",
-    ):
-        assert name in str(caught.value)
 
 
 GB = 1_000_000_000
@@ -539,7 +500,8 @@ def test_more_context_or_more_speed_never_raise_the_budget(
     base = budget_bytes(profile, model)
     assert budget_bytes(profile, model, n_ctx=profile.n_ctx + more_tokens) <= base
     wanted = profile.wanted_tokens_per_s + more_speed
-    assert budget_bytes(profile, model, wanted_tokens_per_s=wanted) <= base
+    faster = dataclasses.replace(profile, wanted_tokens_per_s=wanted)
+    assert budget_bytes(faster, model) <= base
 
 
 # Speed estimate
@@ -557,9 +519,3 @@ def test_the_pi_5_estimate_is_near_the_published_speeds() -> None:
     for size_gib, tokens_per_s in published.items():
         estimate = estimate_decode_tokens_per_s(profile, int(size_gib * 2**30))
         assert estimate == pytest.approx(tokens_per_s, rel=0.1)
-
-
-@pytest.mark.parametrize(("file_bytes", "kv_bytes_read"), [(0, 0), (-1, 0), (1, -1)])
-def test_a_speed_estimate_needs_a_size(file_bytes: int, kv_bytes_read: int) -> None:
-    with pytest.raises(EdgeDtmError, match="above 0"):
-        estimate_decode_tokens_per_s(make_profile(), file_bytes, kv_bytes_read)
