@@ -11,10 +11,8 @@ from typing import Any
 
 from edge_dtm.core.errors import EdgeDtmError
 
-Advance = Callable[[int], None]
-StageProgress = Callable[
-    [str, int, int], None
-]  # stage, amount done, amount in all  # called with the amount done since its last call
+Advance = Callable[[int], None]  # the amount done since the last call
+StageProgress = Callable[[str, int, int], None]  # stage, amount done, amount in all
 
 
 def digest_of(data: Any) -> str:

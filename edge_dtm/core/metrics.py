@@ -1,7 +1,4 @@
-"""FDT and SDT, and how sure one can be of them. Integer arrays in, numbers out.
-
-Source of both metrics: Divergent Token Metrics, arXiv 2311.01544.
-"""
+"""FDT and SDT (Divergent Token Metrics, arXiv 2311.01544), and how sure one can be of them."""
 
 from __future__ import annotations
 
@@ -104,61 +101,31 @@ def bootstrap(
     return float(low), float(high)
 
 
-def sdt_interval(mask: BoolArray, lengths: IntArray, seed: int = 0) -> Interval:
-    """SDT with its interval; a resample weighs each sequence by its length, as SDT itself does."""
-    divergent, tokens = mask.sum(axis=1), np.asarray(lengths)
-    low, high = bootstrap(
-        lambda index: divergent[index].sum(axis=1) / np.maximum(tokens[index].sum(axis=1), 1),
-        len(tokens),
-        seed,
-    )
-    return Interval(share_of_divergent_tokens(mask, lengths), low, high)
-
-
-def fdt_interval(mask: BoolArray, lengths: IntArray, seed: int = 0) -> Interval:
-    """Mean FDT in tokens with its interval."""
-    first = first_divergent_tokens(mask, lengths)
-    low, high = bootstrap(lambda index: first[index].mean(axis=1), len(first), seed)
-    return Interval(float(first.mean()) if len(first) else 0.0, low, high)
-
-
-def paired_ratio_interval(
-    mask: BoolArray, other: BoolArray, lengths: IntArray, seed: int = 0
-) -> Interval:
-    """SDT(mask) / SDT(other) on the same sequences; resampled together, so that what is hard for
-    both models cancels. The ratio is infinite where `other` never diverges."""
-    ours, theirs = mask.sum(axis=1), other.sum(axis=1)
-
-    def ratio(index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            drawn = theirs[index].sum(axis=1)
-            return np.where(drawn > 0, ours[index].sum(axis=1) / drawn, np.inf)
-
-    low, high = bootstrap(ratio, len(np.asarray(lengths)), seed)
-    total = theirs.sum()
-    return Interval(float(ours.sum() / total) if total else float("inf"), low, high)
-
-
 def compare(
     reference: IntArray,
     candidate: IntArray,
     lengths: IntArray,
     margins: npt.NDArray[np.floating[Any]] | None = None,
     near_tie_margin: float = 0.0,
-    seed: int = 0,
 ) -> Divergence:
     """Everything that is said about one candidate against one reference.
 
     margins: the original's top-1 minus top-2 logit, shape of reference; without it no divergence
-    counts as a near-tie.
+    counts as a near-tie. A bootstrap resample weighs each sequence by its length for the SDT, as
+    SDT itself does.
     """
-    mask = divergent_mask(reference, candidate, lengths)
-    tokens = int(np.asarray(lengths).sum())
+    mask, lengths = divergent_mask(reference, candidate, lengths), np.asarray(lengths)
+    tokens, divergent = int(lengths.sum()), mask.sum(axis=1)
     first = first_divergent_tokens(mask, lengths)
+    sdt = bootstrap(
+        lambda index: divergent[index].sum(axis=1) / np.maximum(lengths[index].sum(axis=1), 1),
+        len(lengths),
+    )
+    fdt = bootstrap(lambda index: first[index].mean(axis=1), len(first))
     ties = 0 if margins is None else int((mask & (np.asarray(margins) <= near_tie_margin)).sum())
     return Divergence(
-        sdt=sdt_interval(mask, lengths, seed),
-        fdt=fdt_interval(mask, lengths, seed),
+        sdt=Interval(share_of_divergent_tokens(mask, lengths), *sdt),
+        fdt=Interval(float(first.mean()) if len(first) else 0.0, *fdt),
         identical_share=float((first == lengths).mean()) if len(first) else 0.0,
         sequences=len(first),
         tokens=tokens,
@@ -182,12 +149,12 @@ def top_kl(
     Both (..., K): logits of the same K tokens, the host's top ones. Each side is renormalized over
     them, so what lies outside does not count.
     """
-    ours, theirs = _log_softmax(np.asarray(device)), _log_softmax(np.asarray(host))
+
+    def log_softmax(logits: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
+        shifted = np.asarray(logits, dtype=np.float64)
+        shifted = shifted - shifted.max(axis=-1, keepdims=True)
+        return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+    ours, theirs = log_softmax(device), log_softmax(host)
     # Rounding can make the sum slightly negative where both agree.
     return np.asarray(np.maximum((np.exp(theirs) * (theirs - ours)).sum(axis=-1), 0.0))
-
-
-def _log_softmax(logits: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))

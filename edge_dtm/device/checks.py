@@ -11,13 +11,13 @@ from typing import Literal
 
 from edge_dtm.core import machine
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.machine import read_text
 from edge_dtm.device.cpu import Build, Cpu, rebuild_command, repacked_types, unused_by_build
 from edge_dtm.device.first_decode import require_runnable
 from edge_dtm.device.linux import (
     cpu_capacities,
     cpu_quota,
     physical_cores,
-    read_text,
     usable_cpus,
 )
 from edge_dtm.device.sensors import throttled

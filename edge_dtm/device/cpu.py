@@ -16,7 +16,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_dtm.device.linux import program_output, read_text
+from edge_dtm.core.machine import read_text
+from edge_dtm.device.linux import program_output
 from edge_dtm.formats.ggml_types import TYPES
 
 # Feature of llama.cpp's build: the flags of /proc/cpuinfo it needs. AVX512 is compiled with all

@@ -21,6 +21,7 @@ from pathlib import Path
 from edge_dtm.core import machine
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.files import StageProgress, write_whole
+from edge_dtm.core.machine import read_text
 from edge_dtm.device.bandwidth import (
     MEASURED_TYPES,
     SAME_SPEED,
@@ -31,7 +32,7 @@ from edge_dtm.device.bandwidth import (
 )
 from edge_dtm.device.cpu import Build, Cpu, read_cpu, repacked_types
 from edge_dtm.device.first_decode import first_decode_in_child
-from edge_dtm.device.linux import board, cache_bytes, read_text, total_bytes, usable_cores
+from edge_dtm.device.linux import board, cache_bytes, total_bytes, usable_cores
 from edge_dtm.formats.profile import SCHEMA_VERSION, DeviceProfile, load_profile
 from edge_dtm.formats.record import RunSettings
 

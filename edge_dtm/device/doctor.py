@@ -13,7 +13,7 @@ from typing import Any
 
 from edge_dtm.core import machine
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.machine import default_threads
+from edge_dtm.core.machine import default_threads, read_text
 from edge_dtm.device.checks import (
     Finding,
     cores,
@@ -30,7 +30,7 @@ from edge_dtm.device.checks import (
 )
 from edge_dtm.device.cpu import Build, Cpu, missing_on_cpu, read_cpu
 from edge_dtm.device.first_decode import build_in_child, first_decode_in_child
-from edge_dtm.device.linux import file_system_of, program_output, read_text
+from edge_dtm.device.linux import file_system_of, program_output
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.llamacpp import memory
 from edge_dtm.llamacpp.gguf_header import TensorInfo, check_gguf, read_header

@@ -8,15 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_dtm.core.machine import control_groups
-
-
-def read_text(path: Path) -> str:
-    """A file of proc or sys, empty where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+from edge_dtm.core.machine import control_groups, read_text
 
 
 def program_output(words: Sequence[str]) -> str:
