@@ -7,7 +7,6 @@ import json
 import math
 from pathlib import Path
 
-import bench_verify
 import pytest
 from click.testing import CliRunner
 
@@ -18,7 +17,6 @@ from edge_dtm.device.performance import Performance, ThreadSpeed, estimated_toke
 from edge_dtm.formats.archive import pack
 from edge_dtm.formats.profile import DeviceProfile, load_profile
 from edge_dtm.formats.record import RunSettings
-from edge_dtm.formats.reference import Reference
 from edge_dtm.llamacpp.gguf_header import kv_bytes_per_token, read_header
 from edge_dtm.llamacpp.runner import LlamaRunner
 
@@ -241,23 +239,3 @@ def test_kv_bytes(tiny_gguf: Path) -> None:
         with pytest.raises(EdgeDtmError, match="block_count' is no whole number"):
             kv_bytes_per_token(broken, "F16")
     assert kv_bytes_per_token(llama, "Q8_0") == 3 * 2 * 2 * 34 * 2
-
-
-def test_the_bench_of_verify_compares_the_same_answers(
-    tiny_gguf: Path, tiny_reference: Reference
-) -> None:
-    sequences = bench_verify.random_sequences(5, 16, 300, 0)
-    assert sequences.prompt_ids.shape == (5, 8) and sequences.generated_ids.shape == (5, 8)
-    result = bench_verify.bench(tiny_gguf, sequences, threads=1, rounds=1)
-    assert result["same_argmax"] == 1.0
-    assert result["tokens"] == 5 * 15
-    assert result["decode_calls"] == 2
-    times = result["times"]
-    assert result["speedup_over_greedy_wall"] == pytest.approx(
-        times["greedy"]["wall_s"] / times["teacher_forced"]["wall_s"]
-    )
-    cut = bench_verify.short_sequences(tiny_reference, 10, 24)
-    assert len(cut) and (cut.prompt_lengths + cut.generated_lengths <= 24).all()
-    assert (cut.generated_lengths >= bench_verify.FEWEST_GENERATED).all()
-    with pytest.raises(EdgeDtmError, match="no prompt is short enough"):
-        bench_verify.short_sequences(tiny_reference, 10, 4)
