@@ -13,7 +13,7 @@ from typing import Any
 import click
 import pytest
 from cli_runner import assert_error, assert_usage, run
-from conftest import BUNDLE_FILES, seal_bundle
+from fixtures.tiny_bundle import FILES, seal
 from fixtures.tiny_bundle import plan as any_plan
 
 from edge_dtm.cli import EXIT_VERIFIED_AND_FAILED, Bytes, main
@@ -171,7 +171,7 @@ def test_no_command_puts_a_strange_file_into_a_bundle(
         "predicted": {"sigma": 1, "sdt": 0.1, "fdt": 1},
     }  # fmt: skip
     (tiny_bundle / "plan.json").write_text(json.dumps(plan))
-    seal_bundle(tiny_bundle)
+    seal(tiny_bundle)
     model = tiny_bundle / "model.gguf"
     before = model.read_bytes()
     monkeypatch.chdir(tiny_bundle)
@@ -188,7 +188,7 @@ def test_no_command_puts_a_strange_file_into_a_bundle(
         ["pack", tiny_bundle, "-o", "small.edge"],
     ):
         assert_error(run(*words), "would lie in the bundle")
-    assert {p.name for p in tiny_bundle.iterdir()} == {*BUNDLE_FILES, "manifest.json"}
+    assert {p.name for p in tiny_bundle.iterdir()} == {*FILES, "manifest.json"}
     assert model.read_bytes() == before
     # Under these names it may lie there, and nothing comes of it.
     for words, name in (
@@ -257,7 +257,8 @@ def test_inspect_and_profiles(tiny_bundle: Path, tmp_path: Path) -> None:
 
 def test_recipes_of_what_is_no_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
     assert_error(run("recipe", tmp_path / "none"), "plan.json does not exist")
-    assert_error(run("recipe", tiny_bundle), "the plan")  # it is {}
+    (tiny_bundle / "plan.json").write_text("{}")
+    assert_error(run("recipe", tiny_bundle), "the plan")
     plan = {"schema_version": 1, "fixed_bytes": 0, "components": []}
     (tiny_bundle / "plan.json").write_text(json.dumps(plan))
     assert_error(run("recipe", tiny_bundle, "-o", tmp_path / "r"), "no importance vectors")

@@ -21,7 +21,9 @@ Compress = Callable[..., Result]
 @pytest.fixture(scope="session")
 def cli_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("transformers")
-    out: Path = make_tiny_llama(tmp_path_factory.mktemp("cli") / "hf", steps=0, layers=1, shards=2)
+    out: Path = make_tiny_llama(
+        tmp_path_factory.mktemp("cli") / "hf", steps=0, layers=1, max_shard_size="3MB"
+    )
     return out
 
 

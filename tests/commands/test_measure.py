@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cli_runner import assert_error, run
+from fixtures.tiny_bundle import write_gguf
 
 
 def test_measure(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -28,11 +29,11 @@ def test_measure(tiny_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_measure_counts_near_ties_as_the_bundle_does(
-    tiny_bundle: Path, seal: Callable[..., None], make_tiny_gguf: Callable[[Path, int], None]
+    tiny_bundle: Path, seal: Callable[..., None]
 ) -> None:
     """With weights of another model most tokens differ; at a wide margin all are near-ties."""
     other = tiny_bundle.with_name("other.gguf")
-    make_tiny_gguf(other, 1)
+    write_gguf(other, 1, matrix_type="F32")
     shares = {}
     for margin in (0.0, 1e6):
         seal(tiny_bundle, measured={"noise_floor": {"near_tie_margin": margin}})

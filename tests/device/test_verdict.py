@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from conftest import THRESHOLDS
+from fixtures.tiny_bundle import THRESHOLDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import THRESHOLDS
+from fixtures.tiny_bundle import THRESHOLDS, write_gguf
 from rich.console import Console
 
 from edge_dtm.core.errors import EdgeDtmError
@@ -168,10 +168,8 @@ def test_overridden_thresholds_fail(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["teacher_forced", "generate"])
-def test_other_weights_fail(
-    tiny_bundle: Path, seal: Seal, make_tiny_gguf: Callable[[Path, int], None], mode: str
-) -> None:
-    make_tiny_gguf(tiny_bundle / "model.gguf", 1)
+def test_other_weights_fail(tiny_bundle: Path, seal: Seal, mode: str) -> None:
+    write_gguf(tiny_bundle / "model.gguf", 1, matrix_type="F32")
     with pytest.raises(EdgeDtmError, match=r"model\.gguf is changed"):
         verify(tiny_bundle, threads=1)
     seal(tiny_bundle)

@@ -72,7 +72,7 @@ LEAVES = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(-2, 3),
-    st.sampled_from([0.5, 2.5, 1e30, -0.1]),
+    st.sampled_from([0.5, 2.5, -0.1]),
     st.sampled_from(["", "healthy", "plain", "a" * 64, "x"]),
     st.just([]),
     st.just({}),

@@ -309,9 +309,7 @@ def test_norms_are_the_equalized_ones(bundle: Path, trained_folder: Path) -> Non
     assert changed
 
 
-def test_packaged_prompts_are_measured_too(
-    bundle: Path, trained_folder: Path, tiny_settings: RunSettings
-) -> None:
+def test_packaged_prompts_are_measured_too(bundle: Path, trained_folder: Path) -> None:
     """Against a replay of our own of the packaged part of the reference."""
     (path,) = (bundle / "work").glob("reference-*.npz")
     reference = Reference.load(path)
@@ -323,7 +321,7 @@ def test_packaged_prompts_are_measured_too(
     others = reference.rows(reference.split != PACKAGED)
     mine = {tuple(others.prompt(row)) for row in range(len(others))}
     assert not mine & {tuple(part.prompt(row)) for row in range(len(part))}
-    with LlamaRunner(bundle / "model.gguf", tiny_settings, 512) as runner:
+    with LlamaRunner(bundle / "model.gguf", tiny_bundle.SETTINGS, 512) as runner:
         record = runner.teacher_forced(part)
     lengths = part.generated_lengths
     wrong = np.arange(TOKENS) < lengths[:, None]

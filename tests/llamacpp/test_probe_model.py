@@ -6,7 +6,7 @@ import hashlib
 import gguf
 import numpy as np
 import pytest
-from conftest import THRESHOLDS
+from fixtures.tiny_bundle import THRESHOLDS
 
 from edge_dtm.core.metrics import top_kl
 from edge_dtm.formats.record import RunSettings

@@ -6,11 +6,11 @@ import dataclasses
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fixtures.tiny_bundle import write_gguf
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,30 +29,28 @@ def forced(path: Path, reference: Reference, **settings: int) -> Record:
 
 
 def test_teacher_forcing_on_its_own_text_repeats_greedy(
-    tiny_gguf: Path, tiny_greedy: tuple[Reference, Record]
+    tiny_gguf: Path, tiny_reference: Reference
 ) -> None:
-    reference, greedy = tiny_greedy
-    record = forced(tiny_gguf, reference)
-    mask = divergent_mask(greedy.ids, record.ids, reference.generated_lengths)
-    assert share_of_divergent_tokens(mask, reference.generated_lengths) < 0.01
+    record = forced(tiny_gguf, tiny_reference)
+    lengths = tiny_reference.generated_lengths
+    mask = divergent_mask(tiny_reference.generated_ids, record.ids, lengths)
+    assert share_of_divergent_tokens(mask, lengths) < 0.01
     counted = record.ids != PADDING
-    np.testing.assert_array_equal(counted.sum(axis=1), reference.generated_lengths)
+    np.testing.assert_array_equal(counted.sum(axis=1), lengths)
     np.testing.assert_allclose(
-        record.top_logits[counted], greedy.top_logits[counted], rtol=0, atol=0.05
+        record.top_logits[counted], tiny_reference.top_logits[counted], rtol=0, atol=0.05
     )
     assert len(np.unique(record.ids)) > 20, "the fixture should not repeat one token"
 
 
-def test_greedy_feeds_what_it_chose(
-    tiny_gguf: Path, tiny_reference: Reference, tiny_greedy: tuple[Reference, Record]
-) -> None:
+def test_greedy_feeds_what_it_chose(tiny_gguf: Path, tiny_reference: Reference) -> None:
     """Its answer must not depend on the reference's ids."""
     other = dataclasses.replace(
         tiny_reference, generated_ids=np.where(tiny_reference.generated_ids >= 0, 5, PADDING)
     )
     with LlamaRunner(tiny_gguf, RunSettings(threads=1, batch_tokens=64), 256) as llama:
         record = llama.greedy(other)
-    np.testing.assert_array_equal(record.ids, tiny_greedy[1].ids)
+    np.testing.assert_array_equal(record.ids, tiny_reference.generated_ids)
     assert np.isnan(record.reference_log_probabilities).all()
     assert record.decode_tokens_per_s > 0
     assert record.prefill_tokens_per_s > 0
@@ -268,10 +266,8 @@ def test_log_is_shown_when_asked_for(tiny_gguf: Path) -> None:
         assert done.stdout == ""
 
 
-def test_other_weights_give_another_answer(
-    make_tiny_gguf: Callable[[Path, int], None], tiny_reference: Reference, tmp_path: Path
-) -> None:
-    make_tiny_gguf(tmp_path / "other.gguf", 1)
+def test_other_weights_give_another_answer(tiny_reference: Reference, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "other.gguf", 1, matrix_type="F32")
     record = forced(tmp_path / "other.gguf", tiny_reference)
     mask = divergent_mask(
         tiny_reference.generated_ids, record.ids, tiny_reference.generated_lengths

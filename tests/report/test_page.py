@@ -117,7 +117,9 @@ def _run(*arguments: str | Path) -> Result:
     return run("report", *arguments)
 
 
-def test_a_bundle_with_hardly_anything_in_it(tiny_bundle: Path) -> None:
+def test_a_bundle_with_hardly_anything_in_it(tiny_bundle: Path, seal: Callable[..., None]) -> None:
+    (tiny_bundle / "plan.json").write_text("{}")
+    seal(tiny_bundle)
     packed = tiny_bundle.with_name("small.edge")
     pack(tiny_bundle, packed)
     for bundle, name in ((tiny_bundle, "tiny-bundle"), (packed, "small")):

@@ -5,7 +5,7 @@ import io
 import re
 
 import pytest
-from conftest import THRESHOLDS
+from fixtures.tiny_bundle import THRESHOLDS
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
