@@ -16,11 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -38,7 +38,7 @@ MATRIX_TYPE, SAME_SIZE_TYPE = "Q4_0", "IQ4_NL"  # both take 18 bytes for 32 weig
 SHOWN = 230  # characters of a line in the table
 TIMEOUT_S = 600
 KILL_ATTEMPTS = 40
-MEMORY_STEPS, MEMORY_STEP_MB = 16, 10
+MEMORY_STEPS, MEMORY_STEP_MB = 6, 25
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Seen:
             out.append("a traceback")
         errors = sum(line.startswith("error: ") for line in self.stderr)
         if errors != (expected == ERROR):
-            said = " / ".join(line for line in self.stderr if line.strip())
-            out.append(f"{errors} error lines in {said[-SHOWN:]!r}")
+            text = " / ".join(line for line in self.stderr if line.strip())
+            out.append(f"{errors} error lines in {text[-SHOWN:]!r}")
         if expected == FAILED:
             if not self.stdout or not self.stdout[-1].startswith("FAIL "):
                 out.append("no FAIL line at the end")
@@ -79,7 +79,7 @@ class Seen:
         return out
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
     """One line of the table. problems: expectations not met."""
 
@@ -87,13 +87,20 @@ class Row:
     seen: str
     code: str
     lost: str
-    problems: list[str] = field(default_factory=list)
+    problems: Sequence[str] = ()
+
+
+Arguments = tuple[str | Path, ...]
+
+
+def verify(bundle: Path, *options: str | Path) -> Arguments:
+    return ("verify", bundle, "--threads", "1", *options)
 
 
 class Bench:
     """The folder that all faults are tried in, with what they start from.
 
-    bundle: a folder that passes; packed: it as one file, signed; trusted: the keys folder.
+    bundle: a folder that passes; packed: it as one file, signed; trusted: options with its key.
     """
 
     def __init__(self, work: Path) -> None:
@@ -101,33 +108,29 @@ class Bench:
         self.bundle = tiny_bundle.make_bundle(work / "good", MATRIX_TYPE)
         self.scratch = work / "tmp"
         self.scratch.mkdir()
-        self.trusted = work / "trusted"
-        self.trusted.mkdir()
+        self.trusted = ("--trusted-keys", work / "trusted")
+        (work / "trusted").mkdir()
         for name in ("mine", "other"):
-            self.edge_dtm("keygen", work / name)
-        shutil.copy(work / "mine.pub", self.trusted)
+            self.run("keygen", work / name)
+        shutil.copy(work / "mine.pub", work / "trusted")
         self.packed = work / "good.edge"
-        self.edge_dtm("pack", self.bundle, "-o", self.packed, "--sign", work / "mine.key")
+        self.run("pack", self.bundle, "-o", self.packed, "--sign", work / "mine.key")
         self._count = 0
 
     def command(self, *arguments: str | Path) -> list[str]:
         """What the installed edge-dtm runs, from this checkout."""
-        scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-        module, function = scripts["edge-dtm"].split(":")
-        start = f"from {module} import {function} as run; run()"
-        return [sys.executable, "-c", start, *map(str, arguments)]
+        return [sys.executable, "-c", "from edge_dtm.cli import run; run()", *map(str, arguments)]
 
     def environment(self) -> dict[str, str]:
         """With the width of a usual terminal, and temporary files where they are looked for."""
-        return {
-            **os.environ,
+        return os.environ | {
             "COLUMNS": "100",
             "PYTHONPATH": str(ROOT),
             "TMPDIR": str(self.scratch),
             "OMP_NUM_THREADS": "1",
         }
 
-    def edge_dtm(self, *arguments: str | Path, before: Sequence[str] = ()) -> Seen:
+    def run(self, *arguments: str | Path, before: Sequence[str] = ()) -> Seen:
         """Run the command line; before: a program that starts it, such as setpriv."""
         done = subprocess.run(
             [*before, *self.command(*arguments)],
@@ -142,42 +145,33 @@ class Bench:
             done.returncode, tuple(done.stdout.splitlines()), tuple(done.stderr.splitlines())
         )
 
-    def verify(self, bundle: Path, *options: str | Path) -> Seen:
-        return self.edge_dtm("verify", bundle, "--threads", "1", *options)
-
     def copy(self) -> Path:
         """A bundle folder to spoil."""
-        self._count += 1
-        return Path(shutil.copytree(self.bundle, self.work / f"copy-{self._count}"))
+        return Path(shutil.copytree(self.bundle, self.new("copy")))
 
-    def new(self, suffix: str = "") -> Path:
+    def new(self, name: str, suffix: str = "") -> Path:
         """A path where nothing is."""
         self._count += 1
-        return self.work / f"new-{self._count}{suffix}"
+        return self.work / f"{name}-{self._count}{suffix}"
 
-    def files(self) -> dict[str, int]:
-        """Every path below the work folder -> when it was changed."""
+    def paths(self) -> dict[str, int]:
+        """Every path below the work folder -> when it was changed, 0 for folders."""
         return {
-            str(p.relative_to(self.work)): p.lstat().st_mtime_ns
+            str(p.relative_to(self.work)): 0 if p.is_dir() else p.lstat().st_mtime_ns
             for p in sorted(self.work.rglob("*"))
-            if not p.is_dir()
-        } | {str(p.relative_to(self.work)) + "/": 0 for p in self.work.rglob("*") if p.is_dir()}
+        }
 
-    def row(self, fault: str, expected: int, run: Callable[[], Seen]) -> Row:
+    def row(
+        self, fault: str, expected: int, arguments: Arguments, before: Sequence[str] = ()
+    ) -> Row:
         """Run it; lost: what is there or gone that should not be, which is a problem too."""
-        before = self.files()
-        seen = run()
-        after = self.files()
-        changed = sorted(n for n in {*before, *after} if before.get(n) != after.get(n))
-        problems = seen.problems(expected)
-        if changed:
-            problems.append(f"changed {', '.join(changed)}")
+        old = self.paths()
+        seen = self.run(*arguments, before=before)
+        new = self.paths()
+        changed = ", ".join(sorted(n for n in {*old, *new} if old.get(n) != new.get(n)))
+        problems = seen.problems(expected) + ([f"changed {changed}"] if changed else [])
         return Row(
-            fault,
-            self.shown(seen.last_line),
-            str(seen.code),
-            ", ".join(changed) or "nothing",
-            problems,
+            fault, self.shown(seen.last_line), str(seen.code), changed or "nothing", problems
         )
 
     def shown(self, line: str) -> str:
@@ -191,125 +185,112 @@ class Bench:
 def spoilt_bytes(bench: Bench, flips: int, cuts: int) -> Iterator[Row]:
     data = bench.packed.read_bytes()
     source = random.Random(0)
-    places = [(source.randrange(len(data)), source.randrange(1, 256)) for _ in range(flips)]
     changed = []
-    for at, flip in places:
+    for _ in range(flips):
         spoilt = bytearray(data)
-        spoilt[at] ^= flip
+        spoilt[source.randrange(len(data))] ^= source.randrange(1, 256)
         changed.append(bytes(spoilt))
     yield _many(bench, f"flipped byte in a packed file, at {flips} places", changed)
-    lengths = [0, 1, len(data) - 1, *(source.randrange(len(data)) for _ in range(max(cuts - 3, 0)))]
-    yield _many(
-        bench, f"packed file cut off, at {len(lengths)} places", [data[:n] for n in lengths]
-    )
+    lengths = [0, 1, len(data) - 1, *(source.randrange(len(data)) for _ in range(cuts - 3))]
+    cut = [data[:n] for n in lengths]
+    yield _many(bench, f"packed file cut off, at {len(lengths)} places", cut)
 
 
 def _many(bench: Bench, fault: str, contents: Sequence[bytes]) -> Row:
-    path, out = bench.new(".edge"), bench.new()
+    path, out = bench.new("spoilt", ".edge"), bench.new("out")
     messages: Counter[str] = Counter()
-    problems: list[str] = []
-    before = bench.files()
+    problems: set[str] = set()
+    refused = 0
+    before = set(bench.paths())
     for data in contents:
         path.write_bytes(data)
-        seen = bench.edge_dtm("unpack", path, "-o", out, "--trusted-keys", bench.trusted)
+        seen = bench.run("unpack", path, "-o", out, *bench.trusted)
         messages[bench.shown(seen.last_line)] += 1
-        problems += seen.problems(ERROR)
+        refused += seen.code == ERROR
+        problems.update(seen.problems(ERROR))
         path.unlink()
-        if left := sorted({*bench.files()} - {*before}):
-            problems.append(f"left {', '.join(left)}")
+        if left := sorted(set(bench.paths()) - before):
+            problems.add(f"left {', '.join(left)}")
             shutil.rmtree(out, ignore_errors=True)
-    (words, times), *_ = messages.most_common(1)
-    refused = len(contents) - sum(p.startswith("exit code") for p in problems)
+    ((words, times),) = messages.most_common(1)
     text = (
         f"{refused} of {len(contents)} refused, messages: {len(messages)}; {times} times: {words}"
     )
-    return Row(fault, text, "1" if not problems else "mixed", "nothing", sorted(set(problems)))
+    return Row(fault, text, "mixed" if problems else "1", "nothing", sorted(problems))
 
 
 # --- another hand on the way -----------------------------------------------------------------
 
 
 def wrong_hands(bench: Bench) -> Iterator[Row]:
-    trusted = ("--trusted-keys", bench.trusted)
-    swapped = bench.copy()
+    swapped, old = bench.copy(), bench.new("old")
     tiny_bundle.write_gguf(swapped / "model.gguf", seed=1, matrix_type=MATRIX_TYPE)
-    yield bench.row(
-        "another model.gguf under the old manifest", ERROR, lambda: bench.verify(swapped)
-    )
-    signature = swapped / SIGNATURE
-    bench.edge_dtm("unpack", bench.packed, "-o", out := bench.new())
+    yield bench.row("another model.gguf under the old manifest", ERROR, verify(swapped))
     tiny_bundle.seal(swapped)
-    yield bench.row(
-        "another model.gguf and a new manifest, not signed", FAILED, lambda: bench.verify(swapped)
-    )
-    shutil.copy(out / SIGNATURE, signature)
+    yield bench.row("another model.gguf and a new manifest, not signed", FAILED, verify(swapped))
+    bench.run("unpack", bench.packed, "-o", old)
+    shutil.copy(old / SIGNATURE, swapped)
     yield bench.row(
         "another model.gguf and a new manifest, with the old signature",
         ERROR,
-        lambda: bench.verify(swapped, *trusted),
+        verify(swapped, *bench.trusted),
     )
-    by_other, unsigned = bench.new(".edge"), bench.new(".edge")
-    bench.edge_dtm("pack", bench.bundle, "-o", by_other, "--sign", bench.work / "other.key")
-    bench.edge_dtm("pack", bench.bundle, "-o", unsigned)
-    yield bench.row("signed with another key", ERROR, lambda: bench.verify(by_other, *trusted))
+    by_other, unsigned = bench.new("other", ".edge"), bench.new("unsigned", ".edge")
+    bench.run("pack", bench.bundle, "-o", by_other, "--sign", bench.work / "other.key")
+    bench.run("pack", bench.bundle, "-o", unsigned)
+    yield bench.row("signed with another key", ERROR, verify(by_other, *bench.trusted))
     yield bench.row(
-        "not signed, where a signature is asked for",
-        ERROR,
-        lambda: bench.verify(unsigned, *trusted),
+        "not signed, where a signature is asked for", ERROR, verify(unsigned, *bench.trusted)
     )
     for fault, data in _archives(bench):
-        path = bench.new(".edge")
+        path = bench.new("archive", ".edge")
         path.write_bytes(data)
-        target = bench.new()
-        yield bench.row(fault, ERROR, lambda p=path, t=target: bench.edge_dtm("unpack", p, "-o", t))  # type: ignore[misc]
-    limited = bench.new()
+        yield bench.row(fault, ERROR, ("unpack", path, "-o", bench.new("out")))
     yield bench.row(
         "more than --max-unpacked-bytes allows",
         ERROR,
-        lambda: bench.edge_dtm("unpack", unsigned, "-o", limited, "--max-unpacked-bytes", "100K"),
+        ("unpack", unsigned, "-o", bench.new("out"), "--max-unpacked-bytes", "100K"),
     )
 
 
 def _archives(bench: Bench) -> Iterator[tuple[str, bytes]]:
-    members = [containers.member(MANIFEST, (bench.bundle / MANIFEST).read_bytes())]
-    members += [
-        containers.member(n, (bench.bundle / n).read_bytes()) for n in sorted(tiny_bundle.FILES)
-    ]
-    first, *rest = members
-    evil = containers.member("../../evil", b"x")
-    yield (
-        "zip-slip: a member named ../../evil",
-        containers.frame(containers.tar([first, evil, *rest])),
-    )
-    absolute = containers.member("/tmp/edge-dtm-evil", b"x")
-    yield (
-        "a member with an absolute path",
-        containers.frame(containers.tar([first, absolute, *rest])),
-    )
-    link = containers.member("model.gguf", b"", type=b"2", linkname="/etc/passwd")
-    yield "a member that is a link", containers.frame(containers.tar([first, link, *rest]))
+    member = containers.member
+    manifest = (bench.bundle / MANIFEST).read_bytes()
+    first = member(MANIFEST, manifest)
+    rest = [member(n, (bench.bundle / n).read_bytes()) for n in sorted(tiny_bundle.FILES)]
     zeros = bytes(2**28)
-    yield "tar bomb: 256 MB behind the end", containers.frame(containers.tar(members, zeros), 19)
-    bomb = containers.member("model.gguf", zeros)
-    yield (
-        "tar bomb: 256 MB instead of 1",
-        containers.frame(containers.tar([first, bomb, *rest]), 19),
-    )
-    tree = json.loads(first[1])
-    tree["files"]["model.gguf"]["size_bytes"] = 2**60
-    claim = containers.member(MANIFEST, json.dumps(tree).encode())
-    yield "tar bomb: a manifest of an exabyte", containers.frame(containers.tar([claim, *rest]))
-    tree["files"]["model.gguf"]["size_bytes"] = 1
-    tree["schema_version"] = "\x1b[31m\n" + "a" * 3000
-    escape = containers.member(MANIFEST, json.dumps(tree).encode())
-    yield (
-        "a manifest with terminal escapes and 3,000 letters",
-        containers.frame(containers.tar([escape, *rest])),
-    )
-    tree = json.loads(first[1])
-    tree["thresholds"]["min_fdt"] = 10**400
-    huge = containers.member(MANIFEST, json.dumps(tree).encode())
-    yield "a manifest with a number of 400 digits", containers.frame(containers.tar([huge, *rest]))
+
+    def another(change: Callable[[dict[str, Any]], object]) -> containers.Member:
+        tree = json.loads(manifest)
+        change(tree)
+        return member(MANIFEST, json.dumps(tree).encode())
+
+    def sized(size: int, **more: Any) -> Callable[[dict[str, Any]], object]:
+        return lambda tree: (tree["files"]["model.gguf"].update(size_bytes=size), tree.update(more))
+
+    escapes = "\x1b[31m\n" + "a" * 3000
+    for fault, members in (
+        ("zip-slip: a member named ../../evil", [first, member("../../evil", b"x"), *rest]),
+        ("a member with an absolute path", [first, member("/tmp/edge-dtm-evil", b"x"), *rest]),
+        (
+            "a member that is a link",
+            [first, member("model.gguf", b"", type=b"2", linkname="/etc/passwd"), *rest],
+        ),
+        ("tar bomb: a manifest of an exabyte", [another(sized(2**60)), *rest]),
+        (
+            "a manifest with terminal escapes and 3,000 letters",
+            [another(sized(1, schema_version=escapes)), *rest],
+        ),
+        (
+            "a manifest with a number of 400 digits",
+            [another(lambda tree: tree["thresholds"].update(min_fdt=10**400)), *rest],
+        ),
+    ):
+        yield fault, containers.frame(containers.tar(members))
+    bomb = containers.tar([first, member("model.gguf", zeros), *rest])
+    yield "tar bomb: 256 MB instead of 1", containers.frame(bomb, 19)
+    behind = containers.tar([first, *rest], zeros)
+    yield "tar bomb: 256 MB behind the end", containers.frame(behind, 19)
 
 
 # --- a model that is none, or not this one ---------------------------------------------------
@@ -318,37 +299,36 @@ def _archives(bench: Bench) -> Iterator[tuple[str, bytes]]:
 def wrong_models(bench: Bench) -> Iterator[Row]:
     """Each with a manifest made anew, so that only the content speaks."""
 
-    def resealed(fault: str, expected: int, spoil: Callable[[Path], None]) -> Row:
+    def written(**options: Any) -> Callable[[Path], None]:
+        return lambda path: tiny_bundle.write_gguf(path, **{"matrix_type": MATRIX_TYPE, **options})
+
+    for fault, expected, spoil in (
+        ("GGUF in big endian", ERROR, _swap_endian),
+        ("GGUF version 2", ERROR, lambda p: _patch(p, 4, (2).to_bytes(4, "little"))),
+        ("GGUF of another architecture", ERROR, written(architecture="gpt2")),
+        ("GGUF cut off", ERROR, lambda p: os.truncate(p, p.stat().st_size - 1000)),
+        ("GGUF of 0 bytes", ERROR, lambda p: os.truncate(p, 0)),
+        (
+            "GGUF whose vocabulary lacks the bytes that the prompts need",
+            ERROR,
+            written(whole_vocabulary=False),
+        ),
+        (
+            "weights that are not numbers (NaN)",
+            ERROR,
+            written(matrix_type="F16", nan_in="blk.1.ffn_up"),
+        ),
+        ("one tensor with doubled scales", FAILED, _double_scales),
+        (
+            f"a broken kernel, simulated: one {MATRIX_TYPE} tensor labelled {SAME_SIZE_TYPE}",
+            FAILED,
+            _relabel,
+        ),
+    ):
         folder = bench.copy()
         spoil(folder / "model.gguf")
         tiny_bundle.seal(folder)
-        return bench.row(fault, expected, lambda: bench.verify(folder))
-
-    yield resealed("GGUF in big endian", ERROR, _swap_endian)
-    yield resealed("GGUF version 2", ERROR, lambda p: _patch(p, 4, (2).to_bytes(4, "little")))
-    yield resealed(
-        "GGUF of another architecture",
-        ERROR,
-        lambda p: tiny_bundle.write_gguf(p, matrix_type=MATRIX_TYPE, architecture="gpt2"),
-    )
-    yield resealed("GGUF cut off", ERROR, lambda p: os.truncate(p, p.stat().st_size - 1000))
-    yield resealed("GGUF of 0 bytes", ERROR, lambda p: os.truncate(p, 0))
-    yield resealed(
-        "GGUF whose vocabulary lacks the bytes that the prompts need",
-        ERROR,
-        lambda p: tiny_bundle.write_gguf(p, matrix_type=MATRIX_TYPE, whole_vocabulary=False),
-    )
-    yield resealed(
-        "weights that are not numbers (NaN)",
-        ERROR,
-        lambda p: tiny_bundle.write_gguf(p, matrix_type="F16", nan_in="blk.1.ffn_up"),
-    )
-    yield resealed("one tensor with doubled scales", FAILED, _double_scales)
-    yield resealed(
-        f"a broken kernel, simulated: one {MATRIX_TYPE} tensor labelled {SAME_SIZE_TYPE}",
-        FAILED,
-        _relabel,
-    )
+        yield bench.row(fault, expected, verify(folder))
 
 
 def _patch(path: Path, at: int, data: bytes) -> None:
@@ -385,39 +365,37 @@ def _relabel(path: Path) -> None:
 
 
 def wrong_pieces(bench: Bench) -> Iterator[Row]:
-    yield bench.row("no such file", ERROR, lambda: bench.verify(bench.work / "nowhere.edge"))
-    missing = bench.copy()
-    (missing / "reference.npz").unlink()
-    yield bench.row("reference.npz missing", ERROR, lambda: bench.verify(missing))
-    bare = bench.copy()
-    (bare / MANIFEST).unlink()
-    yield bench.row("manifest.json missing", ERROR, lambda: bench.verify(bare))
-    added = bench.copy()
-    (added / "extra.bin").write_bytes(b"x")
-    yield bench.row("a file that is not listed", ERROR, lambda: bench.verify(added))
+    yield bench.row("no such file", ERROR, verify(bench.work / "nowhere.edge"))
+    for fault, spoil, sealed in (
+        ("reference.npz missing", lambda b: (b / "reference.npz").unlink(), False),
+        ("manifest.json missing", lambda b: (b / MANIFEST).unlink(), False),
+        ("a file that is not listed", lambda b: (b / "extra.bin").write_bytes(b"x"), False),
+        ("reference of another tokenizer", _other_texts, True),
+        ("host.npz of another reference", _shorter_record, True),
+        ("reference.npz with a shape of a gigabyte in 16 MB", _npz_bomb, True),
+    ):
+        folder = bench.copy()
+        spoil(folder)
+        if sealed:
+            tiny_bundle.seal(folder)
+        yield bench.row(fault, ERROR, verify(folder))
 
-    words = bench.copy()
-    reference = Reference.load(words / "reference.npz")
-    dataclasses.replace(reference, texts=np.array(["other"] * len(reference))).save(
-        words / "reference.npz"
-    )
-    tiny_bundle.seal(words)
-    yield bench.row("reference of another tokenizer", ERROR, lambda: bench.verify(words))
 
-    short = bench.copy()
-    host = Record.load(short / "host.npz")
-    host.rows(np.arange(len(host) - 1)).save(short / "host.npz")
-    tiny_bundle.seal(short)
-    yield bench.row("host.npz of another reference", ERROR, lambda: bench.verify(short))
+def _other_texts(folder: Path) -> None:
+    reference = Reference.load(folder / "reference.npz")
+    texts = np.array(["other"] * len(reference))
+    dataclasses.replace(reference, texts=texts).save(folder / "reference.npz")
 
-    bomb = bench.copy()
-    members = containers.read_npz((bomb / "reference.npz").read_bytes())
+
+def _shorter_record(folder: Path) -> None:
+    host = Record.load(folder / "host.npz")
+    host.rows(np.arange(len(host) - 1)).save(folder / "host.npz")
+
+
+def _npz_bomb(folder: Path) -> None:
+    members = containers.read_npz((folder / "reference.npz").read_bytes())
     members["top_ids.npy"] = containers.npy(f"({2**28},)", "'<i4'", bytes(2**24))
-    (bomb / "reference.npz").write_bytes(containers.write_npz(list(members.items())))
-    tiny_bundle.seal(bomb)
-    yield bench.row(
-        "reference.npz with a shape of a gigabyte in 16 MB", ERROR, lambda: bench.verify(bomb)
-    )
+    (folder / "reference.npz").write_bytes(containers.write_npz(list(members.items())))
 
 
 # --- a machine without room ------------------------------------------------------------------
@@ -427,41 +405,27 @@ def no_room(bench: Bench) -> Iterator[Row]:
     yield _little_memory(bench)
     # Without a file system of its own a limit of file sizes is the nearest thing.
     small = ("bash", "-c", 'ulimit -f "$0" && exec "$@"', "64")
+    target, kind = bench.work, "onto files limited to 64 KB (ulimit -f)"
     if _can_mount():
-        target = bench.new()
+        target, kind = bench.new("disk"), "onto a disk of 64 KB"
         target.mkdir()
         mount = f'mount -t tmpfs -o size=64k none {shlex.quote(str(target))} && exec "$0" "$@"'
         small = ("unshare", "-rm", "sh", "-c", mount)
-        kind = "a disk of 64 KB"
-    else:
-        target = bench.work
-        kind = "files limited to 64 KB (ulimit -f)"
-    for command, source, name in (
-        ("pack", bench.bundle, "full.edge"), ("unpack", bench.packed, "full")
-    ):  # fmt: skip
-        yield bench.row(
-            f"{command} onto {kind}",
-            ERROR,
-            lambda c=command, s=source, n=name: bench.edge_dtm(  # type: ignore[misc]
-                c, s, "-o", target / n, before=small
-            ),
-        )
-    closed = bench.new()
+    closed = bench.new("closed")
     closed.mkdir()
     closed.chmod(0o555)
+    tries = [(small, target, kind)]
     # Root may write anywhere, unless it gives that up.
-    drop = ("setpriv", "--inh-caps=-all", "--bounding-set=-all")
-    before = drop if os.geteuid() == 0 and shutil.which("setpriv") else ()
-    if os.geteuid() or before:
-        for command, source, name in (
-            ("pack", bench.bundle, "closed.edge"), ("unpack", bench.packed, "closed")
-        ):  # fmt: skip
+    if os.geteuid():
+        tries.append(((), closed, "into a folder without the right to write"))
+    elif shutil.which("setpriv"):
+        drop = ("setpriv", "--inh-caps=-all", "--bounding-set=-all")
+        tries.append((drop, closed, "into a folder without the right to write"))
+    for before, folder, words in tries:
+        for command, source in (("pack", bench.bundle), ("unpack", bench.packed)):
+            target = folder / ("full.edge" if command == "pack" else "full")
             yield bench.row(
-                f"{command} into a folder without the right to write",
-                ERROR,
-                lambda c=command, s=source, n=name: bench.edge_dtm(  # type: ignore[misc]
-                    c, s, "-o", closed / n, before=before
-                ),
+                f"{command} {words}", ERROR, (command, source, "-o", target), before=before
             )
 
 
@@ -471,32 +435,26 @@ def _little_memory(bench: Bench) -> Row:
         "import edge_dtm.device.verify, edge_dtm.report.verdict_table; "
         "print(open('/proc/self/statm').read().split()[0])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", loaded],
-        env=bench.environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    start = int(done.stdout) * os.sysconf("SC_PAGE_SIZE") // 10**6 + 20
+    pages = subprocess.check_output([sys.executable, "-c", loaded], env=bench.environment())
+    start = int(pages) * os.sysconf("SC_PAGE_SIZE") // 10**6 + 20
     limits = range(start, start + MEMORY_STEPS * MEMORY_STEP_MB, MEMORY_STEP_MB)
-    before = bench.files()
+    old = set(bench.paths())
     messages: Counter[str] = Counter()
     problems: list[str] = []
     for limit_mb in limits:
-        words = ("bash", "-c", 'ulimit -v "$0" && exec "$@"', str(limit_mb * 1000))
-        seen = bench.edge_dtm("verify", bench.bundle, "--threads", "1", before=words)
+        limited = ("bash", "-c", 'ulimit -v "$0" && exec "$@"', str(limit_mb * 1000))
+        seen = bench.run(*verify(bench.bundle), before=limited)
         expected = PASSED if seen.code == PASSED else ERROR
         problems += [f"at {limit_mb} MB: {p}" for p in seen.problems(expected)]
         if seen.code:
             messages[bench.shown(seen.last_line)] += 1
     if not messages:
         problems.append("no limit was too low")
-    if left := sorted(set(bench.files()) ^ set(before)):
+    if left := sorted(set(bench.paths()) ^ old):
         problems.append(f"left {', '.join(left)}")
-    (words_seen, _), *_ = messages.most_common(1) or [("", 0)]
-    refused = sum(messages.values())
-    text = f"{refused} refused, {len(limits) - refused} passed; mostly: {words_seen}"
+    words = next((text for text, _ in messages.most_common(1)), "")
+    refused = messages.total()
+    text = f"{refused} refused, {len(limits) - refused} passed; mostly: {words}"
     fault = f"memory limited (ulimit -v), {len(limits)} limits about what is needed"
     return Row(fault, text, "1 or 0", "nothing", problems)
 
@@ -512,31 +470,25 @@ def _can_mount() -> bool:
 
 
 def killed(bench: Bench) -> Iterator[Row]:
-    packed, folder = bench.new(".edge"), bench.new()
-    verify = ("verify", bench.packed, "--threads", "1")
-
-    def anything(name: str) -> bool:
-        return True
-
-    def probe(name: str) -> bool:
-        return (bench.scratch / name / "probe.gguf").exists()
-
-    yield _killed(bench, "pack", ("pack", bench.bundle, "-o", packed), bench.work, anything)
-    yield _killed(bench, "unpack", ("unpack", bench.packed, "-o", folder), bench.work, anything)
-    yield _killed(bench, "verify, at its beginning", verify, bench.scratch, anything)
-    yield _killed(bench, "verify, at work", verify, bench.scratch, probe)
+    packed, folder = bench.new("killed", ".edge"), bench.new("killed")
+    for name, arguments, target, watched, inside in (
+        ("pack", ("pack", bench.bundle, "-o", packed), packed, bench.work, ""),
+        ("unpack", ("unpack", bench.packed, "-o", folder), folder, bench.work, ""),
+        ("verify, at its beginning", verify(bench.packed), None, bench.scratch, ""),
+        ("verify, at work", verify(bench.packed), None, bench.scratch, "probe.gguf"),
+    ):
+        yield _killed(bench, f"kill -9 in {name}", arguments, target, (watched, inside))
 
 
 def _killed(
-    bench: Bench,
-    name: str,
-    arguments: tuple[str | Path, ...],
-    watched: Path,
-    met: Callable[[str], bool],
+    bench: Bench, fault: str, arguments: Arguments, target: Path | None, moment: tuple[Path, str]
 ) -> Row:
-    """Kill the command once something new in watched is met, then run it again."""
-    target = Path(arguments[3]) if arguments[2] == "-o" else None
-    before = set(bench.files())
+    """Kill the command at a moment, then run it again.
+
+    target: what it makes. moment: a folder, and what has to be there inside something new in it.
+    """
+    watched, inside = moment
+    old = set(bench.paths())
     there = set(os.listdir(watched))
     for attempt in range(KILL_ATTEMPTS):
         process = subprocess.Popen(
@@ -546,27 +498,29 @@ def _killed(
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        while process.poll() is None and not any(map(met, set(os.listdir(watched)) - there)):
+        while process.poll() is None and not any(
+            (watched / name / inside).exists() for name in set(os.listdir(watched)) - there
+        ):
             time.sleep(0.0005)
         # Each time somewhat later, so that some attempt meets the middle of the work.
         time.sleep(0.001 * attempt)
         process.kill()
         process.wait()
-        left = sorted(set(bench.files()) - before)
-        if left and (target is None or not os.path.lexists(target)):
+        left = set(bench.paths()) - old
+        if left and (target is None or not target.exists()):
             break
         _remove(target)
     else:
-        return Row(f"kill -9 in {name}", "", "", "", ["no attempt met it at work"])
-    again = bench.edge_dtm(*arguments)
+        return Row(fault, "", "", "", ["no attempt met it at work"])
+    again = bench.run(*arguments)
     problems = again.problems(PASSED)
-    if target is not None and not os.path.lexists(target):
+    if target is not None and not target.exists():
         problems.append("the second run made nothing")
     _remove(target)
-    if still := sorted(set(bench.files()) - before):
+    if still := sorted(set(bench.paths()) - old):
         problems.append(f"left {', '.join(still)}")
     return Row(
-        f"kill -9 in {name}; then the same command again",
+        f"{fault}; then the same command again",
         bench.shown(again.last_line),
         f"-9, then {again.code}",
         "nothing; the second run removed what the first had left",
@@ -584,7 +538,7 @@ def _remove(target: Path | None) -> None:
 def try_all(work: Path, flips: int, cuts: int) -> Iterator[Row]:
     """The rows one by one, as they are tried; work: an empty folder."""
     bench = Bench(work)
-    yield bench.row("none", PASSED, lambda: bench.verify(bench.packed))
+    yield bench.row("none", PASSED, verify(bench.packed))
     yield from spoilt_bytes(bench, flips, cuts)
     for part in (wrong_hands, wrong_models, wrong_pieces, no_room, killed):
         yield from part(bench)
