@@ -12,7 +12,6 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from types import TracebackType
 
 _SUFFIX = ".edge-dtm"
 
@@ -33,7 +32,8 @@ class Scratch:
                 lock = os.open(self.path, os.O_RDONLY)
             except FileNotFoundError:
                 continue  # another run took it for abandoned, before it was locked
-            if _lock(lock) is not False and _is_open_at(lock, self.path):
+            # None: a file system without locks.
+            if _lock(lock) is not False and self.path.exists():
                 self._lock: int | None = lock
                 return
             os.close(lock)
@@ -41,12 +41,7 @@ class Scratch:
     def __enter__(self) -> Path:
         return self.path
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -66,13 +61,6 @@ def _lock(descriptor: int) -> bool | None:
     except OSError:
         return None
     return True
-
-
-def _is_open_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _remove_abandoned(name: str, parent: Path) -> None:

@@ -1,8 +1,7 @@
 """JSON that others wrote, read so that nothing in it surprises later; and written as it is read.
 
 json.loads takes NaN, numbers that no float holds, halves of characters, and nests as deep as the
-stack allows; each of them fails somewhere else then, far from the file that it came from.
-json.dumps writes NaN and Infinity, which no JSON has.
+stack allows; each of them would fail far from the file that it came from.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def loads(data: bytes) -> Any:
-    """What UTF-8 text stands for. ValueError, in one line, when it is no JSON or goes beyond what
-    any of our files has."""
+    """The tree of UTF-8 text. ValueError, in one line, for no JSON or more than any of our files has."""
     text = data.decode()
     try:
         tree = json.loads(text, parse_int=_integer, parse_float=_real, parse_constant=_no_constant)

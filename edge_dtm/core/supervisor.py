@@ -15,10 +15,17 @@ from types import FrameType
 
 _ENDED_BY_USER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# OpenBLAS does so when it gets no memory.
-_LIBRARY_EXIT = (
+_BY_LIBRARY = (  # OpenBLAS does so when it gets no memory
     "a library ended edge-dtm; what it said is above: most likely memory ran out, so stop other "
     "programs, or raise the limit"
+)
+_BY_KILL = (
+    "edge-dtm was ended by SIGKILL, which the system sends when memory runs out: stop other "
+    "programs, or take a smaller model"
+)
+_BY_SIGNAL = (
+    "llama.cpp ended edge-dtm by {}; what it said is above: memory ran out, the model is broken, or "
+    "this build does not fit the machine; edge-dtm doctor tells the last"
 )
 
 
@@ -52,7 +59,7 @@ def shielded(run: Callable[[], object]) -> None:
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         if not _came_to_its_end(reader):
-            print(f"error: {_LIBRARY_EXIT}", file=sys.stderr)
+            print(f"error: {_BY_LIBRARY}", file=sys.stderr)
             code = 1
         sys.exit(code)
     number = signal.Signals(-code)
@@ -60,7 +67,8 @@ def shielded(run: Callable[[], object]) -> None:
         # So that a shell sees what it expects of such an end.
         signal.signal(number, signal.SIG_DFL)
         os.kill(parent, number)
-    print(f"error: {_words(number)}", file=sys.stderr)
+    text = _BY_KILL if number == signal.SIGKILL else _BY_SIGNAL.format(number.name)
+    print(f"error: {text}", file=sys.stderr)
     sys.exit(1)
 
 
@@ -72,26 +80,10 @@ def _came_to_its_end(reader: int) -> bool:
         return False
 
 
-def _words(number: signal.Signals) -> str:
-    if number == signal.SIGKILL:
-        return (
-            "edge-dtm was ended by SIGKILL, which the system sends when memory runs out: stop other "
-            "programs, or take a smaller model"
-        )
-    return (
-        f"llama.cpp ended edge-dtm by {number.name}; what it said is above: memory ran out, the "
-        "model is broken, or this build does not fit the machine; edge-dtm doctor tells the last"
-    )
-
-
 def _die_with(parent: int) -> None:
-    if not sys.platform.startswith("linux"):
-        return
-    import ctypes
+    if sys.platform.startswith("linux"):
+        import ctypes
 
-    try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    except (AttributeError, OSError):
-        return
-    if os.getppid() != parent:  # it died before
-        os._exit(1)
+        if os.getppid() != parent:  # it died before
+            os._exit(1)

@@ -9,11 +9,11 @@ import ctypes
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,32 +43,23 @@ def library() -> ctypes.CDLL:
 
     LLAMA_CPP_LIB_PATH is honoured as llama-cpp-python honours it. EdgeDtmError when not found.
     """
-    folders = []
-    if override := os.environ.get("LLAMA_CPP_LIB_PATH"):
-        folders.append(Path(override))
+    folders = [Path(override)] if (override := os.environ.get("LLAMA_CPP_LIB_PATH")) else []
     spec = importlib.util.find_spec("llama_cpp")
     if spec is not None and spec.origin is not None:
         folders.append(Path(spec.origin).parent / "lib")
     suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
-    for folder in folders:
-        for name in (f"libggml-base{suffix}", f"ggml-base{suffix}"):
-            if (folder / name).is_file():
-                lib = ctypes.CDLL(str(folder / name))
-                lib.ggml_quantize_chunk.restype = ctypes.c_size_t
-                lib.ggml_quantize_chunk.argtypes = [
-                    ctypes.c_int,
-                    ctypes.c_void_p,
-                    ctypes.c_void_p,
-                    ctypes.c_int64,
-                    ctypes.c_int64,
-                    ctypes.c_int64,
-                    ctypes.c_void_p,
-                ]
-                lib.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
-                return lib
-    raise EdgeDtmError(
-        "libggml-base was not found: install llama-cpp-python (pip install llama-cpp-python)"
-    )
+    names = (f"libggml-base{suffix}", f"ggml-base{suffix}")
+    paths = [path for folder in folders for name in names if (path := folder / name).is_file()]
+    if not paths:
+        raise EdgeDtmError(
+            "libggml-base was not found: install llama-cpp-python (pip install llama-cpp-python)"
+        )
+    lib = ctypes.CDLL(str(paths[0]))
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+    lib.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, *[integer] * 3, pointer]
+    lib.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    return lib
 
 
 def quantize(
@@ -87,9 +78,8 @@ def quantize(
     weights = np.ascontiguousarray(weights, dtype=np.float32)
     out = np.empty((rows, row_bytes(type_name, row_length)), dtype=np.uint8)
     lib, ggml_type = library(), facts(type_name)
-    lib.ggml_quantize_init(
-        ctypes.c_int(ggml_type.number)
-    )  # fills shared tables; not safe inside threads
+    number = ggml_type.number
+    lib.ggml_quantize_init(ctypes.c_int(number))  # fills shared tables; not safe inside threads
     pointer = None
     if importance is not None:
         importance = np.ascontiguousarray(importance, dtype=np.float32)
@@ -100,16 +90,8 @@ def quantize(
         raise EdgeDtmError(f"{type_name} cannot be made without an importance vector")
 
     def chunk(start: int, stop: int) -> None:
-        part, target = weights[start:stop], out[start:stop]
-        lib.ggml_quantize_chunk(
-            ggml_type.number,
-            part.ctypes.data,
-            target.ctypes.data,
-            0,
-            stop - start,
-            row_length,
-            pointer,
-        )
+        part, target = weights[start:stop].ctypes.data, out[start:stop].ctypes.data
+        lib.ggml_quantize_chunk(number, part, target, 0, stop - start, row_length, pointer)
 
     _over_rows(chunk, rows, threads)
     return out
@@ -124,10 +106,9 @@ def dequantize(
         raise ValueError(f"{data.shape} bytes are no {type_name} rows of {row_length}")
     out = np.empty((data.shape[0], row_length), dtype=np.float32)
     if type_name == "F32":
-        out[...] = data.view(np.float32)
-        return out
-    traits = library().ggml_get_type_traits(ctypes.c_int(facts(type_name).number))
-    to_float = traits.contents.to_float
+        return data.view(np.float32).copy()
+    number = ctypes.c_int(facts(type_name).number)
+    to_float = library().ggml_get_type_traits(number).contents.to_float
 
     def chunk(start: int, stop: int) -> None:
         part, target = data[start:stop], out[start:stop]
@@ -137,7 +118,7 @@ def dequantize(
     return out
 
 
-def _over_rows(chunk: Any, rows: int, threads: int | None) -> None:
+def _over_rows(chunk: Callable[[int, int], None], rows: int, threads: int | None) -> None:
     """Call chunk(start, stop) over all rows on several threads; ctypes releases the GIL."""
     count = max(1, min(threads or os.cpu_count() or 1, rows // 16))
     if count == 1:

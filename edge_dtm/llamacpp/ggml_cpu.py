@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -96,12 +95,7 @@ class CpuBackend:
     def __enter__(self) -> CpuBackend:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._lib.ggml_backend_free(self._backend)
 
     def products(
@@ -113,11 +107,10 @@ class CpuBackend:
         buffer name, the number of columns and float32 (number, rows).
         """
         for buffer_type in (self._plain_type, *self._extra_types()):
-            with self._weights(buffer_type, type_name, data, x.shape[1]) as (tensor, fill):
-                for number in columns:
-                    product = self._multiply(tensor, fill, len(data), x[:number])
-                    if product is not None:
-                        yield self._name(buffer_type), number, product
+            for number in columns:
+                product = self._product(buffer_type, type_name, data, x[:number])
+                if product is not None:
+                    yield self._name(buffer_type), number, product
 
     def _name(self, buffer_type: int) -> str:
         return str(self._lib.ggml_backend_buft_name(buffer_type).decode())
@@ -162,55 +155,38 @@ class CpuBackend:
             self._lib.ggml_free(context)
 
     @contextmanager
-    def _weights(
-        self, buffer_type: int, type_name: str, data: ggml.ByteArray, row_length: int
-    ) -> Iterator[tuple[int, Callable[[], None]]]:
-        """A weight tensor in that kind of buffer, and what copies (and repacks) the bytes to it."""
-        data = np.ascontiguousarray(data)
-        with self._context(1) as context:
-            kind = ggml_types.facts(type_name).number
-            tensor = self._lib.ggml_new_tensor_2d(context, kind, row_length, len(data))
-            buffer = self._lib.ggml_backend_alloc_ctx_tensors_from_buft(context, buffer_type)
-            if not buffer:
-                raise EdgeDtmError("no memory to check the kernels: close other programs")
-            filled = False
+    def _buffer(self, context: int, buffer_type: int) -> Iterator[None]:
+        """Memory of that kind for all tensors of the context."""
+        buffer = self._lib.ggml_backend_alloc_ctx_tensors_from_buft(context, buffer_type)
+        if not buffer:
+            raise EdgeDtmError("no memory to check the kernels: close other programs")
+        try:
+            yield
+        finally:
+            self._lib.ggml_backend_buffer_free(buffer)
 
-            def fill() -> None:
-                nonlocal filled
-                if not filled:
-                    with self._quiet():
-                        self._lib.ggml_backend_tensor_set(tensor, data.ctypes.data, 0, data.nbytes)
-                filled = True
-
-            try:
-                yield tensor, fill
-            finally:
-                self._lib.ggml_backend_buffer_free(buffer)
-
-    def _multiply(
-        self, weights: int, fill: Callable[[], None], rows: int, x: ggml.FloatArray
+    def _product(
+        self, buffer_type: int, type_name: str, data: ggml.ByteArray, x: ggml.FloatArray
     ) -> ggml.FloatArray | None:
         """The product, or None where this kind of buffer has no layout for such weights."""
         lib = self._lib
-        with self._context(4) as context:
-            inputs = lib.ggml_new_tensor_2d(context, ggml_types.facts("F32").number, *x.shape[::-1])
+        data, x = np.ascontiguousarray(data), np.ascontiguousarray(x)
+        number, float_number = (ggml_types.facts(t).number for t in (type_name, "F32"))
+        with self._context(1) as weights_context, self._context(4) as context:
+            weights = lib.ggml_new_tensor_2d(weights_context, number, x.shape[1], len(data))
+            inputs = lib.ggml_new_tensor_2d(context, float_number, *x.shape[::-1])
             outputs = lib.ggml_mul_mat(context, weights, inputs)
-            if not lib.ggml_backend_dev_supports_op(self._device, outputs):
-                return None
-            graph = lib.ggml_new_graph(context)
-            lib.ggml_build_forward_expand(graph, outputs)
-            buffer = lib.ggml_backend_alloc_ctx_tensors_from_buft(context, self._plain_type)
-            if not buffer:
-                raise EdgeDtmError("no memory to check the kernels: close other programs")
-            try:
-                fill()
-                x = np.ascontiguousarray(x)
-                lib.ggml_backend_tensor_set(inputs, x.ctypes.data, 0, x.nbytes)
-                status = lib.ggml_backend_graph_compute(self._backend, graph)
-                if status:
-                    raise EdgeDtmError(f"ggml could not multiply a matrix (status {status})")
-                out = np.empty((len(x), rows), dtype=np.float32)
-                lib.ggml_backend_tensor_get(outputs, out.ctypes.data, 0, out.nbytes)
-                return out
-            finally:
-                lib.ggml_backend_buffer_free(buffer)
+            with self._buffer(weights_context, buffer_type):
+                if not lib.ggml_backend_dev_supports_op(self._device, outputs):
+                    return None
+                graph = lib.ggml_new_graph(context)
+                lib.ggml_build_forward_expand(graph, outputs)
+                with self._buffer(context, self._plain_type):
+                    with self._quiet():
+                        lib.ggml_backend_tensor_set(weights, data.ctypes.data, 0, data.nbytes)
+                    lib.ggml_backend_tensor_set(inputs, x.ctypes.data, 0, x.nbytes)
+                    if status := lib.ggml_backend_graph_compute(self._backend, graph):
+                        raise EdgeDtmError(f"ggml could not multiply a matrix (status {status})")
+                    out = np.empty((len(x), len(data)), dtype=np.float32)
+                    lib.ggml_backend_tensor_get(outputs, out.ctypes.data, 0, out.nbytes)
+                    return out

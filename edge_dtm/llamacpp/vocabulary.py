@@ -6,7 +6,6 @@ import codecs
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from edge_dtm.core.errors import EdgeDtmError
@@ -32,12 +31,7 @@ class LlamaVocab:
     def __enter__(self) -> LlamaVocab:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -159,15 +159,15 @@ def test_a_wrong_type_is_found(cpu, told, meant):
 
 def test_a_fault_of_one_layout_or_column_count_is_named(mixed, monkeypatch):
     """As issue 22011 of llama.cpp: one kernel of many is wrong."""
-    multiply = CpuBackend._multiply
+    multiply = CpuBackend._product
 
-    def faulty(self, weights, fill, rows, x):
-        product = multiply(self, weights, fill, rows, x)
+    def faulty(self, buffer_type, type_name, data, x):
+        product = multiply(self, buffer_type, type_name, data, x)
         if product is not None and len(x) == 5 and x.shape[1] == 256:
             product[3, 7] *= 1.01
         return product
 
-    monkeypatch.setattr(CpuBackend, "_multiply", faulty)
+    monkeypatch.setattr(CpuBackend, "_product", faulty)
     results = check_kernels(mixed, 1)
     wrong = [r for r in results if not r.ok]
     assert {(r.type, r.columns) for r in wrong} == {(kind, 5) for kind in BLOCKS_OF_256}
@@ -175,15 +175,15 @@ def test_a_fault_of_one_layout_or_column_count_is_named(mixed, monkeypatch):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_no_number_is_never_ok(mixed, monkeypatch, value):
-    multiply = CpuBackend._multiply
+    multiply = CpuBackend._product
 
-    def faulty(self, weights, fill, rows, x):
-        product = multiply(self, weights, fill, rows, x)
+    def faulty(self, buffer_type, type_name, data, x):
+        product = multiply(self, buffer_type, type_name, data, x)
         if product is not None:
             product[0, 0] = value
         return product
 
-    monkeypatch.setattr(CpuBackend, "_multiply", faulty)
+    monkeypatch.setattr(CpuBackend, "_product", faulty)
     results = check_kernels(mixed, 1)
     assert not any(r.ok for r in results)
 
