@@ -1,8 +1,7 @@
 """The head of a GGUF file, read with bounds and little memory.
 
-gguf's own reader makes several Python objects for each token of the vocabulary: 160 MB and seconds
-for 49,152 tokens, more than the model needs to run. It also trusts the file. This one walks over
-the vocabulary and refuses a count or an offset that the file has no room for.
+gguf's own reader takes 160 MB and seconds for a vocabulary of 49,152 tokens, and trusts the file.
+This one walks over the vocabulary and refuses what the file has no room for.
 
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3, little endian.
 """
@@ -11,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -74,7 +73,6 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """EdgeDtmError, in one line, when path is no whole GGUF file of version 3 in little endian."""
-    path = Path(path)
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
@@ -105,8 +103,7 @@ def read_header(path: Path) -> Header:
 def check_gguf(path: Path) -> None:
     """EdgeDtmError, in one line, unless path is a whole GGUF file of a Llama model.
 
-    llama.cpp may abort the process on a broken file, so this looks first: magic, version 3 in
-    little endian, every tensor's data inside the file, architecture llama. Only the head is read:
+    llama.cpp may abort the process on a broken file, so this looks first. Only the head is read:
     nothing of the weights is in memory afterwards.
     """
     name = read_header(path).architecture
@@ -121,13 +118,11 @@ def kv_bytes_per_token(header: Header, kv_type: str) -> int:
     is no number.
     """
     layers, heads = header.integer("block_count") or 0, header.integer("attention.head_count") or 1
-    kv_heads = header.integer("attention.head_count_kv")
-    head_size = header.integer("attention.key_length")
-    if head_size is None:
-        head_size = (header.integer("embedding_length") or 0) // heads
-    if kv_heads is None:
-        kv_heads = heads
-    return 2 * layers * ggml_types.row_bytes(kv_type, kv_heads * head_size)
+    kv_heads, size = (header.integer(f"attention.{key}") for key in ("head_count_kv", "key_length"))
+    if size is None:
+        size = (header.integer("embedding_length") or 0) // heads
+    row_length = (heads if kv_heads is None else kv_heads) * size
+    return 2 * layers * ggml_types.row_bytes(kv_type, row_length)
 
 
 class _Broken(Exception):
@@ -146,10 +141,9 @@ class _Reader:
         self._need(n_tensors * 24 + n_values * 13)
         values: dict[str, Value] = {}
         for _ in range(n_values):
-            key, kind = self._string(), self._number("I")
+            key, value = self._string(), self._value(self._number("I"))
             if key in values:
                 raise _Broken(f"the key {key[:80]!r} is there twice")
-            value = self._value(kind)
             if value is not None:
                 values[key] = value
         tensors = [self._tensor() for _ in range(n_tensors)]
@@ -157,26 +151,24 @@ class _Reader:
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
             raise _Broken(f"its alignment is {str(alignment)[:40]}")
         start = -(-self.at // alignment) * alignment
-        names = [t.name for t in tensors]
-        if len(set(names)) != len(names):
+        if len({t.name for t in tensors}) != len(tensors):
             raise _Broken("two tensors have one name")
-        return values, [
-            TensorInfo(t.name, t.shape, t.type, start + t.offset_bytes, t.size_bytes)
-            for t in tensors
-        ]
+        return values, [replace(t, offset_bytes=start + t.offset_bytes) for t in tensors]
 
     def _tensor(self) -> TensorInfo:
+        """Its offset is from the start of the data."""
         name, n_dims = self._string(), self._number("I")
+        label = f"the tensor {name[:80]!r}"
         if not 1 <= n_dims <= MAX_DIMENSIONS:
-            raise _Broken(f"the tensor {name[:80]!r} has {n_dims} dimensions")
+            raise _Broken(f"{label} has {n_dims} dimensions")
         shape = tuple(self._number("Q") for _ in range(n_dims))
         number, offset = self._number("I"), self._number("Q")
         try:
             ggml_type = ggml_types.by_number(number)
         except EdgeDtmError:
-            raise _Broken(f"the tensor {name[:80]!r} has the unknown type {number}") from None
+            raise _Broken(f"{label} has the unknown type {number}") from None
         if min(shape) < 1 or shape[0] % ggml_type.block_size:
-            raise _Broken(f"the tensor {name[:80]!r} has a shape that {ggml_type.name} cannot have")
+            raise _Broken(f"{label} has a shape that {ggml_type.name} cannot have")
         size = prod(shape) // ggml_type.block_size * ggml_type.block_bytes
         return TensorInfo(name, shape, ggml_type.name, offset, size)
 
@@ -185,26 +177,18 @@ class _Reader:
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
-            return self._number(self._code(kind))
+            return self._number(_code(kind))
         kind, count = self._number("I"), self._number("Q")
         if kind == _STRING:
             self._need(count * 8)
             for _ in range(count):
                 self._skip(self._number("Q"))
             return None
-        code = self._code(kind)
-        item_bytes = struct.calcsize(f"<{code}")
+        item = struct.Struct(f"<{_code(kind)}")
         if count > KEPT_ITEMS:
-            self._skip(count * item_bytes)
+            self._skip(count * item.size)
             return None
-        return struct.unpack(f"<{count}{code}", self._read(count * item_bytes))
-
-    @staticmethod
-    def _code(kind: int) -> str:
-        try:
-            return _NUMBERS[kind]
-        except KeyError:
-            raise _Broken(f"a value has the unknown type {kind}") from None
+        return tuple(value for (value,) in item.iter_unpack(self._read(count * item.size)))
 
     def _string(self) -> str:
         return self._read(self._number("Q")).decode("utf-8", "replace")
@@ -225,8 +209,12 @@ class _Reader:
 
     def _read(self, count: int) -> bytes:
         self._need(count)
-        data = self.file.read(count)
-        if len(data) != count:
-            raise _Broken(f"it ends at byte {self.at + len(data)}")
         self.at += count
-        return data
+        return self.file.read(count)
+
+
+def _code(kind: int) -> str:
+    try:
+        return _NUMBERS[kind]
+    except KeyError:
+        raise _Broken(f"a value has the unknown type {kind}") from None
