@@ -115,8 +115,9 @@ def decoding_rate(path: Path, threads: int) -> Rate:
     prompt = 4
     settings = RunSettings(threads=threads, parallel_sequences=1)
     with LlamaRunner(path, settings, prompt + DECODE_TOKENS) as llama:
-        rates = [llama.measure_speed(prompt, DECODE_TOKENS)[1] for _ in range(REPEATS)]
-    return Rate(threads, tuple(rate * size for rate in rates))
+        llama.time_decoding(prompt, 2)  # the first touch of the weights
+        timings = [llama.time_decoding(prompt, DECODE_TOKENS) for _ in range(REPEATS)]
+    return Rate(threads, tuple(timing.decode_tokens_per_s * size for timing in timings))
 
 
 def read_rate(size_bytes: int, threads: int) -> Rate:

@@ -174,7 +174,7 @@ def _decode_here(words: Sequence[str]) -> None:
 
         def decode(path: Path) -> None:
             with LlamaRunner(path, settings, 32) as llama:
-                llama.measure_speed(16, 2)
+                llama.time_decoding(16, 2)
 
         with Scratch("edge-dtm", Path(tempfile.gettempdir())) as folder:
             for path in _small_models(folder):

@@ -12,46 +12,35 @@ from edge_dtm.formats.record import Mode, Record, RunSettings
 from edge_dtm.formats.reference import PADDING, TOP_K, Reference
 
 
-class RecordArrays:
-    """A record in the making."""
+def empty_record(mode: Mode, reference: Reference, settings: RunSettings) -> Record:
+    """A record of a reference with nothing in it yet, to be filled by `note`."""
+    shape = reference.generated_ids.shape
+    return Record(
+        mode=mode,
+        ids=np.full(shape, PADDING, dtype=np.int32),
+        top_ids=np.full((*shape, TOP_K), PADDING, dtype=np.int32),
+        top_logits=np.zeros((*shape, TOP_K), dtype=np.float32),
+        log_normalizers=np.zeros(shape, dtype=np.float32),
+        reference_log_probabilities=np.full(shape, np.nan, dtype=np.float32),
+        lengths=reference.generated_lengths.astype(np.int32),
+        prefill_tokens_per_s=math.nan,
+        decode_tokens_per_s=math.nan,
+        settings=settings.to_json(),
+    )
 
-    def __init__(self, reference: Reference) -> None:
-        s, n = reference.generated_ids.shape
-        self.ids = np.full((s, n), PADDING, dtype=np.int32)
-        self.top_ids = np.full((s, n, TOP_K), PADDING, dtype=np.int32)
-        self.top_logits = np.zeros((s, n, TOP_K), dtype=np.float32)
-        self.log_normalizers = np.zeros((s, n), dtype=np.float32)
-        self.log_probabilities = np.full((s, n), np.nan, dtype=np.float32)
-        self.lengths = reference.generated_lengths.astype(np.int32)
 
-    def note(
-        self, row: int, target: int, logits: npt.NDArray[np.float32], token: int | None
-    ) -> int:
-        """Store one position; token: the reference's, if its probability is wanted."""
-        ids, values, normalizer = summarize(logits)
-        self.ids[row, target] = ids[0]
-        self.top_ids[row, target] = ids
-        self.top_logits[row, target] = values
-        self.log_normalizers[row, target] = normalizer
-        if token is not None:
-            self.log_probabilities[row, target] = float(logits[token]) - normalizer
-        return int(ids[0])
-
-    def record(
-        self, mode: Mode, prefill_rate: float, decode_rate: float, settings: RunSettings
-    ) -> Record:
-        return Record(
-            mode=mode,
-            ids=self.ids,
-            top_ids=self.top_ids,
-            top_logits=self.top_logits,
-            log_normalizers=self.log_normalizers,
-            reference_log_probabilities=self.log_probabilities,
-            lengths=self.lengths,
-            prefill_tokens_per_s=prefill_rate,
-            decode_tokens_per_s=decode_rate,
-            settings=settings.to_json(),
-        )
+def note(
+    record: Record, row: int, target: int, logits: npt.NDArray[np.float32], token: int | None = None
+) -> int:
+    """Store one position and return its argmax; token: whose probability is wanted."""
+    ids, values, normalizer = summarize(logits)
+    record.ids[row, target] = ids[0]
+    record.top_ids[row, target] = ids
+    record.top_logits[row, target] = values
+    record.log_normalizers[row, target] = normalizer
+    if token is not None:
+        record.reference_log_probabilities[row, target] = float(logits[token]) - normalizer
+    return int(ids[0])
 
 
 def summarize(

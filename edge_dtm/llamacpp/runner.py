@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from edge_dtm.core.files import Advance
 from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.formats.reference import TOP_K, Reference
 from edge_dtm.llamacpp import llama
-from edge_dtm.llamacpp.record_arrays import RecordArrays
+from edge_dtm.llamacpp.record_arrays import empty_record, note
 from edge_dtm.llamacpp.schedule import Step, calls, chunks, prompt_steps, steps_of
 
 Observer = Callable[[int, int, npt.NDArray[np.float32]], None]
@@ -52,13 +52,10 @@ class LlamaRunner:
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
-        self.path = Path(path)
+        self.path = path
         self.settings = settings
         self.context_tokens = context_tokens
-        lib = llama.library()
-        self._lib = lib
-        if context_tokens < 1:
-            raise EdgeDtmError(f"context_tokens is {context_tokens}, needs to be 1 or more")
+        self._lib = lib = llama.library()
         kv_type = getattr(lib, f"GGML_TYPE_{settings.kv_type}", None)
         if kv_type is None:
             raise EdgeDtmError(f"{settings.kv_type!r} is no GGML type; take F16 as kv_type")
@@ -73,11 +70,8 @@ class LlamaRunner:
             params.n_ubatch = min(settings.micro_batch_tokens, settings.batch_tokens)
             params.n_seq_max = settings.sequences_per_call
             params.n_threads = params.n_threads_batch = settings.threads
-            params.flash_attn_type = (
-                lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
-                if settings.flash_attention
-                else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            )
+            flash_attention = "ENABLED" if settings.flash_attention else "DISABLED"
+            params.flash_attn_type = getattr(lib, f"LLAMA_FLASH_ATTN_TYPE_{flash_attention}")
             params.type_k = params.type_v = kv_type
             params.offload_kqv = params.op_offload = False
             params.no_perf = True
@@ -89,11 +83,8 @@ class LlamaRunner:
                     f"{llama.error_text()}; lower the context or change kv_type"
                 )
             self._batch = lib.llama_batch_init(settings.batch_tokens, 0, 1)
-            size = (settings.batch_tokens,)
-            self._tokens = np.ctypeslib.as_array(self._batch.token, shape=size)
-            self._positions = np.ctypeslib.as_array(self._batch.pos, shape=size)
-            self._wanted = np.ctypeslib.as_array(self._batch.logits, shape=size)
-            np.ctypeslib.as_array(self._batch.n_seq_id, shape=size)[:] = 1
+            for i in range(settings.batch_tokens):
+                self._batch.n_seq_id[i] = 1
             self._memory = lib.llama_get_memory(self._context)
             vocab = lib.llama_model_get_vocab(self._model)
             self.n_vocab = int(lib.llama_vocab_n_tokens(vocab))
@@ -112,8 +103,6 @@ class LlamaRunner:
     def close(self) -> None:
         """Free batch, context and model; a second call does nothing."""
         if self._batch is not None:
-            # The arrays are views of memory that is about to be freed.
-            self._tokens = self._positions = self._wanted = np.empty(0)
             self._lib.llama_batch_free(self._batch)
             self._batch = None
         if self._context:
@@ -132,14 +121,12 @@ class LlamaRunner:
         """Feed the reference's own tokens and note the argmax at every generated position.
 
         Short sequences share decode calls (see `calls`). progress: called with the tokens done
-        since its last call, replay_tokens() in all, those that were still in the cache
-        included.
-        observe: called with row, position and all logits float32 (V,), which are valid during the
-        call only; for what a Record does not hold.
+        since its last call, replay_tokens() in all, those that were still in the cache included.
+        observe: called with row, position and all logits float32 (V,), valid during the call only.
         EdgeDtmError when a sequence does not fit the context or the vocabulary.
         """
         self._check(reference)
-        out = RecordArrays(reference)
+        record = empty_record("teacher_forced", reference, self.settings)
         seconds, count = 0.0, 0
         self._lib.llama_memory_clear(self._memory, False)
         width, most = self.settings.sequences_per_call, self.settings.batch_tokens
@@ -157,13 +144,13 @@ class LlamaRunner:
                     if step.target >= 0:
                         logits = self._logits(i)
                         token = int(reference.generated_ids[step.row, step.target])
-                        out.note(step.row, step.target, logits, token)
+                        note(record, step.row, step.target, logits, token)
                         if observe:
                             observe(step.row, step.target, logits)
                 if progress:
                     progress(len(chunk) + cached)
                 cached = 0
-        return out.record("teacher_forced", _rate(count, seconds), math.nan, self.settings)
+        return replace(record, prefill_tokens_per_s=_rate(count, seconds))
 
     def greedy(self, reference: Reference, progress: Advance | None = None) -> Record:
         """Decode greedily behind each prompt, one token a call, as often as the reference did.
@@ -172,35 +159,25 @@ class LlamaRunner:
         progress and errors as in teacher_forced.
         """
         self._check(reference)
-        out = RecordArrays(reference)
+        record = empty_record("generate", reference, self.settings)
         seconds, count = [0.0, 0.0], [0, 0]  # prefill, decode
         for row in range(len(reference)):
             self._lib.llama_memory_clear(self._memory, False)
             prompt = reference.prompt(row)
-            steps = prompt_steps(prompt)
-            for chunk in chunks(steps, self.settings.batch_tokens):
+            for chunk in chunks(prompt_steps(prompt), self.settings.batch_tokens):
                 seconds[0] += self._decode(chunk)
                 count[0] += len(chunk)
-                last = len(chunk) - 1
                 if progress:
                     progress(len(chunk))
-            token = out.note(row, 0, self._logits(last), None)
+            token = note(record, row, 0, self._logits(len(chunk) - 1))
             for target in range(1, int(reference.generated_lengths[row])):
                 seconds[1] += self._decode([Step(token, len(prompt) + target - 1, target=target)])
                 count[1] += 1
-                token = out.note(row, target, self._logits(0), None)
+                token = note(record, row, target, self._logits(0))
                 if progress:
                     progress(1)
-        rates = _rate(count[0], seconds[0]), _rate(count[1], seconds[1])
-        return out.record("generate", *rates, self.settings)
-
-    def measure_speed(
-        self, prompt_tokens: int = 128, decode_tokens: int = 32
-    ) -> tuple[float, float]:
-        """Prefill and decode speed in tokens per second, after one unmeasured round."""
-        self.time_decoding(min(prompt_tokens, 16), min(decode_tokens, 2))
-        timing = self.time_decoding(prompt_tokens, decode_tokens)
-        return timing.prefill_tokens_per_s, timing.decode_tokens_per_s
+        prefill, decode = map(_rate, count, seconds)
+        return replace(record, prefill_tokens_per_s=prefill, decode_tokens_per_s=decode)
 
     def time_decoding(
         self,
@@ -252,14 +229,13 @@ class LlamaRunner:
 
     def _decode(self, steps: Sequence[Step]) -> float:
         """Run one call and return its seconds."""
-        n = len(steps)
         batch = self._batch
-        self._tokens[:n] = [s.token for s in steps]
-        self._positions[:n] = [s.position for s in steps]
-        self._wanted[:n] = [s.target >= 0 for s in steps]
+        batch.n_tokens = len(steps)
         for i, step in enumerate(steps):
+            batch.token[i] = step.token
+            batch.pos[i] = step.position
             batch.seq_id[i][0] = step.slot
-        batch.n_tokens = n
+            batch.logits[i] = step.target >= 0
         llama.last_errors.clear()
         start = time.perf_counter()
         code = self._lib.llama_decode(self._context, batch)

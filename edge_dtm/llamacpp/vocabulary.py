@@ -23,6 +23,7 @@ class LlamaVocab:
     """
 
     def __init__(self, path: Path, *, pre: str | None = None) -> None:
+        self._model: Any = None
         self._lib: Any = llama.library()
         self._model = llama.load_model(path, vocab_only=True, pre=pre)
         self._vocab = self._lib.llama_model_get_vocab(self._model)
@@ -38,11 +39,9 @@ class LlamaVocab:
         """Free the vocabulary; harmless when done before."""
         if self._model:
             self._lib.llama_model_free(self._model)
-            self._model = self._vocab = None
+            self._model = None
 
-    def __del__(self) -> None:
-        if getattr(self, "_model", None):
-            self.close()
+    __del__ = close
 
     @property
     def bos_id(self) -> int | None:
@@ -91,15 +90,11 @@ class LlamaVocab:
             after_special = special
         return b"".join(out).decode("utf-8", errors="replace")
 
-    def _piece(self, token: int) -> bytes:
-        room = 64
-        for _ in range(2):
-            buffer = ctypes.create_string_buffer(room)
-            count = self._lib.llama_token_to_piece(self._vocab, token, buffer, room, 0, True)
-            if count >= 0:
-                return buffer.raw[:count]
-            room = -count
-        raise EdgeDtmError(f"llama.cpp cannot turn token {token} into text")
+    def _piece(self, token: int, room: int = 64) -> bytes:
+        buffer = ctypes.create_string_buffer(room)
+        count = self._lib.llama_token_to_piece(self._vocab, token, buffer, room, 0, True)
+        # A negative count is the room that it needs.
+        return buffer.raw[:count] if count >= 0 else self._piece(token, -count)
 
     def texts(self, tokens: Sequence[int]) -> list[str]:
         """One text a token, which joined are the whole.

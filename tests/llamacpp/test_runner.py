@@ -140,11 +140,11 @@ def test_record_survives_saving(tiny_gguf: Path, tiny_reference: Reference, tmp_
 
 def test_speed_is_measured(tiny_gguf: Path) -> None:
     with LlamaRunner(tiny_gguf, RunSettings(threads=1), 160) as llama:
-        prefill, decode = llama.measure_speed()
-        assert prefill > 0
-        assert decode > 0
+        timing = llama.time_decoding(128, 32)
+        assert timing.prefill_tokens_per_s > 0 and timing.decode_tokens_per_s > 0
+        assert len(timing.decode_s) == 32
         with pytest.raises(EdgeDtmError, match="do not fit"):
-            llama.measure_speed(200, 32)
+            llama.time_decoding(200, 32)
 
 
 def test_what_does_not_fit_is_refused(tiny_gguf: Path, tiny_reference: Reference) -> None:
