@@ -13,12 +13,10 @@ what is left is rounding of float32 sums, and the limit can be strict:
 
     error = |ggml - exact| / sum |weight * activation|, the worst over rows and columns.
 
-- 1e-5: n float32 additions err by at most n 2^-24 of that sum, in practice by about 1e-7, on
-  AVX2 as on emulated Cortex-A72 and A76 (the kernels keep several partial sums). Types with an offset (Q4_1, Q4_K and the like) subtract two
-  numbers a few times larger.
+- 1e-5: n float32 additions err by at most n 2^-24 of that sum, in practice by about 1e-7. Types
+  with an offset (Q4_1, Q4_K and the like) subtract two numbers a few times larger.
 - F16, 1e-3: ARM kernels may add up in half precision; 3e-4 on an emulated Cortex-A76.
-- KleidiAI's layouts, 5e-3: they round activations and Q8_0 weights once more, in a way of their
-  own.
+- KleidiAI's layouts, 5e-3: they round activations and Q8_0 weights once more.
 
 The whole product is about 1 / sqrt(n) of that sum: a kernel that computes something else is off
 by 0.01 or more at n = 8192, a single wrong scale of a block by 32 / n, and one wrong weight by
@@ -55,8 +53,8 @@ _SEED = 22011
 class KernelResult:
     """One kernel's worst relative error (see the module) on some rows of one real matrix.
 
-    path: "plain", the file's own layout, or "repacked", that of `buffer`, which is ggml's name of
-    the kind of memory the weights were in. relative_error is inf where ggml gave no finite number.
+    path: "plain", the file's own layout, or "repacked", that of `buffer`, ggml's name of the kind
+    of memory the weights were in. relative_error is inf where ggml gave no finite number.
     """
 
     type: str
@@ -81,22 +79,23 @@ def check_kernels(path: Path, threads: int) -> list[KernelResult]:
     EdgeDtmError when the file is no whole GGUF, has no matrix, or has a type that gguf-py cannot
     decode.
     """
-    results: list[KernelResult] = []
-    done: set[tuple[str, int, int]] = set()
-    with CpuBackend(threads) as cpu:
-        for tensor in read_header(path).tensors:
-            if len(tensor.shape) != 2:
-                continue
+    # One matrix of each kind. An odd vocabulary is not repacked, while others of its type are.
+    kinds: dict[tuple[str, int, int], TensorInfo] = {}
+    for tensor in read_header(path).tensors:
+        if len(tensor.shape) == 2:
             row_length, rows = tensor.shape
-            # An odd vocabulary is not repacked, while other matrices of its type are.
-            key = (tensor.type, row_length, rows % _GROUP)
-            if key not in done:
-                done.add(key)
-                data = _some_data(path, tensor)
-                name = tensor.name.removesuffix(".weight")
-                results += check_rows(cpu, name, tensor.type, data, decode(tensor.type, data))
-    if not results:
+            kinds.setdefault((tensor.type, row_length, rows % _GROUP), tensor)
+    if not kinds:
         raise EdgeDtmError(f"{path} has no weight matrix: it is no model; compress one")
+    results: list[KernelResult] = []
+    with CpuBackend(threads) as cpu:
+        for tensor in kinds.values():
+            rows = tensor.shape[1]
+            shape = (rows, tensor.size_bytes // rows)
+            whole = np.memmap(path, np.uint8, "r", tensor.offset_bytes, shape)
+            data = np.array(whole[_some_rows(rows)])
+            name = tensor.name.removesuffix(".weight")
+            results += check_rows(cpu, name, tensor.type, data, decode(tensor.type, data))
     return results
 
 
@@ -127,22 +126,20 @@ def check_rows(
     x = activations(max(COLUMNS), row_length)
     exact = x.astype(np.float64) @ weights.T.astype(np.float64)
     scale = np.abs(x).astype(np.float64) @ np.abs(weights).T.astype(np.float64)
-    results = []
-    for buffer, number, product in cpu.products(type_name, data, x, COLUMNS):
-        results.append(
-            KernelResult(
-                type=type_name,
-                path="plain" if buffer == cpu.plain else "repacked",
-                buffer=buffer,
-                columns=number,
-                rows=rows,
-                row_length=row_length,
-                component=component,
-                relative_error=_relative_error(product, exact[:number], scale[:number]),
-                tolerance=_tolerance(type_name, buffer),
-            )
+    return [
+        KernelResult(
+            type=type_name,
+            path="plain" if buffer == cpu.plain else "repacked",
+            buffer=buffer,
+            columns=number,
+            rows=rows,
+            row_length=row_length,
+            component=component,
+            relative_error=_relative_error(product, exact[:number], scale[:number]),
+            tolerance=_tolerance(type_name, buffer),
         )
-    return results
+        for buffer, number, product in cpu.products(type_name, data, x, COLUMNS)
+    ]
 
 
 def activations(columns: int, row_length: int) -> ggml.FloatArray:
@@ -167,14 +164,6 @@ def _some_rows(rows: int) -> npt.NDArray[np.int64]:
     whole's, so that a layout that needs whole groups of rows is taken if it is for the whole."""
     count = rows if rows <= MAX_ROWS else MAX_ROWS - _GROUP + rows % _GROUP
     return np.arange(count, dtype=np.int64) * rows // count
-
-
-def _some_data(path: Path, matrix: TensorInfo) -> ggml.ByteArray:
-    """The bytes of some rows, uint8 (rows, row_bytes)."""
-    rows = matrix.shape[1]
-    shape = (rows, matrix.size_bytes // rows)
-    whole = np.memmap(path, np.uint8, "r", matrix.offset_bytes, shape)
-    return np.array(whole[_some_rows(rows)])
 
 
 def _relative_error(

@@ -219,9 +219,9 @@ class LlamaRunner:
                 f"{long.size} sequences do not fit the context of {self.context_tokens} tokens "
                 f"(first: number {long[0] + 1} needs {needed[long[0]]}): raise the context"
             )
+        known = range(self.n_vocab)
         for row in range(len(reference)):
-            ids = reference.prompt(row) + reference.generated(row)
-            if min(ids) < 0 or max(ids) >= self.n_vocab:
+            if any(i not in known for i in reference.prompt(row) + reference.generated(row)):
                 raise EdgeDtmError(
                     f"{self.path}: sequence {row + 1} has token ids outside the vocabulary of "
                     f"{self.n_vocab}: model and reference do not belong together"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from edge_dtm.formats.reference import Reference
 
@@ -13,8 +15,8 @@ BEGINNING_TOKENS = 16  # those that sequences are sorted by, so that neighbours 
 
 
 class Step(NamedTuple):
-    """One token of a decode call; slot: its sequence in the KV cache; row: of the reference; target:
-    its index in the generated tokens, -1 if its logits are not wanted."""
+    """One token of a decode call. slot: its sequence in the KV cache; row: of the reference;
+    target: its index in the generated tokens, -1 if its logits are not wanted."""
 
     token: int
     position: int
@@ -24,8 +26,7 @@ class Step(NamedTuple):
 
 
 class Feed(NamedTuple):
-    """A sequence in a call. slot: where in the KV cache; cached: how many of its tokens, from the
-    first on, lie there already, from the sequence before."""
+    """A sequence in a call. cached: how many of its first tokens lie in the slot already."""
 
     row: int
     slot: int
@@ -36,40 +37,41 @@ def calls(reference: Reference, batch_tokens: int, sequences: int) -> Iterator[l
     """The sequences of each call; each row is in one call.
 
     As many as `sequences` share a call if they fit into batch_tokens; one that is longer has a
-    call of its own, to be fed in chunks. Tokens that the slot's sequence before began with stay in
-    the cache, up to where logits are wanted; so neighbours should begin alike (a chat template's
-    beginning is fed once a slot) and have about one length, since llama.cpp feeds equal lengths at
-    once.
+    call of its own, to be fed in chunks. What a slot's sequence shares with the one before stays in
+    the cache, up to where logits are wanted; so neighbours should begin alike and have about one
+    length, since llama.cpp feeds equal lengths at once.
     """
-    fed = [reference.prompt(row) + reference.generated(row)[:-1] for row in range(len(reference))]
+    fed = [_fed(reference, row) for row in range(len(reference))]
     slots: list[list[int]] = [[] for _ in range(sequences)]
-    order = sorted(range(len(fed)), key=lambda row: (fed[row][:BEGINNING_TOKENS], len(fed[row])))
+
+    def cached(row: int, slot: int) -> int:
+        before_wanted = fed[row][: int(reference.prompt_lengths[row]) - 1]
+        pairs = zip(slots[slot], before_wanted, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
     call: list[Feed] = []
     size = 0
-    for row in order:
-        cached = _cached(reference, row, slots[len(call) % sequences], fed[row])
-        if call and (len(call) == sequences or size + len(fed[row]) - cached > batch_tokens):
+    for row in sorted(range(len(fed)), key=lambda r: (fed[r][:BEGINNING_TOKENS], len(fed[r]))):
+        slot, length = len(call), len(fed[row])
+        if slot == sequences or (call and size + length - cached(row, slot) > batch_tokens):
             yield call
-            call, size = [], 0
-            cached = _cached(reference, row, slots[0], fed[row])
-        slots[len(call)] = fed[row]
-        call.append(Feed(row, len(call), cached))
-        size += len(fed[row]) - cached
+            call, size, slot = [], 0, 0
+        call.append(Feed(row, slot, cached(row, slot)))
+        size += length - call[-1].cached
+        slots[slot] = fed[row]
     if call:
         yield call
 
 
-def _cached(reference: Reference, row: int, slot: Sequence[int], tokens: Sequence[int]) -> int:
-    """How many tokens in front of the first wanted logits `slot` has already."""
-    first = int(reference.prompt_lengths[row]) - 1
-    pairs = zip(slot, tokens[:first], strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(slot), first))
+def _fed(reference: Reference, row: int) -> list[int]:
+    """All tokens of a sequence but the last, behind which nothing is wanted."""
+    return reference.prompt(row) + reference.generated(row)[:-1]
 
 
 def steps_of(reference: Reference, feed: Feed) -> list[Step]:
     """The tokens of a feed that the cache does not have yet."""
     row, slot, cached = feed
-    tokens = reference.prompt(row) + reference.generated(row)[:-1]
+    tokens = _fed(reference, row)
     first = int(reference.prompt_lengths[row]) - 1
     return [
         Step(tokens[i], i, slot, row, i - first if i >= first else -1)
@@ -89,14 +91,13 @@ def chunks(steps: Sequence[Step], size: int) -> Iterator[Sequence[Step]]:
 
 def replay_tokens(reference: Reference) -> int:
     """Tokens that teacher_forced or greedy feeds, the total that progress adds up to."""
-    return int(
-        reference.prompt_lengths.sum(dtype=np.int64)
-        + reference.generated_lengths.sum(dtype=np.int64)
-        - len(reference)
-    )
+    return int(_lengths(reference).sum()) - len(reference)
 
 
 def context_needed(reference: Reference) -> int:
     """Tokens of the longest sequence, prompt and generated ones together."""
-    lengths = reference.prompt_lengths.astype(np.int64) + reference.generated_lengths
-    return int(lengths.max()) if len(reference) else 1
+    return int(_lengths(reference).max(initial=1))
+
+
+def _lengths(reference: Reference) -> npt.NDArray[np.int64]:
+    return reference.prompt_lengths.astype(np.int64) + reference.generated_lengths
