@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ LIMIT_BYTES = 16 * 2**20  # of a file; a thousand times what verify writes
 MAX_DEPTH = 32  # our own files have less than ten
 MAX_DIGITS = 20  # 2^64
 _SHOWN = 20
-_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def loads(data: bytes) -> Any:
@@ -27,20 +25,20 @@ def loads(data: bytes) -> Any:
     text = data.decode()
     try:
         tree = json.loads(text, parse_int=_integer, parse_float=_real, parse_constant=_no_constant)
+        too_deep = _depth(tree) > MAX_DEPTH
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    level, depth = [tree], 0
-    while level := [node for node in level if isinstance(node, (dict, list))]:
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise ValueError("it is nested too deeply")
-        level = [
-            child for node in level for child in (node.values() if isinstance(node, dict) else node)
-        ]
-    if _HALF_CHARACTER.search(text):
-        # UnicodeEncodeError, a ValueError, unless the halves are pairs.
-        json.dumps(tree, ensure_ascii=False).encode()
+        too_deep = True
+    if too_deep:
+        raise ValueError("it is nested too deeply")
+    # UnicodeEncodeError, a ValueError, for half a character.
+    json.dumps(tree, ensure_ascii=False).encode()
     return tree
+
+
+def _depth(node: Any) -> int:
+    if not isinstance(node, (dict, list)):
+        return 0
+    return 1 + max(map(_depth, node.values() if isinstance(node, dict) else node), default=0)
 
 
 def read(path: Path) -> Any:

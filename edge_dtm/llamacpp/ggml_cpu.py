@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +12,7 @@ import numpy as np
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats import ggml_types
-from edge_dtm.llamacpp import ggml
-from edge_dtm.llamacpp.llama import LOG_VARIABLE
+from edge_dtm.llamacpp import ggml, llama
 
 _CPU_DEVICE = 0  # enum ggml_backend_dev_type
 
@@ -55,8 +53,6 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_graph_overhead": (_SIZE, []),
 }
 
-_SILENCE = ctypes.CFUNCTYPE(None, _INT, ctypes.c_char_p, _POINTER)(lambda level, text, data: None)
-
 
 class CpuBackend:
     """ggml's CPU backend, used as llama.cpp uses it: weights in a kind of buffer, then a graph.
@@ -66,6 +62,7 @@ class CpuBackend:
 
     def __init__(self, threads: int) -> None:
         """EdgeDtmError when the library has no CPU backend."""
+        llama.redirect_log(llama.library())  # ggml says on stderr what it repacks
         base = Path(ggml.library()._name)
         # The registry; dlsym on its handle also finds what is in the libraries it links.
         registry = base.with_name(base.name.replace("ggml-base", "ggml"))
@@ -120,20 +117,6 @@ class CpuBackend:
         address: int | None = self._lib.ggml_backend_reg_get_proc_address(registry, name.encode())
         return address
 
-    @contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """ggml says on stderr what it repacks; the log is the process's, so it is given back."""
-        if os.environ.get(LOG_VARIABLE) == "1" or not hasattr(self._lib, "ggml_log_get"):
-            yield
-            return
-        callback, user_data = _POINTER(), _POINTER()
-        self._lib.ggml_log_get(ctypes.byref(callback), ctypes.byref(user_data))
-        self._lib.ggml_log_set(_SILENCE, None)
-        try:
-            yield
-        finally:
-            self._lib.ggml_log_set(callback, user_data)
-
     def _extra_types(self) -> list[int]:
         """Kinds of buffer that repack weights; none where the CPU has no use for it."""
         address = self._procedure("ggml_backend_dev_get_extra_bufts")
@@ -182,8 +165,7 @@ class CpuBackend:
                 graph = lib.ggml_new_graph(context)
                 lib.ggml_build_forward_expand(graph, outputs)
                 with self._buffer(context, self._plain_type):
-                    with self._quiet():
-                        lib.ggml_backend_tensor_set(weights, data.ctypes.data, 0, data.nbytes)
+                    lib.ggml_backend_tensor_set(weights, data.ctypes.data, 0, data.nbytes)
                     lib.ggml_backend_tensor_set(inputs, x.ctypes.data, 0, x.nbytes)
                     if status := lib.ggml_backend_graph_compute(self._backend, graph):
                         raise EdgeDtmError(f"ggml could not multiply a matrix (status {status})")

@@ -15,7 +15,6 @@ from edge_dtm.core.errors import EdgeDtmError
 
 LOG_VARIABLE = "EDGE_DTM_LLAMA_LOG"  # 1: show llama.cpp's log on stderr
 _LOG_LEVEL_ERROR, _LOG_LEVEL_CONTINUE = 4, 5  # enum ggml_log_level
-_PRE_KEY = b"tokenizer.ggml.pre"
 last_errors: deque[str] = deque(maxlen=3)  # llama.cpp's own last error lines
 
 
@@ -36,13 +35,14 @@ def runtime_info() -> dict[str, Any]:
 
 @cache
 def library() -> Any:
-    """llama_cpp's low-level module, its log redirected; the callback lives as long as the cache."""
+    """llama_cpp's low-level module, its log and ggml's redirected."""
     try:
-        from llama_cpp import llama_cpp as lib
+        from llama_cpp import llama_cpp
     except ImportError as error:
         raise EdgeDtmError(
             f"llama-cpp-python cannot be imported ({error}): pip install llama-cpp-python"
         ) from None
+    lib: Any = llama_cpp
     last_level = 0
 
     def log(level: int, text: bytes, user_data: object) -> None:
@@ -54,12 +54,16 @@ def library() -> Any:
         if os.environ.get(LOG_VARIABLE) == "1":
             sys.stderr.write(line)
 
-    module: Any = lib
-    callback = module.llama_log_callback(log)
-    module.llama_log_set(callback, ctypes.c_void_p(0))
-    module.edge_dtm_log_callback = callback  # ctypes does not keep it alive
-    module.llama_backend_init()
-    return module
+    lib.edge_dtm_log = lib.llama_log_callback(log)  # ctypes does not keep it alive
+    redirect_log(lib)
+    lib.llama_backend_init()
+    return lib
+
+
+def redirect_log(lib: Any) -> None:
+    """Again, since whoever else loaded a model in this process may have redirected the log."""
+    lib.llama_log_set(lib.edge_dtm_log, ctypes.c_void_p(0))
+    last_errors.clear()
 
 
 def load_model(
@@ -71,8 +75,7 @@ def load_model(
     EdgeDtmError with llama.cpp's own words when it refuses the file.
     """
     lib = library()
-    # Whoever else loaded a model in this process may have redirected the log since.
-    lib.llama_log_set(lib.edge_dtm_log_callback, ctypes.c_void_p(0))
+    redirect_log(lib)
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
     params.vocab_only = vocab_only
@@ -85,11 +88,10 @@ def load_model(
         params.use_mmap = not repack
     overrides = (lib.llama_model_kv_override * 2)()  # an empty key ends the list
     if pre is not None:
-        overrides[0].key = _PRE_KEY
+        overrides[0].key = b"tokenizer.ggml.pre"
         overrides[0].tag = lib.LLAMA_KV_OVERRIDE_TYPE_STR
         overrides[0].value.val_str = pre.encode()
         params.kv_overrides = overrides
-    last_errors.clear()
     model = lib.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         reason = error_text() or " (set EDGE_DTM_LLAMA_LOG=1 to see its log)"

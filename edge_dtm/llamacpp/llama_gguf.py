@@ -52,3 +52,11 @@ def llama_writer(path: Path, shape: LlamaShape, name: str | None = None) -> gguf
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("none")
     return writer
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write what the writer was given, and close the file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from edge_dtm.core.metrics import top_kl
 from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.formats.reference import HELD_OUT, TOP_K, Reference
-from edge_dtm.llamacpp.llama_gguf import LlamaShape, llama_writer
+from edge_dtm.llamacpp.llama_gguf import LlamaShape, finish, llama_writer
 from edge_dtm.llamacpp.runner import LlamaRunner
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, VOCAB = 128, 2, 4, 2, 256, 256
@@ -54,10 +54,7 @@ def write(path: Path) -> None:
         norm(f"blk.{layer}.ffn_norm", 1)
         for name, (rows, columns) in SHAPE.matrices().items():
             matrix(f"blk.{layer}.{name}", rows, columns)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 def sequences() -> Reference:

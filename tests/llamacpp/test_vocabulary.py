@@ -9,6 +9,7 @@ import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.llamacpp.llama_gguf import LlamaShape, finish, llama_writer
 from edge_dtm.llamacpp.vocabulary import LlamaVocab, tokenize
 
 WORDS = ["Ġhello", "ĊĊ", "ðŁĺ", "naÃ¯ve", "<|im_start|>", "<0x41>"]
@@ -24,14 +25,7 @@ def bpe_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokens = [*alphabet, *WORDS]
     types = [gguf.TokenType.NORMAL] * len(tokens)
     types[tokens.index("<|im_start|>")] = gguf.TokenType.CONTROL
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_vocab_size(len(tokens))
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(32)
-    writer.add_head_count(1)
-    writer.add_layer_norm_rms_eps(1e-5)
+    writer = llama_writer(path, LlamaShape(32, 1, 1, 1, 32, len(tokens), 64))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
@@ -40,10 +34,7 @@ def bpe_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     writer.add_tensor("token_embd.weight", np.zeros((len(tokens), 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 
