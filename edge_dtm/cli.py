@@ -7,13 +7,10 @@ from typing import Any
 import click
 
 from edge_dtm import __version__
-from edge_dtm.commands import compress, device, doctor, pack, performance, plan, profiles, show
-from edge_dtm.commands.common import EXIT_ERROR, EXIT_USAGE, EXIT_VERIFIED_AND_FAILED, Bytes
+from edge_dtm.commands import compress, device, machine, pack, show
 from edge_dtm.core.errors import EdgeDtmError
 
-__all__ = ["EXIT_ERROR", "EXIT_USAGE", "EXIT_VERIFIED_AND_FAILED", "Bytes", "main", "run"]
-
-
+EXIT_ERROR = 1
 _HOST_ONLY = ("torch", "transformers", "safetensors", "matplotlib", "sentencepiece")
 
 
@@ -23,29 +20,29 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except EdgeDtmError as error:
-            click.echo(f"error: {error}", err=True)
+        except (EdgeDtmError, OSError, MemoryError, ImportError) as error:
+            click.echo(f"error: {_in_words(error)}", err=True)
             ctx.exit(EXIT_ERROR)
-        except OSError as error:
+
+
+def _in_words(error: Exception) -> str:
+    match error:
+        case OSError():
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"error: {where}{error.strerror or error}", err=True)
-            ctx.exit(EXIT_ERROR)
-        except MemoryError:
-            click.echo("error: memory ran out: stop other programs, or raise the limit", err=True)
-            ctx.exit(EXIT_ERROR)
-        except ImportError as error:
-            if (error.name or "").split(".")[0] in _HOST_ONLY:
-                words = f"this command needs {error.name}: pip install 'edge-dtm[host]'"
-            else:
-                words = (
-                    f"a library cannot be loaded ({' '.join(str(error).split())}): install "
-                    "edge-dtm again, or free memory"
-                )
-            click.echo(f"error: {words}", err=True)
-            ctx.exit(EXIT_ERROR)
+            return f"{where}{error.strerror or error}"
+        case MemoryError():
+            return "memory ran out: stop other programs, or raise the limit"
+        case ImportError() if (error.name or "").split(".")[0] in _HOST_ONLY:
+            return f"this command needs {error.name}: pip install 'edge-dtm[host]'"
+        case ImportError():
+            reason = " ".join(str(error).split())
+            return f"a library cannot be loaded ({reason}): install edge-dtm again, or free memory"
+    return str(error)
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
+)
 @click.version_option(__version__, prog_name="edge-dtm")
 def main() -> None:
     """Compress a Llama model so that it still says the same words, and verify that on the device.
@@ -61,6 +58,20 @@ def run() -> None:
     shielded(lambda: main(prog_name="edge-dtm"))
 
 
-for _module in (compress, plan, pack, device, doctor, performance, show, profiles):
-    for _command in _module.COMMANDS:
-        main.add_command(_command)
+for _command in (
+    compress.compress,
+    device.verify,
+    device.measure,
+    machine.bench,
+    machine.doctor,
+    machine.profiles,
+    pack.keygen,
+    pack.pack,
+    pack.recipe,
+    pack.unpack,
+    show.compare,
+    show.frontier,
+    show.inspect,
+    show.report,
+):
+    main.add_command(_command)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from click.testing import CliRunner, Result
 
-from edge_dtm.cli import EXIT_ERROR, EXIT_USAGE, main
+from edge_dtm.cli import EXIT_ERROR, main
+
+EXIT_USAGE = 2  # click's own
 
 
 def run(*arguments: str | Path) -> Result:

@@ -45,8 +45,7 @@ def _contexts(
     command: click.Command, name: str, parent: click.Context | None = None
 ) -> Iterator[click.Context]:
     """Of a command and of all below it; groups before members."""
-    # show_default: click leaves defaults out otherwise, where the option does not ask for it.
-    context = click.Context(command, parent, name, show_default=True, **command.context_settings)
+    context = click.Context(command, parent, name, **command.context_settings)
     yield context
     if isinstance(command, click.Group):
         for member, inner in sorted(command.commands.items()):

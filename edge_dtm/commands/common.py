@@ -1,24 +1,27 @@
-"""Parameter types, exit codes and files that several commands share."""
+"""Parameter types, options and files that several commands share."""
 
 from __future__ import annotations
 
 import functools
 import os
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from edge_dtm.core.errors import EdgeDtmError
 
-if TYPE_CHECKING:
-    from edge_dtm.formats.profile import DeviceProfile
-
-EXIT_ERROR, EXIT_USAGE, EXIT_VERIFIED_AND_FAILED = 1, 2, 3
 PATH = click.Path(path_type=Path)
+THREADS = click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads [default: all cores]."
+)
+
+
+def json_option(what: str) -> Callable[[Any], Any]:
+    return click.option("--json", "json_file", type=PATH, help=f"Also write {what} as JSON.")
 
 
 class Bytes(click.ParamType[int]):
@@ -27,14 +30,10 @@ class Bytes(click.ParamType[int]):
     name = "bytes"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        text, factor = str(value).strip(), 1
-        if text and text[-1].upper() in "KMG":
-            factor = {"K": 10**3, "M": 10**6, "G": 10**9}[text[-1].upper()]
-            text = text[:-1]
+        text = str(value).strip().upper()
+        factor = {"K": 10**3, "M": 10**6, "G": 10**9}.get(text[-1:], 1)
         try:
-            number = float(text) * factor
+            number = float(text if factor == 1 else text[:-1]) * factor
         except ValueError:
             self.fail(f"{value!r} is no size: write 105000000, 105M or 4.2G", param, ctx)
         if not 0 < number < 2**63:
@@ -64,30 +63,24 @@ class Types(click.ParamType[tuple[str, ...]]):
         return names
 
 
-class Profile(click.ParamType["DeviceProfile"]):
-    """A device profile: the name of a packaged one, or a .toml file."""
+class Loaded(click.ParamType[Any]):
+    """What a function, `package.module:function`, makes of the text."""
 
-    name = "profile"
+    def __init__(self, name: str, function: str) -> None:
+        self.name = name
+        self._function = function
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> DeviceProfile:
-        from edge_dtm.formats.profile import load_profile
-
-        return load_profile(str(value))
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return pkgutil.resolve_name(self._function)(value)
 
 
-class TrustedKeys(click.ParamType["Mapping[str, Any]"]):
-    """A folder of .pub files, read: key id -> public key."""
-
-    name = "path"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Mapping[str, Any]:
-        from edge_dtm.formats.signing import load_trusted
-
-        return load_trusted(Path(value))
+PROFILE = Loaded("profile", "edge_dtm.formats.profile:load_profile")
+TRUSTED_KEYS = click.option(
+    "--trusted-keys",
+    "trusted",
+    type=Loaded("path", "edge_dtm.formats.signing:load_trusted"),
+    help="Folder of .pub files. Refuse a bundle that none of these keys signed.",
+)
 
 
 def grouped(**classes: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -113,40 +106,33 @@ def grouped(**classes: str) -> Callable[[Callable[..., None]], Callable[..., Non
     return decorate
 
 
-def folder_bytes(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.glob("*") if p.is_file())
+def beside(bundle: Path, ending: str) -> Path:
+    """Where what is made of a bundle goes unless told otherwise: BUNDLE, less .edge, and ending."""
+    path = bundle.resolve()
+    return path.with_name(path.name.removesuffix(".edge") + ending)
 
 
-def read_json(path: Path) -> Any:
-    from edge_dtm.core import strict_json
-
-    try:
-        return strict_json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise EdgeDtmError(f"{path} does not exist: give a folder that compress made") from None
-    except ValueError as error:
-        raise EdgeDtmError(f"{path} is no JSON ({error}): make the bundle again") from None
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Numbers that are not finite become null, as the readers expect it."""
+def write_json(path: Path | None, data: Any) -> None:
+    """Numbers that are not finite become null, as the readers expect it. None: nothing is asked."""
     from edge_dtm.core import strict_json
     from edge_dtm.core.files import write_whole
 
-    write_whole(path, strict_json.dumps(data).encode())
+    if path is not None:
+        write_whole(path, strict_json.dumps(data).encode())
 
 
-def require_folder_of(path: Path, bundle: Path | None = None) -> None:
-    """EdgeDtmError when a result could not be written to path: asked before the long run.
+def require_writable(bundle: Path | None, *paths: Path | None) -> None:
+    """EdgeDtmError when a result could not be written to one of paths: asked before the long run.
 
-    bundle: what the result is about, often a bundle's folder. verify and pack refuse a bundle with
-    a strange file in it.
+    bundle: what the results are about, often a bundle's folder. verify and pack refuse a bundle
+    with a strange file in it.
     """
-    folder = path.resolve().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise EdgeDtmError(f"{path} cannot be written: give a file in a folder that exists")
-    if bundle is not None:
-        require_outside(path, bundle)
+    for path in filter(None, paths):
+        folder = path.resolve().parent
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise EdgeDtmError(f"{path} cannot be written: give a file in a folder that exists")
+        if bundle is not None:
+            require_outside(path, bundle)
 
 
 def require_outside(path: Path, bundle: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from edge_dtm.commands.common import PATH, Bytes, Profile, Types, grouped
+from edge_dtm.commands.common import PATH, PROFILE, Bytes, Types, grouped
 from edge_dtm.core.errors import EdgeDtmError
 
 if TYPE_CHECKING:
@@ -52,16 +52,14 @@ def _default_model(ctx: click.Context, parameter: click.Parameter, model: Path |
     "--tokens",
     type=click.IntRange(2, 4096),
     default=96,
-    show_default=True,
     help="Greedy tokens for each prompt, at most.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--imatrix", type=PATH, help="Use these importance vectors from llama-imatrix.")
 @click.option(
     "--profile",
-    type=Profile(),
+    type=PROFILE,
     default="raspberrypi",
-    show_default=True,
     help="Device profile: a name or a .toml file.",
 )
 @click.option(
@@ -92,14 +90,12 @@ def _default_model(ctx: click.Context, parameter: click.Parameter, model: Path |
     "--sparsity-steps",
     type=click.IntRange(1, 50),
     default=1,
-    show_default=True,
     help="Reach --sparsity in so many steps, with --distill after each.",
 )
 @click.option(
     "--mask-score",
     type=click.Choice(["activation", "saliency", "magnitude"]),
     default="activation",
-    show_default=True,
     help="What decides which weights of a row become zero.",
 )
 @click.option(
@@ -107,7 +103,6 @@ def _default_model(ctx: click.Context, parameter: click.Parameter, model: Path |
     "--in-order/--no-in-order",
     "sequential_pruning",
     default=True,
-    show_default=True,
     help="Fit matrices with zeros layer by layer, each to the output of the pruned layers before.",
 )
 @click.option(
@@ -116,20 +111,17 @@ def _default_model(ctx: click.Context, parameter: click.Parameter, model: Path |
     "distill_steps",
     type=click.IntRange(0),
     default=0,
-    show_default=True,
     metavar="STEPS",
     help="Train the compressed model on the original's own text. Masks and grids stay.",
 )
 @click.option(
     "--feedback/--no-feedback",
     default=True,
-    show_default=True,
     help="Error feedback: rounding a weight corrects the errors of those rounded before.",
 )
 @click.option(
     "--equalize/--no-equalize",
     default=True,
-    show_default=True,
     help="Scale channels, without changing the function, so that rounding does less harm.",
 )
 @click.option(
@@ -150,7 +142,6 @@ def _default_model(ctx: click.Context, parameter: click.Parameter, model: Path |
 @click.option(
     "--resume/--no-resume",
     default=True,
-    show_default=True,
     help="Continue where an earlier run stopped.",
 )
 @click.pass_context
@@ -174,10 +165,32 @@ def compress(
     llama.cpp. Without MODEL: SmolLM2-135M-Instruct, as tools/make_smollm2.py makes it."""
     from edge_dtm.core.progress import Stages
 
-    _require_fitting(ctx, preset, goal)
-    if method.sparsity_steps > 1 and not (goal.sparsity and method.distill_steps):
-        if ctx.get_parameter_source("sparsity_steps") is not ParameterSource.DEFAULT_MAP:
-            raise click.UsageError("--sparsity-steps needs --sparsity and --distill")
+    target = goal.max_sdt is not None or goal.min_fdt is not None
+    own_types = ctx.get_parameter_source("types") is ParameterSource.COMMANDLINE
+    own_steps = ctx.get_parameter_source("sparsity_steps") is ParameterSource.COMMANDLINE
+    useless_steps = method.sparsity_steps > 1 and not (goal.sparsity and method.distill_steps)
+    for wrong, words in (
+        (
+            preset is not None and (target or own_types),
+            "--preset sets the types; it takes no --types and no target",
+        ),
+        (
+            preset != "paper-int8" and goal.int8_share is not None,
+            "--int8-share goes with --preset paper-int8",
+        ),
+        (
+            preset == "paper-int8" and goal.sparsity > 0,
+            "--sparsity goes with --preset paper-sparse",
+        ),
+        (
+            target and goal.sparsity > 0,
+            "--sparsity goes with a size, not with --max-sdt or --min-fdt",
+        ),
+        (useless_steps and own_steps, "--sparsity-steps needs --sparsity and --distill"),
+    ):
+        if wrong:
+            raise click.UsageError(words)
+    if useless_steps:
         method = replace(method, sparsity_steps=1)
     goal = replace(goal, unlimited=preset is not None and goal.max_bytes is None)
     # torch is imported only now, after all that can be wrong in the command line.
@@ -185,20 +198,3 @@ def compress(
     from edge_dtm.host.settings import Settings
 
     run(Settings(output, source, goal, method, resume), Stages())
-
-
-def _require_fitting(ctx: click.Context, preset: str | None, goal: Goal) -> None:
-    """UsageError for options that do not go together."""
-    target = goal.max_sdt is not None or goal.min_fdt is not None
-    own_types = ctx.get_parameter_source("types") is ParameterSource.COMMANDLINE
-    if preset is not None and (target or own_types):
-        raise click.UsageError("--preset sets the types; it takes no --types and no target")
-    if preset != "paper-int8" and goal.int8_share is not None:
-        raise click.UsageError("--int8-share goes with --preset paper-int8")
-    if preset == "paper-int8" and goal.sparsity:
-        raise click.UsageError("--sparsity goes with --preset paper-sparse")
-    if goal.sparsity and target:
-        raise click.UsageError("--sparsity goes with a size, not with --max-sdt or --min-fdt")
-
-
-COMMANDS = (compress,)

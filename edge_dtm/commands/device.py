@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_dtm.commands.common import (
-    EXIT_VERIFIED_AND_FAILED,
     PATH,
-    TrustedKeys,
+    THREADS,
+    TRUSTED_KEYS,
     grouped,
-    require_folder_of,
+    json_option,
+    require_writable,
     write_json,
 )
+from edge_dtm.core.errors import EdgeDtmError
 
 if TYPE_CHECKING:
     from edge_dtm.device.verify import Options
+
+EXIT_VERIFIED_AND_FAILED = 3
 
 
 @click.command()
@@ -27,11 +31,10 @@ if TYPE_CHECKING:
     "--mode",
     type=click.Choice(["teacher-forced", "generate"]),
     default="teacher-forced",
-    show_default=True,
     callback=lambda ctx, parameter, mode: mode.replace("-", "_"),
     help="teacher-forced: read the original's text; generate: decode one token a call.",
 )
-@click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores].")
+@THREADS
 @click.option("--max-sequences", type=click.IntRange(1), help="Replay only the first N sequences.")
 @click.option(
     "--max-sdt", type=click.FloatRange(0, 1), help="Replace the bundle's threshold (0.02 is 2 %)."
@@ -43,17 +46,11 @@ if TYPE_CHECKING:
     "--kernels",
     type=click.Choice(["check", "compare", "skip"]),
     default="check",
-    show_default=True,
     help="check: compare single products with numpy's, and a small F16 model with the host's; "
     "compare: also replay without repacked weights; skip: neither.",
 )
-@click.option(
-    "--trusted-keys",
-    "trusted",
-    type=TrustedKeys(),
-    help="Folder of .pub files. Refuse a bundle that none of these keys signed.",
-)
-@click.option("--json", "json_file", type=PATH, help="Also write the verdict as JSON.")
+@TRUSTED_KEYS
+@json_option("the verdict")
 @click.option(
     "--record", type=PATH, help="Also write this device's answers, for `report --record`."
 )
@@ -67,15 +64,12 @@ def verify(bundle: Path, json_file: Path | None, record: Path | None, options: O
     from edge_dtm.device.verify import verify as run
     from edge_dtm.report.verdict_table import print_verdict
 
-    for path in (json_file, record):
-        if path is not None:
-            require_folder_of(path, bundle)
+    require_writable(bundle, json_file, record)
     return_freed_buffers()
     with Stages().several() as progress:
         verified = run(bundle, options, progress)
     print_verdict(verified.verdict)
-    if json_file is not None:
-        write_json(json_file, verified.verdict.to_json())
+    write_json(json_file, verified.verdict.to_json())
     if record is not None:
         verified.record.save(record)
     if not verified.verdict.passed:
@@ -90,11 +84,10 @@ def verify(bundle: Path, json_file: Path | None, record: Path | None, options: O
     required=True,
     help="A bundle's folder, or a reference.npz (then near-ties are not counted).",
 )
-@click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores].")
-@click.option("--json", "json_file", type=PATH, help="Also write the result as JSON.")
+@THREADS
+@json_option("the result")
 def measure(gguf_file: Path, reference: Path, threads: int | None, json_file: Path | None) -> None:
     """Measure FDT and SDT of any GGUF against a reference, teacher-forced in llama.cpp."""
-    from edge_dtm.core.errors import EdgeDtmError
     from edge_dtm.core.machine import default_threads
     from edge_dtm.core.metrics import compare, divergent_mask, first_divergent_tokens, perplexity
     from edge_dtm.core.progress import Stages
@@ -106,8 +99,7 @@ def measure(gguf_file: Path, reference: Path, threads: int | None, json_file: Pa
     from edge_dtm.llamacpp.schedule import context_needed, replay_tokens
     from edge_dtm.report.summary import interval
 
-    if json_file is not None:
-        require_folder_of(json_file, reference)
+    require_writable(reference, json_file)
     check_gguf(gguf_file)
     path = reference / bundles.REFERENCE if reference.is_dir() else reference
     held_out = Reference.load(path).part(HELD_OUT)
@@ -115,17 +107,19 @@ def measure(gguf_file: Path, reference: Path, threads: int | None, json_file: Pa
         raise EdgeDtmError(
             f"{path} has no held-out sequences: give the reference.npz of a bundle, or its folder"
         )
-    near_tie = _near_tie_margin(reference)
+    near_tie = None
+    if (reference / bundles.MANIFEST).is_file():
+        manifest = bundles.Manifest.parse(bundles.read_head(reference)[0], str(reference))
+        near_tie = manifest.noise_floor(reference).get("near_tie_margin")
     settings = RunSettings(threads=threads or default_threads())
     with (
         Stages()("Replaying", replay_tokens(held_out)) as advance,
         LlamaRunner(gguf_file, settings, context_needed(held_out)) as runner,
     ):
         record = runner.teacher_forced(held_out, advance)
-    lengths = held_out.generated_lengths
-    result = compare(held_out.generated_ids, record.ids, lengths, held_out.margins, near_tie or 0.0)
-    mask = divergent_mask(held_out.generated_ids, record.ids, lengths)
-    first = first_divergent_tokens(mask, lengths)
+    ids, lengths = held_out.generated_ids, held_out.generated_lengths
+    result = compare(ids, record.ids, lengths, held_out.margins, near_tie or 0.0)
+    first = first_divergent_tokens(divergent_mask(ids, record.ids, lengths), lengths)
     data = {
         **result.to_json(),
         "name": gguf_file.name,
@@ -135,27 +129,12 @@ def measure(gguf_file: Path, reference: Path, threads: int | None, json_file: Pa
         "first_divergent_tokens": first.tolist(),
         "lengths": lengths.tolist(),
     }
-    if near_tie is None:
-        data |= {"near_tie_share": None, "near_tie_margin": None}
     click.echo(f"SDT {interval(data['sdt'], True)}")
     click.echo(f"mean FDT {interval(data['fdt'], False)} of at most {result.largest_fdt:.1f}")
     click.echo(f"{result.identical_share:.1%} of {result.sequences} sequences without divergence")
-    if near_tie is not None:
+    if near_tie is None:
+        data |= {"near_tie_share": None, "near_tie_margin": None}
+    else:
         click.echo(f"near-ties (≤ {near_tie:.2g}) {result.near_tie_share:.2%}")
     click.echo(f"perplexity on the original's text {data['perplexity']:.4f}")
-    if json_file is not None:
-        write_json(json_file, data)
-
-
-def _near_tie_margin(reference: Path) -> float | None:
-    """Logits, of the noise floor where the reference is a bundle's folder; else None."""
-    from edge_dtm.formats.bundle import MANIFEST, Manifest, read_head
-
-    if not (reference / MANIFEST).is_file():
-        return None
-    manifest = Manifest.parse(read_head(reference)[0], str(reference / MANIFEST))
-    margin = manifest.noise_floor(reference).get("near_tie_margin")
-    return None if margin is None else float(margin)
-
-
-COMMANDS = (verify, measure)
+    write_json(json_file, data)

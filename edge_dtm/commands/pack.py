@@ -1,4 +1,4 @@
-"""Commands that carry a bundle to the device: keygen, pack and unpack."""
+"""Commands that carry a bundle elsewhere: keygen, pack, unpack, and a recipe for llama-quantize."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from edge_dtm.commands.common import PATH, Bytes, TrustedKeys, folder_bytes, require_outside
+from edge_dtm.commands.common import PATH, TRUSTED_KEYS, Bytes, beside, require_outside
+from edge_dtm.core.errors import EdgeDtmError
 
 
 @click.command()
@@ -42,17 +43,17 @@ def pack(bundle: Path, output: Path | None, key_file: Path | None, program: str 
     from edge_dtm.core.progress import Stages
     from edge_dtm.formats.archive import SUFFIX
     from edge_dtm.formats.archive import pack as run
+    from edge_dtm.formats.modelfile import write_folder
     from edge_dtm.formats.signing import load_private
 
     key = load_private(key_file) if key_file else None
-    target = output or bundle.resolve().parent / f"{bundle.resolve().name}{SUFFIX}"
+    target = output or beside(bundle, SUFFIX)
     require_outside(target, bundle)
-    with Stages()("Packing", folder_bytes(bundle)) as advance:
+    size_bytes = sum(p.stat().st_size for p in bundle.glob("*") if p.is_file())
+    with Stages()("Packing", size_bytes) as advance:
         key_id = run(bundle, target, progress=advance, sign_with=key)
     click.echo(f"{target}: {target.stat().st_size:,} bytes, {_signature(key_id)}")
     if program == "ollama":
-        from edge_dtm.formats.modelfile import write_folder
-
         folder = target.with_name(f"{target.name.removesuffix(SUFFIX)}-ollama")
         write_folder(bundle, folder)
         click.echo(f"{folder}: ollama create NAME -f {folder / 'Modelfile'}")
@@ -61,12 +62,7 @@ def pack(bundle: Path, output: Path | None, key_file: Path | None, program: str 
 @click.command()
 @click.argument("file", type=PATH)
 @click.option("-o", "--output", type=PATH, help="The folder to make [default: FILE without .edge].")
-@click.option(
-    "--trusted-keys",
-    "trusted",
-    type=TrustedKeys(),
-    help="Folder of .pub files. Refuse a file that none of these keys signed.",
-)
+@TRUSTED_KEYS
 @click.option(
     "--max-unpacked-bytes", type=Bytes(), help="Refuse what unpacks to more: N, NK, NM or NG."
 )
@@ -81,8 +77,7 @@ def unpack(
     from edge_dtm.formats.archive import SUFFIX
     from edge_dtm.formats.archive import unpack as run
 
-    name = file.name.removesuffix(SUFFIX)
-    target = output or file.resolve().parent / (name if name != file.name else f"{name}.bundle")
+    target = output or beside(file, "" if file.name.endswith(SUFFIX) else ".bundle")
     with Stages()("Unpacking", 0) as advance:
         key_id = run(file, target, advance, trusted, max_unpacked_bytes)
     trust = ", which is trusted" if key_id and trusted is not None else ""
@@ -93,4 +88,40 @@ def _signature(key_id: str | None) -> str:
     return f"signed with the key {key_id}" if key_id else "not signed"
 
 
-COMMANDS = (keygen, pack, unpack)
+@click.command()
+@click.argument("bundle", type=PATH)
+@click.option("-o", "--output", type=PATH, help="The folder to make [default: BUNDLE-recipe].")
+def recipe(bundle: Path, output: Path | None) -> None:
+    """Write what llama-quantize needs to make a file with the types of the plan.
+
+    That is a --tensor-type-file and an importance matrix. llama-quantize rounds without error
+    feedback."""
+    from edge_dtm.core import strict_json
+    from edge_dtm.formats import bundle as bundles
+    from edge_dtm.formats.imatrix import write_imatrix
+    from edge_dtm.formats.plan import Plan
+    from edge_dtm.formats.reference import load_imatrix
+    from edge_dtm.formats.tensor_types import quantize_command, write_tensor_types
+
+    plan = Plan.from_json(strict_json.read(bundle / bundles.PLAN))
+    manifest = bundles.Manifest.parse(bundles.read_head(bundle)[0], str(bundle))
+    if manifest.measured.get("distillation"):
+        raise EdgeDtmError(
+            f"{bundle} is no recipe's: --distill changed the model, and llama-quantize would start "
+            "from the original; use the bundle's own model.gguf"
+        )
+    path = bundle / "work" / f"imatrix-{manifest.provenance.get('work_key')}.npz"
+    if not path.is_file():
+        raise EdgeDtmError(
+            f"{bundle / 'work'} holds no importance vectors of this bundle: run edge-dtm compress "
+            "again (an unpacked bundle has no work folder)"
+        )
+    vectors, tokens = load_imatrix(path)
+    folder = output or beside(bundle, "-recipe")
+    folder.mkdir(parents=True, exist_ok=True)
+    types, matrix = folder / "tensor-types.txt", folder / "imatrix.gguf"
+    write_tensor_types(types, plan)
+    # A power of two lets llama-quantize get back the very vectors (see write_imatrix).
+    write_imatrix(matrix, vectors, 1 << (tokens.bit_length() - 1), ["edge-dtm calibration"])
+    command = quantize_command(plan, types, matrix, Path("MODEL.gguf"), Path("QUANTIZED.gguf"))
+    click.echo(f"{types}\n{matrix}\nWith the model as an F32, F16 or BF16 GGUF:\n\n  {command}")

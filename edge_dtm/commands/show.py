@@ -1,17 +1,20 @@
-"""Commands that show what is there: the types in a file, a page of a bundle, verdicts in a table."""
+"""Commands that show what is there: types in a file, the frontier of a plan, a page of a bundle,
+verdicts side by side."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
 
-from edge_dtm.commands.common import PATH, require_folder_of, write_json
+from edge_dtm.commands.common import PATH, beside, json_option, require_writable, write_json
+from edge_dtm.core.errors import EdgeDtmError
 
 
 @click.command()
 @click.argument("file", type=PATH)
-@click.option("--json", "json_file", type=PATH, help="Also write it as JSON.")
+@json_option("it")
 def inspect(file: Path, json_file: Path | None) -> None:
     """Show the types and zeros in a model, layer by layer.
 
@@ -19,11 +22,9 @@ def inspect(file: Path, json_file: Path | None) -> None:
     from edge_dtm.formats.archive import SUFFIX, open_bundle
     from edge_dtm.formats.bundle import MODEL
 
-    if json_file is not None:
-        require_folder_of(json_file, file)
+    require_writable(file, json_file)
     if file.suffix == SUFFIX and file.is_file():
         with open_bundle(file) as bundle:
-            bundle.check()
             _print_tensors(bundle.path(MODEL), f"{file}, {MODEL} of it", json_file)
     else:
         path = file / MODEL if file.is_dir() else file
@@ -37,7 +38,7 @@ def _print_tensors(path: Path, name: str, json_file: Path | None) -> None:
 
     from edge_dtm.llamacpp.gguf_header import check_gguf
     from edge_dtm.llamacpp.tensors import describe
-    from edge_dtm.report.layer_map import text_table
+    from edge_dtm.report.layer_map import PARTS, text_rows
     from edge_dtm.report.summary import ZEROS_NOTE
 
     check_gguf(path)
@@ -45,21 +46,51 @@ def _print_tensors(path: Path, name: str, json_file: Path | None) -> None:
     sizes: dict[str, list[int]] = {}
     for t in tensors:
         sizes.setdefault(t.type, []).append(t.size_bytes)
-    table = Table("type", "tensors", "bytes", "share", box=None, pad_edge=False)
+    types = Table("type", "tensors", "bytes", "share", box=None, pad_edge=False)
     size = path.stat().st_size
     for type_name, each in sorted(sizes.items(), key=lambda item: -sum(item[1])):
-        table.add_row(type_name, str(len(each)), f"{sum(each):,}", f"{sum(each) / size:.1%}")
+        types.add_row(type_name, str(len(each)), f"{sum(each):,}", f"{sum(each) / size:.1%}")
+    layers = Table("layer", *PARTS, box=None, pad_edge=False)
+    for row in text_rows({t.component: t.text for t in tensors if t.is_matrix}):
+        layers.add_row(*row)
     console = Console()
     console.print(f"{name}: {size:,} bytes", highlight=False, soft_wrap=True)
-    console.print(table)
-    console.print(text_table({t.component: t.text for t in tensors if t.is_matrix}))
-    if any(t.zero_share is not None and t.zero_share >= 0.05 for t in tensors):
+    console.print(types, layers, sep="\n")
+    if any((t.zero_share or 0) >= 0.05 for t in tensors):
         console.print(f"%0: share of exact zeros (F16, Q8_0), shown from 5 %. {ZEROS_NOTE}")
-    if json_file is not None:
-        write_json(
-            json_file,
-            {"file": path.name, "size_bytes": size, "tensors": [t.to_json() for t in tensors]},
-        )
+    data = {"file": path.name, "size_bytes": size, "tensors": [t.to_json() for t in tensors]}
+    write_json(json_file, data)
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@click.option("--png", type=PATH, help="Where to draw it [default: BUNDLE-frontier.png].")
+@click.option("--rows", type=click.IntRange(2), default=20, help="Rows of the table.")
+def frontier(bundle: Path, png: Path | None, rows: int) -> None:
+    """Show file size against predicted SDT and FDT, as a table and a PNG."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from edge_dtm.formats.bundle import PLAN
+    from edge_dtm.report.frontier_figure import draw_frontier
+    from edge_dtm.report.plan_file import read_plan_file
+
+    target = png or beside(bundle, "-frontier.png")
+    require_writable(bundle, target)
+    plan, choice = read_plan_file(bundle / PLAN)
+    points, chosen = choice.frontier, choice.predicted
+    if chosen is None or not points:
+        raise EdgeDtmError(f"{bundle / PLAN} holds no frontier: make the bundle again")
+    table = Table("bytes", "sigma", "predicted SDT", "predicted FDT", box=None, pad_edge=False)
+    step = max(1, (len(points) - 1) // (rows - 1))
+    for i in sorted({*range(0, len(points), step), len(points) - 1}):
+        p = points[i]
+        table.add_row(f"{p.size_bytes:,}", f"{p.sigma:.3f}", f"{p.sdt:.2%}", f"{p.fdt:.1f}")
+    console = Console()
+    console.print(table)
+    console.print(f"chosen: predicted SDT {chosen.sdt:.2%}, mean FDT {chosen.fdt:.1f}")
+    draw_frontier(points, plan.size_bytes, chosen, target)
+    console.print(f"drawn: {target}", highlight=False, soft_wrap=True)
 
 
 @click.command()
@@ -97,13 +128,12 @@ def report(
     BUNDLE is a folder or a packed file. The page needs no network. It contains the bundle's
     held-out prompts."""
     from edge_dtm.core.files import write_whole
-    from edge_dtm.formats.archive import SUFFIX, open_bundle
+    from edge_dtm.formats.archive import open_bundle
     from edge_dtm.report.gather import gather
     from edge_dtm.report.page import page
 
-    name = bundle.resolve().name.removesuffix(SUFFIX)
-    target = output or bundle.resolve().with_name(f"{name}-report.html")
-    require_folder_of(target, bundle)
+    target = output or beside(bundle, "-report.html")
+    require_writable(bundle, target)
     with open_bundle(bundle) as opened:
         opened.check()
         data = gather(opened, verdicts, measures, record)
@@ -113,30 +143,22 @@ def report(
 
 @click.command()
 @click.argument("verdicts", metavar="VERDICT.json...", type=PATH, nargs=-1, required=True)
-@click.option("--json", "json_file", type=PATH, help="Also write the comparison as JSON.")
+@json_option("the comparison")
 def compare(verdicts: tuple[Path, ...], json_file: Path | None) -> None:
     """Compare verdicts of several devices or builds on one bundle.
 
     One row a verdict. With three or more, the command names the device that is further from the
     host than the others."""
-    import sys
-
     from rich.console import Console
-    from rich.markup import escape
 
     from edge_dtm.formats.verdict_file import read_verdict
     from edge_dtm.report import compare as comparing
 
-    if json_file is not None:
-        require_folder_of(json_file)
+    require_writable(None, json_file)
     comparison = comparing.compare([(path, read_verdict(path)) for path in verdicts])
     # A log has no width, and rich would take it for 80 columns.
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(comparing.table(comparison))
-    for line in (*(f"Note: {note}." for note in comparison.notes), comparison.words):
-        console.print(escape(comparing.printable(line)), highlight=False, soft_wrap=True)
-    if json_file is not None:
-        write_json(json_file, comparison.to_json())
-
-
-COMMANDS = (inspect, report, compare)
+    for line in (*(f"Note: {note}." for note in comparison["notes"]), comparison["words"]):
+        click.echo(comparing.printable(line))
+    write_json(json_file, comparison)

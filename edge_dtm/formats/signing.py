@@ -92,14 +92,14 @@ def load_private(path: Path) -> Ed25519PrivateKey:
     return key
 
 
-def load_trusted(folder: Path) -> dict[str, Ed25519PublicKey]:
+def load_trusted(folder: str | Path) -> dict[str, Ed25519PublicKey]:
     """Key id -> public key, of every *.pub file in folder.
 
     EdgeDtmError when there is none, when one cannot be read, and when one is a private key, which
     does not belong on a device.
     """
     try:
-        paths = sorted(p for p in folder.iterdir() if p.name.endswith(PUBLIC_SUFFIX))
+        paths = sorted(p for p in Path(folder).iterdir() if p.name.endswith(PUBLIC_SUFFIX))
     except OSError as error:
         raise EdgeDtmError(
             f"cannot read the trusted keys in {folder}: {error.strerror or error}"

@@ -7,7 +7,7 @@ colours are classes of report.css, and each series also has a number, for who ca
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,6 @@ from edge_dtm.report.numbers import megabytes, plural
 WIDTH, HEIGHT = 360, 236
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 26, 38
 COLOURS = 8  # classes s0 to s7 of report.css
-FRONTIER_POINTS = 160  # more cannot be seen
 _BARS = 12
 
 
@@ -38,13 +37,13 @@ class Series:
 
 @dataclass(frozen=True)
 class MeasuredFile:
-    """A file's size in bytes and SDT, a share, with its interval where known."""
+    """A file's size in bytes and SDT, a share, with its interval."""
 
     label: str
     size_bytes: float
     sdt: float
-    low: float | None = None
-    high: float | None = None
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -89,41 +88,35 @@ def histogram(counts: Sequence[int], axis: str, zero: str) -> Chart:
     """Bars of how many sequences have each count. axis: what is counted; zero: what 0 means."""
     bars = bins(counts)
     tallest = max(n for *_, n in bars) or 1
-    scale = _Scale((0, len(bars)), (0, tallest * 1.08))
-    parts = [scale.grid_y([t for t in ticks(0, tallest) if t == int(t)], whole)]
+    drawing = _Drawing((0, len(bars)), (0, tallest * 1.08))
+    drawing.grid([(t, f"{t:.0f}") for t in ticks(0, tallest) if t == int(t)])
     width = (WIDTH - LEFT - RIGHT) / len(bars)
     every = 1 if width >= 30 or all(low == high for low, high, _ in bars) else 2
     for i, (low, high, n) in enumerate(bars):
-        x, y = scale.x(i) + width * 0.08, scale.y(n)
+        x, y = drawing.x(i) + width * 0.08, drawing.y(n)
         name = str(low) if low == high else f"{low}–{high}"
-        parts.append(
-            _svg(
-                '<rect x="{:.2f}" y="{:.2f}" width="{:.2f}" height="{:.2f}" class="{}">'
-                "<title>{} {}: {}</title></rect>",
-                *(x, y, width * 0.84, scale.y(0) - y, "bar zero" if high == 0 else "bar"),
-                *(axis, name, plural(n, "sequence")),
-            )
+        drawing.add(
+            '<rect x="{:.2f}" y="{:.2f}" width="{:.2f}" height="{:.2f}" class="{}">'
+            "<title>{} {}: {}</title></rect>",
+            *(x, y, width * 0.84, drawing.y(0) - y, "bar zero" if high == 0 else "bar"),
+            *(axis, name, plural(n, "sequence")),
         )
         if n:
-            parts.append(_label(x + width * 0.42, y - 4, n, "middle", "count"))
+            drawing.label(x + width * 0.42, y - 4, n, class_="count")
         if i % every == 0:
-            parts.append(_label(x + width * 0.42, HEIGHT - BOTTOM + 14, name, "middle"))
+            drawing.label(x + width * 0.42, HEIGHT - BOTTOM + 14, name)
     none = bars[0][2]
     summary = f"{none} of {plural(len(counts), 'sequence')} {'has' if none == 1 else 'have'} {zero}"
-    return Chart(
-        f"Histogram over {len(counts)} sequences: {axis}. {summary}.",
-        _joined([*parts, _axis_names("sequences", axis)]),
-    )
+    words = f"Histogram over {len(counts)} sequences: {axis}. {summary}."
+    return Chart(words, drawing.finished("sequences", axis))
 
 
 def survival_curves(series: Sequence[Series]) -> Chart:
     """Share of sequences still identical against the position, a line each."""
     longest = max(max(s.lengths, default=1) for s in series)
-    scale = _Scale((0, longest), (0, 1))
-    lines = [
-        scale.grid_y([0, 0.25, 0.5, 0.75, 1], lambda v: f"{v:.0%}"),
-        scale.ticks_x(ticks(0, longest), whole),
-    ]
+    drawing = _Drawing((0, longest), (0, 1))
+    drawing.grid([(share, f"{share:.0%}") for share in (0, 0.25, 0.5, 0.75, 1)])
+    drawing.ticks_x([(t, f"{t:,.6g}") for t in ticks(0, longest)])
     marks, legend, ends, colour = [], [], [], 0
     for i, one in enumerate(series):
         curve = survival(one.first, one.lengths)
@@ -132,80 +125,71 @@ def survival_curves(series: Sequence[Series]) -> Chart:
             points += [(float(t), float(curve[t - 1])), (float(t), float(curve[t]))]
         name = "floor" if one.is_floor else f"s{colour % COLOURS}"
         colour += not one.is_floor
-        lines.append(scale.line(points, name))
+        drawing.path(points, name)
         # Marks of curves that lie on one another stand beside each other.
         at = min(longest * (i + 0.5) / len(series), len(curve) - 1)
-        marks.append(_mark(scale.x(at), scale.y(float(curve[int(at)])), i + 1, name))
+        marks.append((at, float(curve[int(at)]), i + 1, name))
         legend.append((i + 1, name, one.label))
         ends.append(f"{one.label} ends at {curve[-1]:.0%}")
+    for mark in marks:  # above all lines
+        drawing.mark(*mark)
     return Chart(
         "Survival curves, share of sequences still identical against the position in tokens: "
         f"{'; '.join(ends)}.",
-        _joined([*lines, *marks, _axis_names("still identical", "position in tokens")]),
+        drawing.finished("still identical", "position in tokens"),
         legend,
     )
 
 
 def frontier(
     points: Sequence[tuple[float, float]],
-    chosen: tuple[float, float] | None,
+    predicted: float | None,
     files: Sequence[MeasuredFile],
     floor: float | None,
 ) -> Chart:
     """File size in bytes against SDT, log scale.
 
-    points: the predicted frontier; chosen: size and prediction of this plan; files: measured
-    ones, this file first; floor: the noise floor's SDT.
+    points: the predicted frontier; files: measured ones, this file first; predicted: this file's
+    SDT; floor: the noise floor's.
     """
-    points = _thinned([(size, sdt) for size, sdt in points if sdt > 0])
-    sizes = [size for size, _ in [*points, *([chosen] if chosen else [])]]
-    sizes += [f.size_bytes for f in files]
-    shares = [sdt for _, sdt in points] + [v for f in files for v in (f.sdt, f.low, f.high) if v]
-    shares += [v for v in (chosen[1] if chosen else 0, floor) if v]
-    scale, lowest, axes = _frontier_axes(sizes, shares)
-    parts = [axes]
+    points = sorted((size, sdt) for size, sdt in points if sdt > 0)
+    shares = [sdt for _, sdt in points] + [v for f in files for v in (f.sdt, f.low, f.high)]
+    shares = [v for v in (*shares, predicted, floor) if v]
+    lowest, highest = min(shares, default=0.01) / 1.25, max(shares, default=0.1) * 1.25
+    sizes = [size for size, _ in points] + [f.size_bytes for f in files]
+    left, right = min(sizes), max(sizes)
+    span = (right - left) or right * 0.1
+    limits_x = (left - 0.03 * span, right + 0.05 * span)
+    drawing = _Drawing(limits_x, (lowest, highest), log_y=True)
+    drawing.grid([(v, f"{v * 100:.3g} %") for v in log_ticks(lowest, highest)])
+    drawing.ticks_x([(t * 1e6, f"{t:,.6g}") for t in ticks(left / 1e6, right / 1e6)])
     legend: list[tuple[int | None, str, str]] = []
     if floor:
-        y = scale.y(floor)
-        parts.append(_line(LEFT, WIDTH - RIGHT, y, y, "line floor"))
+        drawing.path([(limits_x[0], floor), (limits_x[1], floor)], "floor")
         legend.append((None, "floor", "noise floor: the uncompressed model in llama.cpp"))
     if points:
-        parts.append(scale.line(points, "s0"))
+        drawing.path(points, "s0")
         legend.append((None, "s0", "predicted frontier: the least SDT at each size"))
-    if chosen and chosen[1] > 0:
-        parts.append(
-            _svg(
-                '<circle cx="{:.2f}" cy="{:.2f}" r="6" class="ring s0"/>',
-                scale.x(chosen[0]),
-                scale.y(chosen[1]),
-            )
+    if predicted:
+        drawing.add(
+            '<circle cx="{:.2f}" cy="{:.2f}" r="6" class="ring s0"/>',
+            drawing.x(files[0].size_bytes),
+            drawing.y(predicted),
         )
         legend.append((None, "ring s0", "this plan, predicted"))
     for i, file in enumerate(files):
-        name, x = f"s{i % COLOURS}", scale.x(file.size_bytes)
+        name = f"s{i % COLOURS}"
         # What never diverged has no place on a log scale; it stands on the lower edge.
-        if file.low is not None and file.high:
-            low, high = (scale.y(max(v, lowest)) for v in (file.low, file.high))
-            parts.append(_line(x, x, low, high, f"line {name}"))
-        parts.append(_mark(x, scale.y(max(file.sdt, lowest)), i + 1, name))
+        sdt, low, high = (max(v, lowest) for v in (file.sdt, file.low, file.high))
+        drawing.path([(file.size_bytes, low), (file.size_bytes, high)], name)
+        drawing.mark(file.size_bytes, sdt, i + 1, name)
         label = f"{file.label}: {megabytes(file.size_bytes)}, {file.sdt * 100:.2f} %"
         legend.append((i + 1, name, label))
     return Chart(
         f"File size against SDT. {'; '.join(label for *_, label in legend)}.",
-        _joined([*parts, _axis_names("SDT, log scale", "file size in MB")]),
+        drawing.finished("SDT, log scale", "file size in MB"),
         legend,
     )
-
-
-def _frontier_axes(sizes: Sequence[float], shares: Sequence[float]) -> tuple[_Scale, float, Markup]:
-    """The scale, the share at its lower edge, and grid and ticks."""
-    lowest, highest = min(shares, default=0.01) / 1.25, max(shares, default=0.1) * 1.25
-    left, right = min(sizes), max(sizes)
-    span = (right - left) or right * 0.1 or 1.0
-    scale = _Scale((left - 0.03 * span, right + 0.05 * span), (lowest, highest), log_y=True)
-    inside = [t * 1e6 for t in ticks(left / 1e6, right / 1e6)]
-    grid = scale.grid_y(log_ticks(lowest, highest), lambda v: f"{v * 100:.3g} %")
-    return scale, lowest, grid + scale.ticks_x(inside, lambda v: whole(v / 1e6))
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -224,77 +208,58 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [t for p in powers for f in factors if low <= (t := f * 10.0**p) <= high]
 
 
-def whole(value: float) -> str:
-    return f"{value:,.6g}"
+class _Drawing:
+    """The elements of one chart, and the scales from data to its units."""
 
-
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    ordered = sorted(points)
-    if len(ordered) <= FRONTIER_POINTS:
-        return ordered
-    keep = np.linspace(0, len(ordered) - 1, FRONTIER_POINTS).round().astype(int)
-    return [ordered[i] for i in keep]
-
-
-class _Scale:
-    """Data to units of the drawing."""
-
-    def __init__(self, x: tuple[float, float], y: tuple[float, float], log_y: bool = False) -> None:
-        self._x, self._log = x, log_y
-        self._y = (math.log(y[0]), math.log(y[1])) if log_y else y
+    def __init__(
+        self, limits_x: tuple[float, float], limits_y: tuple[float, float], log_y: bool = False
+    ) -> None:
+        self._limits_x, self._limits_y = limits_x, limits_y
+        self._log = math.log if log_y else float
+        self._elements: list[Markup] = []
 
     def x(self, value: float) -> float:
-        low, high = self._x
+        low, high = self._limits_x
         return LEFT + (value - low) / ((high - low) or 1) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        low, high = self._y
-        value = math.log(value) if self._log else value
+        low, high, value = map(self._log, (*self._limits_y, value))
         return HEIGHT - BOTTOM - (value - low) / ((high - low) or 1) * (HEIGHT - TOP - BOTTOM)
 
-    def line(self, points: Sequence[tuple[float, float]], name: str) -> Markup:
-        path = "L".join(f"{self.x(x):.2f} {self.y(y):.2f}" for x, y in points)
-        return _svg('<path d="M{}" class="line {}"/>', path, name)
+    def add(self, template: str, *values: object) -> None:
+        """The template with the values in it, escaped."""
+        self._elements.append(Markup(template).format(*values))
 
-    def grid_y(self, values: Sequence[float], name: Callable[[float], str]) -> Markup:
-        parts = []
-        for value in values:
+    def label(
+        self, x: float, y: float, words: object, anchor: str = "middle", class_: str = "label"
+    ) -> None:
+        """x, y: in units of the drawing."""
+        template = '<text x="{:.2f}" y="{:.2f}" text-anchor="{}" class="{}">{}</text>'
+        self.add(template, x, y, anchor, class_, words)
+
+    def path(self, points: Sequence[tuple[float, float]], name: str) -> None:
+        steps = "L".join(f"{self.x(x):.2f} {self.y(y):.2f}" for x, y in points)
+        self.add('<path d="M{}" class="line {}"/>', steps, name)
+
+    def mark(self, x: float, y: float, number: int, name: str) -> None:
+        x, y = self.x(x), self.y(y)
+        self.add('<g class="{}"><circle cx="{:.2f}" cy="{:.2f}" r="7.5" class="dot"/>', name, x, y)
+        self.label(x, y + 3.6, number, class_="in-dot")
+        self.add("</g>")
+
+    def grid(self, values: Sequence[tuple[float, str]]) -> None:
+        """Lines across at values of y, with their names."""
+        for value, name in values:
             y = self.y(value)
-            parts.append(_line(LEFT, WIDTH - RIGHT, y, y, "grid"))
-            parts.append(_label(LEFT - 5, y + 4, name(value), "end"))
-        return _joined(parts)
+            self.add('<path d="M{} {:.2f}H{}" class="grid"/>', LEFT, y, WIDTH - RIGHT)
+            self.label(LEFT - 5, y + 4, name, "end")
 
-    def ticks_x(self, values: Sequence[float], name: Callable[[float], str]) -> Markup:
-        y = HEIGHT - BOTTOM + 14
-        return _joined([_label(self.x(v), y, name(v), "middle") for v in values])
+    def ticks_x(self, values: Sequence[tuple[float, str]]) -> None:
+        for value, name in values:
+            self.label(self.x(value), HEIGHT - BOTTOM + 14, name)
 
-
-def _svg(template: str, *values: object) -> Markup:
-    """The template with the values in it, escaped."""
-    return Markup(template).format(*values)
-
-
-def _joined(parts: Sequence[Markup]) -> Markup:
-    return Markup("").join(parts)
-
-
-def _line(x1: float, x2: float, y1: float, y2: float, class_: str) -> Markup:
-    return _svg(
-        '<line x1="{:.2f}" x2="{:.2f}" y1="{:.2f}" y2="{:.2f}" class="{}"/>', x1, x2, y1, y2, class_
-    )
-
-
-def _label(x: float, y: float, words: object, anchor: str, class_: str = "label") -> Markup:
-    template = '<text x="{:.2f}" y="{:.2f}" text-anchor="{}" class="{}">{}</text>'
-    return _svg(template, x, y, anchor, class_, words)
-
-
-def _axis_names(y: str, x: str) -> Markup:
-    return _label(4, 12, y, "start") + _label(WIDTH - RIGHT, HEIGHT - 6, x, "end")
-
-
-def _mark(x: float, y: float, number: int, name: str) -> Markup:
-    return _svg(
-        '<g class="{}"><circle cx="{:.2f}" cy="{:.2f}" r="7.5" class="dot"/>{}</g>',
-        *(name, x, y, _label(x, y + 3.6, number, "middle", "in-dot")),
-    )
+    def finished(self, name_y: str, name_x: str) -> Markup:
+        """All elements, with the names of the axes."""
+        self.label(4, 12, name_y, "start")
+        self.label(WIDTH - RIGHT, HEIGHT - 6, name_x, "end")
+        return Markup("").join(self._elements)

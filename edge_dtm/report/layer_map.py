@@ -6,52 +6,51 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from edge_dtm.formats.plan import Component, Plan, Treatment
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 Value = TypeVar("Value")
 
 OUTSIDE = ("token_embd", "output")
 PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+_TREATMENT = re.compile(r"(\w+)(?:\+(\d+(?:\.\d+)?)% zeros)?")  # plan.Treatment.text
 _IN_BLOCK = re.compile(r"blk\.(\d{1,6})\.(.+)")
-_DIGITS = 100  # more than tell two floats apart; a plan from elsewhere may have any number
 # Palest and strongest percent of the colour, and between which two neither ink has a contrast of
 # 4.5 (WCAG 2.2, 1.4.3) on the light page; on the dark one white reads on all of them.
 _PALE, _STRONG, _GAP = 8, 100, (70, 82)
 
 
-def by_layer(values: Mapping[str, Value]) -> dict[int, dict[str, Value]]:
-    """Layer -> part -> value, in order of the layers; names other than blk.N.PART are left out."""
+@dataclass(frozen=True)
+class LayerMap(Generic[Value]):
+    """outside: embedding and head; rows: (layer, a value or None for each of PARTS)."""
+
+    outside: Mapping[str, Value]
+    rows: Sequence[tuple[int, Sequence[Value | None]]]
+
+
+def layer_map(values: Mapping[str, Value]) -> LayerMap[Value]:
+    """Of component -> value; names other than OUTSIDE and blk.N.PART are left out."""
     layers: dict[int, dict[str, Value]] = {}
     for name, value in values.items():
         if match := _IN_BLOCK.fullmatch(name):
             layers.setdefault(int(match[1]), {})[match[2]] = value
-    return dict(sorted(layers.items()))
+    return LayerMap(
+        {name: values[name] for name in OUTSIDE if name in values},
+        [(layer, [row.get(p) for p in PARTS]) for layer, row in sorted(layers.items())],
+    )
 
 
-def text_rows(texts: Mapping[str, str]) -> list[tuple[str, list[str]]]:
-    """(layer, one text a part) from component -> text, the embedding and the head first."""
+def text_rows(texts: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """A row a layer, with one text a part; the embedding and the head first."""
+    table = layer_map(texts)
     blank = [""] * (len(PARTS) - 1)
     return [
-        *((name, [texts[name], *blank]) for name in OUTSIDE if name in texts),
-        *((str(i), [row.get(p, "") for p in PARTS]) for i, row in by_layer(texts).items()),
+        *((name, text, *blank) for name, text in table.outside.items()),
+        *((str(layer), *(text or "" for text in row)) for layer, row in table.rows),
     ]
-
-
-def text_table(texts: Mapping[str, str]) -> Table:
-    """The same rows for the terminal."""
-    from rich.table import Table
-
-    table = Table("layer", *PARTS, box=None, pad_edge=False)
-    for layer, cells in text_rows(texts):
-        table.add_row(layer, *cells)
-    return table
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class MapCell:
     @property
     def percent(self) -> int:
         """Of the colour in the mix with the paper."""
-        percent = _PALE + min(max(self.strength, 0.0), 1.0) * (_STRONG - _PALE)
+        percent = _PALE + self.strength * (_STRONG - _PALE)
         low, high = _GAP
         if low < percent < high:
             percent = low if percent < (low + high) / 2 else high
@@ -74,28 +73,6 @@ class MapCell:
     def is_dark(self) -> bool:
         """Whether white is read better on it."""
         return self.percent >= _GAP[1]
-
-
-@dataclass(frozen=True)
-class ColourMap:
-    """A table of the page. hue: a class of report.css; rows: (layer, a cell or None a part)."""
-
-    hue: str
-    outside: Mapping[str, MapCell]
-    parts: Sequence[str]
-    rows: Sequence[tuple[int, Sequence[MapCell | None]]]
-
-    @classmethod
-    def of(cls, cells: Mapping[str, MapCell], hue: str) -> ColourMap:
-        """cells: by component; parts that no layer has get no column."""
-        layers = by_layer(cells)
-        parts = [p for p in PARTS if any(p in row for row in layers.values())]
-        return cls(
-            hue,
-            {name: cells[name] for name in OUTSIDE if name in cells},
-            parts,
-            [(layer, [row.get(p) for p in parts]) for layer, row in layers.items()],
-        )
 
 
 def bits(component: Component, treatment: Treatment) -> float:
@@ -113,7 +90,7 @@ def treatment_cells(plan: Plan) -> dict[str, MapCell]:
     return cells
 
 
-def chosen_costs(plan: Plan, costs: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def chosen_costs(plan: Plan, costs: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
     """Cost, logits squared, of what the plan does, by component; those not known are left out.
 
     costs: component -> treatment's text -> cost. Between two measured sparsities the cost is
@@ -121,32 +98,17 @@ def chosen_costs(plan: Plan, costs: Mapping[str, Mapping[str, float]]) -> dict[s
     """
     chosen = {}
     for name, treatment in plan.by_name().items():
-        measured = costs.get(name, {})
-        exact = [cost for text, cost in measured.items() if _is_text_of(text, treatment)]
-        sparsities = sorted(
-            (sparsity, cost)
-            for text, cost in measured.items()
-            for type_name, sparsity in [_parsed(text)]
-            if type_name == treatment.type
+        known = sorted(
+            (float(match[2] or 0) / 100, cost)
+            for text, cost in costs.get(name, {}).items()
+            for match in [_TREATMENT.fullmatch(text)]
+            if match and match[1] == treatment.type and cost is not None
         )
-        if exact:
-            chosen[name] = exact[0]
-        elif sparsities and sparsities[0][0] <= treatment.zero_share <= sparsities[-1][0]:
-            known, known_costs = zip(*sparsities, strict=True)
-            chosen[name] = float(np.interp(treatment.zero_share, known, known_costs))
+        # A text has the sparsity rounded to a tenth of a percent, or closer.
+        if known and known[0][0] - 6e-4 <= treatment.zero_share <= known[-1][0] + 6e-4:
+            sparsities, cost = zip(*known, strict=True)
+            chosen[name] = float(np.interp(treatment.zero_share, sparsities, cost))
     return chosen
-
-
-def _is_text_of(text: str, treatment: Treatment) -> bool:
-    """Whatever number of digits it has (plan.distinct_texts)."""
-    digits = len(text.partition("%")[0].partition(".")[2])
-    return treatment.text(min(digits, _DIGITS)) == text
-
-
-def _parsed(text: str) -> tuple[str, float]:
-    """Type and sparsity of a treatment's text (plan.Treatment.__str__)."""
-    match = re.fullmatch(r"(\w+)(?:\+([\d.]+)% zeros)?", text)
-    return (match[1], float(match[2] or 0) / 100) if match else (text, math.nan)
 
 
 def cost_cells(costs: Mapping[str, float]) -> dict[str, MapCell]:

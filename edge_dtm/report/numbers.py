@@ -7,6 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 NOTHING = "–"
+# Label, key in a verdict's performance, scale, digits.
+SPEEDS = (
+    ("prefill, tokens/s", "prefill_tokens_per_s", 1, 1),
+    ("decode, tokens/s", "decode_tokens_per_s", 1, 1),
+    ("time to first token, s", "time_to_first_token_s", 1, 2),
+    ("decoded token, ms, p50", "p50_ms", 1, 1),
+    ("decoded token, ms, p95", "p95_ms", 1, 1),
+    ("peak memory, MB", "peak_rss_bytes", 1e-6, 0),
+)
 
 
 def number(data: object, *path: str) -> float | None:
@@ -43,8 +52,8 @@ def short(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.2g}"
 
 
-def megabytes(value: float | None, digits: int = 1) -> str:
-    return NOTHING if value is None else f"{value / 1e6:,.{digits}f} MB"
+def megabytes(value: float) -> str:
+    return f"{value / 1e6:,.1f} MB"
 
 
 def interval(data: object, name: str, percent: bool) -> tuple[str, str]:
@@ -63,18 +72,21 @@ def between(low: float, high: float, percent: bool) -> str:
     return f"{low * scale:.{digits}f} to {high * scale:.{digits}f}"
 
 
-def plural(count: int, one: str, many: str | None = None) -> str:
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
+def plural(count: int, one: str) -> str:
+    return f"{count:,} {one if count == 1 else one + 's'}"
 
 
 def spelled(value: Any) -> str:
     """A value of free-form JSON in one line."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k}: {spelled(v)}" for k, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(spelled, value))
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: NOTHING}[value]
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 100_000 else str(value)
+    match value:
+        case Mapping():
+            return ", ".join(f"{k}: {spelled(v)}" for k, v in value.items())
+        case list() | tuple():
+            return ", ".join(map(spelled, value))
+        case None:
+            return NOTHING
+        case bool():
+            return "yes" if value else "no"
+        case int() if abs(value) >= 100_000:
+            return f"{value:,}"
     return str(value)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -13,52 +11,29 @@ from edge_dtm import __version__
 from edge_dtm.report import charts, numbers
 from edge_dtm.report.charts import Chart, MeasuredFile
 from edge_dtm.report.gather import Report
-from edge_dtm.report.layer_map import ColourMap, chosen_costs, cost_cells, treatment_cells
-from edge_dtm.report.numbers import NOTHING, between, interval, number, plain, plural, share, short
+from edge_dtm.report.layer_map import PARTS, chosen_costs, cost_cells, layer_map, treatment_cells
+from edge_dtm.report.numbers import (
+    NOTHING,
+    SPEEDS,
+    between,
+    estimate,
+    interval,
+    number,
+    plain,
+    share,
+    short,
+    spelled,
+)
 
 # Control characters, surrogates, and those that turn the direction of what follows.
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
 )
 TableCell = tuple[str, str]  # what a cell says, and in small letters below
-_SPEEDS = (
-    # name, key in the verdict, digits, scale
-    ("prompt, tokens/s", "prefill_tokens_per_s", 1, 1.0),
-    ("decoding, tokens/s", "decode_tokens_per_s", 1, 1.0),
-    ("time to first token, s", "time_to_first_token_s", 2, 1.0),
-    ("one token, median, ms", "p50_ms", 1, 1.0),
-    ("one token, 95th percentile, ms", "p95_ms", 1, 1.0),
-    ("peak memory, MB", "peak_rss_bytes", 0, 1e-6),
-)
 
 
 def page(report: Report) -> str:
     """One self-contained HTML document. Nothing of the report becomes an element of it."""
-    plan = report.plan
-    costs = {} if plan is None else chosen_costs(plan, report.costs)
-    document = (
-        _environment()
-        .get_template("report.html")
-        .render(
-            report=report,
-            version=__version__,
-            title=_title(report),
-            tiles=_tiles(report),
-            survival=_survival(report),
-            histogram=_histogram(report),
-            frontier=_frontier(report),
-            figures=_figures(report),
-            types=[] if plan is None else plan.type_counts().items(),
-            treatment_map=None if plan is None else ColourMap.of(treatment_cells(plan), "blue"),
-            cost_map=ColourMap.of(cost_cells(costs), "orange") if costs else None,
-            total_cost=sum(costs.values()),
-        )
-    )
-    return _UNSEEN.sub("\ufffd", document)
-
-
-@cache
-def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("edge_dtm", "data"),
         autoescape=True,
@@ -66,9 +41,27 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (numbers.megabytes, plain, plural, share, short, numbers.spelled)
+    filters = (numbers.megabytes, plain, numbers.plural, share, short, spelled)
     environment.filters |= {f.__name__: f for f in filters}
-    return environment
+    plan, costs = report.plan, {}
+    if plan is not None:
+        costs = chosen_costs(plan, {c.name: c.costs for c in report.choice.costs})
+    document = environment.get_template("report.html").render(
+        report=report,
+        version=__version__,
+        title=_title(report),
+        tiles=_tiles(report),
+        survival=_survival(report),
+        histogram=_histogram(report),
+        frontier=_frontier(report),
+        figures=_figures(report),
+        parts=PARTS,
+        types={} if plan is None else plan.type_counts(),
+        treatment_map=None if plan is None else layer_map(treatment_cells(plan)),
+        cost_map=layer_map(cost_cells(costs)) if costs else None,
+        total_cost=sum(costs.values()),
+    )
+    return _UNSEEN.sub("\ufffd", document)
 
 
 def _title(report: Report) -> str:
@@ -81,30 +74,22 @@ def _title(report: Report) -> str:
 
 def _tiles(report: Report) -> list[tuple[str, str, list[str]]]:
     """(name, figure, lines below)."""
-    host = report.host
-    measured = report.manifest.measured
+    host, floor = report.host, report.noise_floor
     size = report.manifest.files["model.gguf"].size_bytes
-    f16 = number(measured, "f16_bytes")
-    floor = measured.get("noise_floor")
-    floors = (
-        interval(floor, "sdt", True)[0],
-        interval(floor, "fdt", False)[0],
-        share(number(floor, "identical_share"), 0),
-    )
-    noise = [[] if value == NOTHING else [f"noise floor {value}"] for value in floors]
+    f16 = number(report.manifest.measured, "f16_bytes")
     sdt, fdt = (f"{between(i.low, i.high, i is host.sdt)} (95 %)" for i in (host.sdt, host.fdt))
+    identical = share(host.identical_share, 0)
+    floors = {
+        "SDT": interval(floor, "sdt", True)[0],
+        "FDT": interval(floor, "fdt", False)[0],
+        "identical": share(number(floor, "identical_share"), 0),
+    }
+    noise = {k: [] if v == NOTHING else [f"noise floor {v}"] for k, v in floors.items()}
+    largest = f"mean FDT of at most {plain(host.largest_fdt)} tokens"
     return [
-        ("SDT", share(host.sdt.value), [sdt, *noise[0]]),
-        (
-            f"mean FDT of at most {plain(host.largest_fdt)} tokens",
-            plain(host.fdt.value),
-            [fdt, *noise[1]],
-        ),
-        (
-            "sequences identical",
-            share(host.identical_share, 0),
-            ["without any other token", *noise[2]],
-        ),
+        ("SDT", share(host.sdt.value), [sdt, *noise["SDT"]]),
+        (largest, plain(host.fdt.value), [fdt, *noise["FDT"]]),
+        ("sequences identical", identical, ["without any other token", *noise["identical"]]),
         ("file size", numbers.megabytes(size), [f"{share(size / f16, 0)} of F16"] if f16 else []),
     ]
 
@@ -127,64 +112,52 @@ def _histogram(report: Report) -> Chart:
 
 
 def _frontier(report: Report) -> Chart | None:
-    if not report.frontier and not report.files:
+    choice, sdt = report.choice, report.host.sdt
+    if not choice.frontier and not report.files:
         return None
     size = report.manifest.files["model.gguf"].size_bytes
-    sdt = report.host.sdt
-    floor = numbers.estimate(report.manifest.measured.get("noise_floor"), "sdt")
+    floor = estimate(report.noise_floor, "sdt")
     return charts.frontier(
-        report.frontier,
-        None if report.predicted_sdt is None else (size, report.predicted_sdt),
+        [(p.size_bytes, p.sdt) for p in choice.frontier],
+        None if choice.predicted is None else choice.predicted.sdt,
         [MeasuredFile("this file, measured", size, sdt.value, sdt.low, sdt.high), *report.files],
-        floor[0] if floor else None,
+        floor and floor[0],
     )
 
 
 def _figures(report: Report) -> list[tuple[str, list[TableCell]]]:
     """(what, a cell for the host, for each device and for the noise floor)."""
-    floor = report.manifest.measured.get("noise_floor")
     verdicts = [d.verdict for d in report.devices]
-    runs = [report.host.to_json(), *(v["against_original"] for v in verdicts), floor]
+    runs = [report.host.to_json(), *(v["against_original"] for v in verdicts), report.noise_floor]
     rows = [
         ("SDT against the original", [interval(run, "sdt", True) for run in runs]),
         ("mean FDT, tokens", [interval(run, "fdt", False) for run in runs]),
-        (
-            "sequences identical",
-            _cells([share(number(run, "identical_share"), 0) for run in runs]),
-        ),
     ]
+
+    def add(label: str, devices: Sequence[str], host: str = NOTHING, floor: str = NOTHING) -> None:
+        rows.append((label, [(text, "") for text in (host, *devices, floor)]))
+
+    host, *devices, floor = (share(number(run, "identical_share"), 0) for run in runs)
+    add("sequences identical", devices, host, floor)
     if verdicts:
-        rows += [(name, _cells([NOTHING, *t, NOTHING])) for name, t in _against_host(verdicts)]
-    for name, key, digits, scale in _SPEEDS:
-        host = number(report.host_prefill_tokens_per_s) if key == "prefill_tokens_per_s" else None
-        values = [host, *(number(v, "performance", key) for v in verdicts)]
-        if any(value is not None for value in values):
-            texts = [plain(None if v is None else v * scale, digits) for v in values]
-            rows.append((name, _cells([*texts, NOTHING])))
+        for label, key, text in (
+            ("KL from the host, nats", "kl_vs_host_nats", short),
+            ("other tokens where the host was sure", "decided_sdt_vs_host", share),
+            ("KL of the small F16 model, nats", "kl_probe_nats", short),
+        ):
+            add(label, [text(v[key]) for v in verdicts])
+        kernels = [v["kernels"] for v in verdicts]
+        add(
+            "kernels that agree with numpy",
+            [f"{sum(k['ok'] for k in ks)} of {len(ks)}" if ks else NOTHING for ks in kernels],
+        )
+    for label, key, scale, digits in SPEEDS:
+        host_speed = report.host_prefill_tokens_per_s if key == "prefill_tokens_per_s" else None
+        speeds = [number(host_speed), *(number(v["performance"], key) for v in verdicts)]
+        if any(speed is not None for speed in speeds):
+            host, *devices = (plain(s and s * scale, digits) for s in speeds)
+            add(label, devices, host)
     if verdicts:
-        threads = [numbers.spelled(v["settings"].get("threads")) for v in verdicts]
-        builds = [v["runtime"]["llama_cpp_python"] for v in verdicts]
-        rows.append(("threads", _cells([NOTHING, *threads, NOTHING])))
-        rows.append(("llama-cpp-python", _cells([NOTHING, *builds, NOTHING])))
+        add("threads", [spelled(v["settings"].get("threads")) for v in verdicts])
+        add("llama-cpp-python", [v["runtime"]["llama_cpp_python"] for v in verdicts])
     return rows
-
-
-def _cells(texts: Sequence[str]) -> list[TableCell]:
-    return [(text, "") for text in texts]
-
-
-def _against_host(verdicts: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """(what, a text a device)."""
-    return [
-        ("KL from the host, nats", [short(v["kl_vs_host_nats"]) for v in verdicts]),
-        (
-            "other tokens where the host was sure",
-            [share(v["decided_sdt_vs_host"]) for v in verdicts],
-        ),
-        ("KL of the small F16 model, nats", [short(v["kl_probe_nats"]) for v in verdicts]),
-        ("kernels that agree with numpy", [_kernels(v["kernels"]) for v in verdicts]),
-    ]
-
-
-def _kernels(kernels: Sequence[Mapping[str, Any]]) -> str:
-    return f"{sum(k['ok'] for k in kernels)} of {len(kernels)}" if kernels else NOTHING

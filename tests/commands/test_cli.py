@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -16,7 +15,9 @@ from cli_runner import assert_error, assert_usage, run
 from fixtures.tiny_bundle import FILES, seal
 from fixtures.tiny_bundle import plan as any_plan
 
-from edge_dtm.cli import EXIT_VERIFIED_AND_FAILED, Bytes, main
+from edge_dtm.cli import main
+from edge_dtm.commands.common import Bytes
+from edge_dtm.commands.device import EXIT_VERIFIED_AND_FAILED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,14 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # --- help and imports -----------------------------------------------------------------------
 
 
-def _commands(group: click.Group, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    out = [path]
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
-            out += _commands(command, (*path, name))
-        else:
-            out.append((*path, name))
-    return out
+def _commands(command: click.Command, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    members = command.commands.items() if isinstance(command, click.Group) else ()
+    return [path, *(p for name, inner in members for p in _commands(inner, (*path, name)))]
 
 
 @pytest.mark.parametrize("path", _commands(main), ids=" ".join)
@@ -53,40 +49,25 @@ def test_wrong_usage(tmp_path: Path) -> None:
     assert_usage(run("nosuch"), "nosuch")
 
 
-def _imported(code: str) -> set[str]:
-    program = f"{code}\nimport sys\nprint(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return set(done.stdout.split())
+def _python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def test_the_command_line_imports_next_to_nothing() -> None:
-    heavy = {"torch", "transformers", "numpy", "rich", "gguf", "llama_cpp", "zstandard"}
-    assert not heavy & _imported("import edge_dtm.cli")
+    heavy = {"torch", "transformers", "numpy", "rich", "gguf", "llama_cpp", "zstandard", "pydantic"}
+    done = _python("import edge_dtm.cli, sys\nprint(*sys.modules)")
+    assert "click" in done.stdout.split() and not heavy & set(done.stdout.split())
 
 
 def test_verify_without_torch(tiny_bundle: Path) -> None:
     code = "import sys\nfor m in ('torch', 'transformers'): sys.modules[m] = None\n"
     code += "from edge_dtm.cli import main\nmain(sys.argv[1:])"
-    for arguments, status in (
-        (["verify", str(tiny_bundle), "--threads", "1"], 0),
-        (["compress", str(tiny_bundle / "model.gguf"), "-o", str(tiny_bundle / "new")], 1),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == status, done.stderr
-        if status:
-            assert done.stderr.startswith("error: this command needs torch: pip install")
-            assert len(done.stderr.splitlines()) == 1
+    assert _python(code, "verify", str(tiny_bundle), "--threads", "1").returncode == 0
+    done = _python(code, "compress", str(tiny_bundle / "model.gguf"), "-o", "new")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: this command needs torch: pip install")
 
 
 # --- the device's commands ------------------------------------------------------------------
@@ -125,8 +106,8 @@ def test_bundles_that_are_none(tiny_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "junk").write_bytes(b"junk" * 100)
     assert_error(run("verify", tmp_path / "junk"))
     assert_error(run("unpack", tmp_path / "junk", "-o", tmp_path / "u"))
-    assert_error(run("frontier", tmp_path / "empty"), "plan.json does not exist")
-    assert_error(run("frontier", tiny_bundle))  # its plan is {}
+    assert_error(run("frontier", tmp_path / "empty"), "plan.json")
+    assert_error(run("frontier", tiny_bundle), "holds no frontier")
     (tiny_bundle / "report.md").write_text("spoilt")
     assert_error(run("verify", tiny_bundle), "report.md")
     assert_error(run("pack", tmp_path / "empty", "-o", tmp_path / "p.tar.zst"), progress=True)
@@ -143,14 +124,6 @@ def test_truncated_model_for_the_other_commands(tiny_bundle: Path, tmp_path: Pat
     )
 
 
-def test_json_files_can_be_read_again(tmp_path: Path) -> None:
-    from edge_dtm.commands.common import read_json, write_json
-
-    path = tmp_path / "x.json"
-    write_json(path, {"a": [math.inf, 1.5, {"b": math.nan}], "c": (-math.inf, "d", None, True)})
-    assert read_json(path) == {"a": [None, 1.5, {"b": None}], "c": [None, "d", None, True]}
-
-
 def _is_whole(bundle: Path) -> bool:
     from edge_dtm.formats.archive import open_bundle, pack
 
@@ -162,14 +135,16 @@ def _is_whole(bundle: Path) -> bool:
         return not {"report.html", "frontier.png"} & {p.name for p in opened.folder.iterdir()}
 
 
+_POINT = {"size_bytes": 10**6, "sigma": 1, "sdt": 0.1, "fdt": 1}
+_PREDICTED = {"sigma": 1, "sdt": 0.1, "fdt": 1}
+
+
 def test_no_command_puts_a_strange_file_into_a_bundle(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    plan = any_plan().to_json() | {
-        "frontier": [{"size_bytes": 10**6 * n, "sigma": 1, "sdt": 0.1 / n, "fdt": n} for n in (1, 2)],
-        "predicted": {"sigma": 1, "sdt": 0.1, "fdt": 1},
-    }  # fmt: skip
+    plan = any_plan().to_json()
+    plan |= {"frontier": [_POINT, _POINT | {"size_bytes": 2 * 10**6}], "predicted": _PREDICTED}
     (tiny_bundle / "plan.json").write_text(json.dumps(plan))
     seal(tiny_bundle)
     model = tiny_bundle / "model.gguf"
@@ -203,17 +178,16 @@ def test_no_command_puts_a_strange_file_into_a_bundle(
     assert _is_whole(tiny_bundle)
 
 
-_POINT = {"size_bytes": 10**6, "sigma": 1, "sdt": 0.1, "fdt": 1}
-
-
 @pytest.mark.parametrize(
     ("points", "chosen"),
-    [([], _POINT), (None, _POINT), ([_POINT, None], _POINT), ([_POINT | {"sdt": None}], _POINT),
-     ([_POINT | {"fdt": "x"}], _POINT), ([_POINT], None), ([_POINT], {"sdt": 0.1, "fdt": None})],
+    [([], _PREDICTED), (None, _PREDICTED), ([_POINT, None], _PREDICTED), ([_POINT], None),
+     ([_POINT | {"sdt": None}], _PREDICTED), ([_POINT | {"fdt": "x"}], _PREDICTED),
+     ([_POINT], _PREDICTED | {"fdt": None})],
 )  # fmt: skip
 def test_a_plan_without_a_readable_frontier(tmp_path: Path, points: Any, chosen: Any) -> None:
-    (tmp_path / "plan.json").write_text(json.dumps({"frontier": points, "predicted": chosen}))
-    assert_error(run("frontier", tmp_path), "holds no frontier")
+    plan = any_plan().to_json() | {"frontier": points, "predicted": chosen}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    assert_error(run("frontier", tmp_path), "plan.json", "make the bundle again")
 
 
 def test_a_drawing_that_breaks_off_leaves_the_bundle_whole(
@@ -222,13 +196,14 @@ def test_a_drawing_that_breaks_off_leaves_the_bundle_whole(
     pyplot = pytest.importorskip("matplotlib.pyplot")
     from edge_dtm.core import files
     from edge_dtm.report.frontier_figure import draw_frontier
+    from edge_dtm.report.plan_file import FrontierPoint
 
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     save = pyplot.Figure.savefig
     monkeypatch.setattr(pyplot.Figure, "savefig", lambda *a, **k: (save(*a, **k), stopped()))
-    point = {"size_bytes": 10**6, "sdt": 0.1, "fdt": 1.0}
+    point = FrontierPoint(**_POINT)
     with pytest.raises(KeyboardInterrupt):
         draw_frontier([point], 10**6, point, tiny_bundle / "frontier.png")
     monkeypatch.setattr(files.os, "fsync", stopped)
@@ -256,7 +231,7 @@ def test_inspect_and_profiles(tiny_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_recipes_of_what_is_no_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
-    assert_error(run("recipe", tmp_path / "none"), "plan.json does not exist")
+    assert_error(run("recipe", tmp_path / "none"), "plan.json")
     (tiny_bundle / "plan.json").write_text("{}")
     assert_error(run("recipe", tiny_bundle), "the plan")
     plan = {"schema_version": 1, "fixed_bytes": 0, "components": []}

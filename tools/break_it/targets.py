@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fixtures import tiny_bundle
 
 from break_it import containers, mutations
-from edge_dtm.commands.common import read_json
+from edge_dtm.core import strict_json
 from edge_dtm.core.metrics import compare
 from edge_dtm.formats import archive, bundle, signing
 from edge_dtm.formats.plan import Plan
@@ -126,7 +126,7 @@ def read_record(data: bytes, folder: Path) -> None:
 
 
 def read_plan(data: bytes, folder: Path) -> None:
-    plan = Plan.from_json(read_json(_written(data, folder)))
+    plan = Plan.from_json(strict_json.read(_written(data, folder)))
     assert plan.size_bytes >= 0 and plan.hash and plan.zero_share >= 0
     plan.type_counts()
 
