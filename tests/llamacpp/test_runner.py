@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures.tiny_bundle import write_gguf
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -163,29 +162,19 @@ def test_what_does_not_fit_is_refused(tiny_gguf: Path, tiny_reference: Reference
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("data", "offender"),
     [
-        ({"threads": 0}, "threads: is 0"),
-        ({"threads": 1, "micro_batch_tokens": 0}, "micro_batch_tokens: is 0"),
-        ({"threads": 1, "batch_tokens": 2**40}, "batch_tokens: is "),
-        ({"threads": 1, "parallel_sequences": 65}, "parallel_sequences: is 65"),
-        ({"threads": 1, "repack": 1}, "repack: is 1"),
-        ({"threads": True}, "threads: is True"),
-        ({"threads": "2"}, "threads: is '2'"),
-        ({"threads": 1, "colour": 1}, "colour: is unknown"),
-        ({}, "threads: is missing"),
+        ({"threads": 0}, "threads"),
+        ({"threads": True}, "threads"),
+        ({"threads": 1, "batch_tokens": 2**40}, "batch_tokens"),
+        ({"threads": 1, "parallel_sequences": 65}, "parallel_sequences"),
+        ({"threads": 1, "colour": 1}, "colour"),
+        ({}, "threads"),
     ],
 )
-def test_wrong_settings_are_refused(data: dict[str, object], message: str) -> None:
-    with pytest.raises(EdgeDtmError, match=message):
+def test_wrong_settings_are_refused(data: dict[str, object], offender: str) -> None:
+    with pytest.raises(EdgeDtmError, match=f"{offender}: is "):
         RunSettings.from_json(data)
-
-
-def test_records_without_the_newer_settings_are_read() -> None:
-    old = {"threads": 2, "batch_tokens": 64, "parallel_sequences": 1, "flash_attention": False}
-    settings = RunSettings.from_json(old | {"kv_type": "F16"})
-    assert settings == RunSettings(threads=2, batch_tokens=64, parallel_sequences=1)
-    assert settings.repack
 
 
 def test_sequences_that_share_the_cache_answer_as_alone(
@@ -202,15 +191,6 @@ def test_sequences_that_share_the_cache_answer_as_alone(
                 np.testing.assert_allclose(
                     record.top_logits[row, :n], one.top_logits[0, :n], rtol=0, atol=0.05
                 )
-
-
-def test_the_room_that_settings_ask_for() -> None:
-    settings = RunSettings(threads=1, batch_tokens=100, parallel_sequences=3, micro_batch_tokens=40)
-    assert settings.cache_tokens(256) == 3 * 256
-    assert settings.cache_tokens(257) == 3 * 512
-    assert settings.logits_bytes(1000) == 4 * 1000 * 140
-    few = RunSettings(threads=1, batch_tokens=2, parallel_sequences=3, micro_batch_tokens=40)
-    assert few.sequences_per_call == 2 and few.logits_bytes(10) == 4 * 10 * 4
 
 
 @given(
@@ -264,12 +244,3 @@ def test_log_is_shown_when_asked_for(tiny_gguf: Path) -> None:
         )
         assert ("llama_model_loader" in done.stderr) is shown
         assert done.stdout == ""
-
-
-def test_other_weights_give_another_answer(tiny_reference: Reference, tmp_path: Path) -> None:
-    write_gguf(tmp_path / "other.gguf", 1, matrix_type="F32")
-    record = forced(tmp_path / "other.gguf", tiny_reference)
-    mask = divergent_mask(
-        tiny_reference.generated_ids, record.ids, tiny_reference.generated_lengths
-    )
-    assert share_of_divergent_tokens(mask, tiny_reference.generated_lengths) > 0.5

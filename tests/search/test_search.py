@@ -37,25 +37,25 @@ def tables(draw):
     return CostTable(tuple(components), tuple(treatments), tuple(costs), 1000)
 
 
-def all_plans(table):
-    """(bytes, cost) of every combination."""
-    options = [
+def options_of(table):
+    """(bytes, cost) of every treatment, a list a component."""
+    return [
         [(c.size_bytes(t), cost) for t, cost in zip(ts, cs, strict=True)]
         for c, ts, cs in zip(table.components, table.treatments, table.costs, strict=True)
     ]
-    for combination in itertools.product(*options):
-        yield (
-            table.fixed_bytes + sum(size for size, _ in combination),
-            sum(cost for _, cost in combination),
-        )
+
+
+def all_plans(table):
+    """(bytes, cost) of every combination."""
+    return [
+        (table.fixed_bytes + sum(size for size, _ in chosen), sum(cost for _, cost in chosen))
+        for chosen in itertools.product(*options_of(table))
+    ]
 
 
 def linear_relaxation(table, max_bytes):
     """Least cost when treatments may be mixed: the Lagrange dual, at all slopes between two."""
-    options = [
-        [(c.size_bytes(t), cost) for t, cost in zip(ts, cs, strict=True)]
-        for c, ts, cs in zip(table.components, table.treatments, table.costs, strict=True)
-    ]
+    options = options_of(table)
     prices = {0.0} | {
         (cost_a - cost_b) / (b - a)
         for option in options
@@ -69,9 +69,9 @@ def linear_relaxation(table, max_bytes):
     )
 
 
-def brute_hull(sizes, costs):
+def brute_hull(options):
     """Points that no other point dominates and no segment between two others lies below."""
-    points = sorted({(s, c) for s, c in zip(sizes, costs, strict=True) if math.isfinite(c)})
+    points = sorted({(s, c) for s, c in options if math.isfinite(c)})
     hull = []
     for s, c in points:
         if any((a, x) != (s, c) and a <= s and x <= c for a, x in points):
@@ -87,11 +87,8 @@ def brute_hull(sizes, costs):
 
 
 def largest_step(table):
-    gains = [0.0]
-    for c, ts, cs in zip(table.components, table.treatments, table.costs, strict=True):
-        hull = brute_hull([c.size_bytes(t) for t in ts], cs)
-        gains += [a[1] - b[1] for a, b in itertools.pairwise(hull)]
-    return max(gains)
+    hulls = map(brute_hull, options_of(table))
+    return max((a[1] - b[1] for hull in hulls for a, b in itertools.pairwise(hull)), default=0.0)
 
 
 points_lists = st.lists(
@@ -104,13 +101,13 @@ points_lists = st.lists(
 def test_hull_equals_brute_force(points):
     sizes, costs = [p[0] for p in points], [p[1] for p in points]
     hull = convex_hull(sizes, costs)
-    assert [(sizes[i], costs[i]) for i in hull] == brute_hull(sizes, costs)
+    assert [(sizes[i], costs[i]) for i in hull] == brute_hull(points)
 
 
 @settings(max_examples=150, deadline=None)
 @given(tables(), st.floats(0, 1))
 def test_search_is_optimal_up_to_one_step(table, position):
-    plans = list(all_plans(table))
+    plans = all_plans(table)
     smallest, largest = min(s for s, _ in plans), max(s for s, _ in plans)
     budget = round(smallest + position * (largest - smallest))
     plan = search(table, budget)
@@ -119,30 +116,12 @@ def test_search_is_optimal_up_to_one_step(table, position):
     optimum = min(c for s, c in plans if s <= budget)
     relaxed = linear_relaxation(table, budget)
     assert relaxed - 1e-9 <= optimum <= cost <= relaxed + largest_step(table) + 1e-9
-
-
-@settings(max_examples=60, deadline=None)
-@given(tables(), st.floats(0, 1))
-def test_no_step_that_still_fits_is_left_out(table, position):
-    sizes = [s for s, _ in all_plans(table)]
-    budget = round(min(sizes) + position * (max(sizes) - min(sizes)))
-    plan = search(table, budget)
-    for component, ts, cs, chosen in zip(
-        table.components, table.treatments, table.costs, plan.treatments, strict=True
-    ):
-        size = component.size_bytes(chosen)
-        hull = brute_hull([component.size_bytes(t) for t in ts], cs)
-        larger = [s for s, _ in hull if s > size]
+    # No step that still fits is left out.
+    chosen = zip(table.components, plan.treatments, options_of(table), strict=True)
+    for component, treatment, options in chosen:
+        size = component.size_bytes(treatment)
+        larger = [s for s, _ in brute_hull(options) if s > size]
         assert not larger or plan.size_bytes - size + larger[0] > budget
-
-
-@settings(max_examples=60, deadline=None)
-@given(tables())
-def test_more_bytes_never_cost_more(table):
-    budgets = sorted({s for s, _ in all_plans(table)})
-    costs = [table.cost(search(table, budget)) for budget in budgets]
-    assert costs == sorted(costs, reverse=True)
-    assert costs[-1] == min(c for _, c in all_plans(table))
 
 
 @given(tables())
@@ -208,22 +187,7 @@ def test_zeros_are_given_back_where_that_saves_most():
     plan = search(table, 10**6, 0.3)
     assert plan.treatments == (levels[1], Treatment("Q8_0", 0.1))
     assert table.cost(plan) == pytest.approx(1.4)
-
-
-def test_zeros_cost_no_more_than_the_same_share_everywhere():
-    table = sparse_table(11)
-    same = Plan(
-        table.components,
-        tuple(Treatment("Q8_0", 0.2 if c.in_block else 0.0) for c in table.components),
-        500,
-    )
-    chosen = search(table, same.size_bytes, same.zero_share)
-    assert table.cost(chosen) < table.cost(same)
-
-
-def test_no_zeros_unless_asked_for():
-    table = sparse_table(12)
-    assert zero_count(search(table, 10**9)) == 0
+    assert zero_count(search(table, 10**6)) == 0
 
 
 def test_zeros_that_do_not_fit():
@@ -251,21 +215,6 @@ def test_least_bytes_with_zeros_is_a_lower_bound(seed, zero_share):
     plan = search(table, round(least + largest), zero_share)
     assert least * 0.999 < plan.size_bytes <= least + largest
     assert plan.zero_share >= zero_share - 1e-3
-
-
-def test_least_bytes_with_zeros_against_all_plans():
-    """Exact where whole matrices have the highest level."""
-    parts = [Component(f"blk.{i}.ffn_up", 10 * (i + 1), 320) for i in range(4)]
-    types = ("Q8_0", "Q4_0", "F16")
-    least_of = [{t: c.size_bytes(Treatment(t)) for t in types} for c in parts]
-    total = sum(c.weights for c in parts)
-    for chosen in itertools.product([False, True], repeat=4):
-        zeros = sum(0.95 * c.weights for c, yes in zip(parts, chosen, strict=True) if yes)
-        size = sum(s["Q8_0" if yes else "Q4_0"] for s, yes in zip(least_of, chosen, strict=True))
-        found = least_bytes_with_zeros(parts, types, zeros / total)
-        assert found == pytest.approx(size, rel=0.01)  # padding
-    assert least_bytes_with_zeros(parts, types, 0) == sum(s["Q4_0"] for s in least_of)
-    assert least_bytes_with_zeros(parts, ("Q8_0",), 0.5) == sum(s["Q8_0"] for s in least_of)
 
 
 def test_zeros_that_no_budget_holds():
@@ -308,12 +257,8 @@ def test_the_least_divergent_share(share):
     assert plan["token_embd"] == Treatment("F16") and plan.fixed_bytes == 500
     assert {t.type for t in plan.treatments} <= {"Q8_0", "F16"}
     assert len(coarse) == round(share * 11)  # components, whatever their size
-    rest = [i for i in range(1, 12) if i not in coarse]
-    assert (
-        not coarse
-        or not rest
-        or (max(costs[i][0] for i in coarse) <= min(costs[i][0] for i in rest))
-    )
+    order = sorted(range(1, 12), key=lambda i: costs[i][0])
+    assert set(coarse) == set(order[: len(coarse)])
 
 
 # --- cost table ----------------------------------------------------------------------------------
@@ -330,19 +275,13 @@ def one_component(shares_and_costs, type_name="Q8_0"):
 
 
 def test_cost_between_two_levels_is_interpolated():
-    table = one_component([(0.2, 3.0), (0.0, 1.0), (0.1, 1.5)])
-    costs = [
-        table.cost(Plan(table.components, (Treatment("Q8_0", s),), 0)) for s in (0, 0.05, 0.1, 0.15)
-    ]
-    assert costs == pytest.approx([1, 1.25, 1.5, 2.25])
-    for unmeasured in (Treatment("Q8_0", 0.3), Treatment("F16")):
+    table = one_component([(0.2, 3.0), (0.0, 1.0), (0.1, 1.5), (0.3, math.inf)])
+    shares = (0, 0.05, 0.1, 0.15, 0.2)
+    costs = [table.cost_of(0, Treatment("Q8_0", share)) for share in shares]
+    assert costs == pytest.approx([1, 1.25, 1.5, 2.25, 3])
+    for unmeasured in (Treatment("Q8_0", 0.4), Treatment("F16")):
         with pytest.raises(KeyError, match="no measured"):
-            table.cost(Plan(table.components, (unmeasured,), 0))
-
-
-def test_a_level_beside_an_infinite_cost_keeps_its_own():
-    table = one_component([(0.0, 1.0), (0.1, 2.0), (0.2, math.inf)])
-    assert table.cost(Plan(table.components, (Treatment("Q8_0", 0.1),), 0)) == 2.0
+            table.cost_of(0, unmeasured)
 
 
 def test_restricted_keeps_types_and_drops_zeros():
@@ -387,17 +326,6 @@ def test_prediction_equals_drawn_normals(sigma):
 def test_no_change_diverges_nowhere():
     prediction = Predictor(np.array([[0.0, 1.0], [2.0, 9.0]]), np.array([2, 1])).predict(-1e-18)
     assert (prediction.sigma, prediction.sdt, prediction.fdt) == (0, 0, 1.5)
-
-
-def test_prediction_worsens_with_sigma():
-    margins = np.random.default_rng(21).gamma(1.5, 1.0, (5, 9))
-    predictor = Predictor(margins, np.full(5, 9))
-    predictions = [predictor.predict(s) for s in (0, 0.01, 0.1, 1, 10, 1e4)]
-    sdts, fdts = [p.sdt for p in predictions], [p.fdt for p in predictions]
-    assert sdts == sorted(sdts)
-    assert fdts == sorted(fdts, reverse=True)
-    # A change far beyond every margin makes the choice between the two a coin toss.
-    assert sdts[-1] == pytest.approx(0.5, abs=0.02)
 
 
 def test_predictor_needs_a_position():
