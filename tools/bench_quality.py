@@ -88,9 +88,8 @@ from edge_dtm.host.values import Base, Costs, Measurement, Run
 from edge_dtm.llamacpp import llama
 from edge_dtm.llamacpp.tensors import describe
 from edge_dtm.report.frontier_figure import draw_comparison
-from edge_dtm.search.allocation import search
+from edge_dtm.search.allocation import convex_hull, search
 from edge_dtm.search.cost_table import CostTable
-from edge_dtm.search.hulls import convex_hull
 from edge_dtm.search.predictor import Predictor
 
 DEFAULT_PRESETS = "Q3_K_M,IQ4_NL,Q4_0,Q4_K_M,Q5_K_M,Q6_K,Q8_0"

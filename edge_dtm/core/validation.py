@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -25,7 +24,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 in hex.")]
 
 _SHOWN = 40  # characters of a value or a key in a message
-_MOST = 20  # offences in a message
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 T = TypeVar("T")
@@ -48,7 +46,7 @@ class StrictDataclass:
             return handler(value)
         except ValidationError as error:
             if isinstance(value, ArgsKwargs):  # made by code, not part of a larger file
-                _refuse(error, cls.__name__, "", list(cls.__dataclass_fields__))
+                _refuse(error, cls.__name__, "")
             raise
 
 
@@ -80,23 +78,15 @@ def check_version(tree: object, version: int, source: str) -> None:
         )
 
 
-def _refuse(
-    error: ValidationError, source: str, remedy: str, positions: Sequence[str] = ()
-) -> NoReturn:
-    """positions: names of the fields that pydantic calls by their number."""
+def _refuse(error: ValidationError, source: str, remedy: str) -> NoReturn:
     details = error.errors(include_url=False)
-    offences = [f"{_place(d['loc'], positions)}: {_reason(d)}" for d in details[:_MOST]]
-    if len(details) > _MOST:
-        offences.append(f"and {len(details) - _MOST} more")
-    line = f"{source} is wrong: {'; '.join(offences)}"
+    line = f"{source} is wrong: " + "; ".join(f"{_place(d['loc'])}: {_reason(d)}" for d in details)
     raise EdgeDtmError(f"{line}; {remedy}" if remedy else line) from None
 
 
-def _place(steps: tuple[int | str, ...], positions: Sequence[str]) -> str:
+def _place(steps: tuple[int | str, ...]) -> str:
     """Such as `files."a/b".size_bytes` or `kernels[2].type`."""
     place = ""
-    if positions and steps and isinstance(steps[0], int):
-        steps = (positions[steps[0]], *steps[1:])
     for step in steps:
         if isinstance(step, int):
             place += f"[{step}]"

@@ -20,9 +20,8 @@ from edge_dtm.host.trajectory.reference import greedy_reference, make_predictor
 from edge_dtm.host.values import Base, Candidate, Costs, NoiseFloor, Run
 from edge_dtm.report import summary
 from edge_dtm.search import target
-from edge_dtm.search.allocation import least_divergent_share, search
+from edge_dtm.search.allocation import frontier, least_divergent_share, search
 from edge_dtm.search.cost_table import CostTable
-from edge_dtm.search.hulls import frontier
 from edge_dtm.search.predictor import Predictor
 
 

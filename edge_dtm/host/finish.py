@@ -20,8 +20,8 @@ from edge_dtm.host.values import Candidate, Measurement, NoiseFloor, Run
 from edge_dtm.llamacpp import probe_model
 from edge_dtm.llamacpp.tensors import describe
 from edge_dtm.report import summary
+from edge_dtm.search.allocation import frontier
 from edge_dtm.search.cost_table import CostTable
-from edge_dtm.search.hulls import frontier
 from edge_dtm.search.predictor import Prediction, Predictor
 
 UNITS = {

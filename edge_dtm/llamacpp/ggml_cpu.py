@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -128,25 +128,18 @@ class CpuBackend:
             types.append(int(pointers[len(types)]))
         return types
 
-    @contextmanager
-    def _context(self, tensors: int) -> Iterator[int]:
+    def _context(self, stack: ExitStack, tensors: int) -> int:
         size = tensors * self._lib.ggml_tensor_overhead() + self._lib.ggml_graph_overhead()
-        context = self._lib.ggml_init(_InitParams(size, None, True))
-        try:
-            yield context
-        finally:
-            self._lib.ggml_free(context)
+        context: int = self._lib.ggml_init(_InitParams(size, None, True))
+        stack.callback(self._lib.ggml_free, context)
+        return context
 
-    @contextmanager
-    def _buffer(self, context: int, buffer_type: int) -> Iterator[None]:
+    def _allocate(self, stack: ExitStack, context: int, buffer_type: int) -> None:
         """Memory of that kind for all tensors of the context."""
         buffer = self._lib.ggml_backend_alloc_ctx_tensors_from_buft(context, buffer_type)
         if not buffer:
             raise EdgeDtmError("no memory to check the kernels: close other programs")
-        try:
-            yield
-        finally:
-            self._lib.ggml_backend_buffer_free(buffer)
+        stack.callback(self._lib.ggml_backend_buffer_free, buffer)
 
     def _product(
         self, buffer_type: int, type_name: str, data: ggml.ByteArray, x: ggml.FloatArray
@@ -155,20 +148,21 @@ class CpuBackend:
         lib = self._lib
         data, x = np.ascontiguousarray(data), np.ascontiguousarray(x)
         number, float_number = (ggml_types.facts(t).number for t in (type_name, "F32"))
-        with self._context(1) as weights_context, self._context(4) as context:
+        with ExitStack() as stack:
+            weights_context, context = self._context(stack, 1), self._context(stack, 4)
             weights = lib.ggml_new_tensor_2d(weights_context, number, x.shape[1], len(data))
             inputs = lib.ggml_new_tensor_2d(context, float_number, *x.shape[::-1])
             outputs = lib.ggml_mul_mat(context, weights, inputs)
-            with self._buffer(weights_context, buffer_type):
-                if not lib.ggml_backend_dev_supports_op(self._device, outputs):
-                    return None
-                graph = lib.ggml_new_graph(context)
-                lib.ggml_build_forward_expand(graph, outputs)
-                with self._buffer(context, self._plain_type):
-                    lib.ggml_backend_tensor_set(weights, data.ctypes.data, 0, data.nbytes)
-                    lib.ggml_backend_tensor_set(inputs, x.ctypes.data, 0, x.nbytes)
-                    if status := lib.ggml_backend_graph_compute(self._backend, graph):
-                        raise EdgeDtmError(f"ggml could not multiply a matrix (status {status})")
-                    out = np.empty((len(x), len(data)), dtype=np.float32)
-                    lib.ggml_backend_tensor_get(outputs, out.ctypes.data, 0, out.nbytes)
-                    return out
+            self._allocate(stack, weights_context, buffer_type)
+            if not lib.ggml_backend_dev_supports_op(self._device, outputs):
+                return None
+            graph = lib.ggml_new_graph(context)
+            lib.ggml_build_forward_expand(graph, outputs)
+            self._allocate(stack, context, self._plain_type)
+            lib.ggml_backend_tensor_set(weights, data.ctypes.data, 0, data.nbytes)
+            lib.ggml_backend_tensor_set(inputs, x.ctypes.data, 0, x.nbytes)
+            if status := lib.ggml_backend_graph_compute(self._backend, graph):
+                raise EdgeDtmError(f"ggml could not multiply a matrix (status {status})")
+            out = np.empty((len(x), len(data)), dtype=np.float32)
+            lib.ggml_backend_tensor_get(outputs, out.ctypes.data, 0, out.nbytes)
+            return out

@@ -18,10 +18,9 @@ from typing import BinaryIO
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats import ggml_types
 
-Value = int | float | bool | str | tuple[int | float | bool, ...]
+Value = int | float | bool | str
 
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
-KEPT_ITEMS = 4096  # longer arrays are the vocabulary's
 _STRING, _ARRAY = 8, 9
 # enum gguf_type, as struct spells it.
 _NUMBERS = {
@@ -46,7 +45,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """values: metadata by key, without arrays of strings and arrays above KEPT_ITEMS."""
+    """values: metadata by key, without arrays."""
 
     path: Path
     file_bytes: int
@@ -136,12 +135,12 @@ class _Reader:
         self.file, self.size, self.at = file, size, 8
 
     def rest(self) -> tuple[dict[str, Value], list[TensorInfo]]:
-        n_tensors, n_values = self._number("Q"), self._number("Q")
+        n_tensors, n_values = self._number("<Q"), self._number("<Q")
         # The least that a tensor and a value take; so no count can keep the loops going for long.
         self._need(n_tensors * 24 + n_values * 13)
         values: dict[str, Value] = {}
         for _ in range(n_values):
-            key, value = self._string(), self._value(self._number("I"))
+            key, value = self._string(), self._value(self._number("<I"))
             if key in values:
                 raise _Broken(f"the key {key[:80]!r} is there twice")
             if value is not None:
@@ -157,45 +156,42 @@ class _Reader:
 
     def _tensor(self) -> TensorInfo:
         """Its offset is from the start of the data."""
-        name, n_dims = self._string(), self._number("I")
+        name, n_dims = self._string(), self._number("<I")
         label = f"the tensor {name[:80]!r}"
         if not 1 <= n_dims <= MAX_DIMENSIONS:
             raise _Broken(f"{label} has {n_dims} dimensions")
-        shape = tuple(self._number("Q") for _ in range(n_dims))
-        number, offset = self._number("I"), self._number("Q")
+        shape = tuple(self._number("<Q") for _ in range(n_dims))
+        number, offset = self._number("<I"), self._number("<Q")
         try:
             ggml_type = ggml_types.by_number(number)
-        except EdgeDtmError:
-            raise _Broken(f"{label} has the unknown type {number}") from None
+        except EdgeDtmError as error:
+            raise _Broken(f"{label}: {error}") from None
         if min(shape) < 1 or shape[0] % ggml_type.block_size:
             raise _Broken(f"{label} has a shape that {ggml_type.name} cannot have")
         size = prod(shape) // ggml_type.block_size * ggml_type.block_bytes
         return TensorInfo(name, shape, ggml_type.name, offset, size)
 
     def _value(self, kind: int) -> Value | None:
-        """None for what is not kept."""
+        """None for an array, which is passed over."""
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
             return self._number(_code(kind))
-        kind, count = self._number("I"), self._number("Q")
+        kind, count = self._number("<I"), self._number("<Q")
         if kind == _STRING:
             self._need(count * 8)
             for _ in range(count):
-                self._skip(self._number("Q"))
-            return None
-        item = struct.Struct(f"<{_code(kind)}")
-        if count > KEPT_ITEMS:
-            self._skip(count * item.size)
-            return None
-        return tuple(value for (value,) in item.iter_unpack(self._read(count * item.size)))
+                self._skip(self._number("<Q"))
+        else:
+            self._skip(count * struct.calcsize(_code(kind)))
+        return None
 
     def _string(self) -> str:
-        return self._read(self._number("Q")).decode("utf-8", "replace")
+        return self._read(self._number("<Q")).decode("utf-8", "replace")
 
     def _number(self, code: str) -> int:
         # bool and float are numbers too; only metadata has them, and takes what comes.
-        (value,) = struct.unpack(f"<{code}", self._read(struct.calcsize(f"<{code}")))
+        (value,) = struct.unpack(code, self._read(struct.calcsize(code)))
         return value  # type: ignore[no-any-return]
 
     def _need(self, count: int) -> None:
@@ -214,7 +210,6 @@ class _Reader:
 
 
 def _code(kind: int) -> str:
-    try:
-        return _NUMBERS[kind]
-    except KeyError:
-        raise _Broken(f"a value has the unknown type {kind}") from None
+    if kind not in _NUMBERS:
+        raise _Broken(f"a value has the unknown type {kind}")
+    return f"<{_NUMBERS[kind]}"

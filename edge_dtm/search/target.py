@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from edge_dtm.search.hulls import FrontierPoint
+from edge_dtm.search.allocation import FrontierPoint
 
 TRIES = 4
 NEAR = 0.01  # a saving below this share of the file is not worth another replay

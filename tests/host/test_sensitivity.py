@@ -39,7 +39,7 @@ from edge_dtm.host.quantize.gptq import gptq_quantize
 from edge_dtm.host.quantize.masks import fit_masks
 from edge_dtm.host.quantize.treat import treat, treated_values
 from edge_dtm.llamacpp import ggml
-from edge_dtm.search.hulls import convex_hull
+from edge_dtm.search.allocation import convex_hull
 
 CPU = torch.device("cpu")
 

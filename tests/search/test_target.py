@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_dtm.search.hulls import FrontierPoint
+from edge_dtm.search.allocation import FrontierPoint
 from edge_dtm.search.target import NEAR, TRIES, Attempt, Target, smallest
 
 POINTS = [

@@ -28,7 +28,7 @@ from edge_dtm.host.blocks.workers import in_workers, worker_count
 from edge_dtm.host.checkpoint.config import ModelConfig
 from edge_dtm.host.quantize.equalize import Scales, input_scale
 from edge_dtm.host.quantize.masks import SCORES, fit_masks
-from edge_dtm.search.hulls import convex_hull
+from edge_dtm.search.allocation import convex_hull
 
 FloatArray = npt.NDArray[np.float32]
 Advance = Callable[[int], None] | None
