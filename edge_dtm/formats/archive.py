@@ -13,20 +13,14 @@ import os
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING
 
 import zstandard
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.files import Advance
 from edge_dtm.core.scratch import Scratch
-from edge_dtm.formats.bundle import (
-    MANIFEST,
-    SIGNATURE,
-    Bundle,
-    Manifest,
-    read_head,
-)
+from edge_dtm.formats.bundle import MANIFEST, SIGNATURE, Bundle, Manifest, read_head
 from edge_dtm.formats.signing import Trusted, check_signature, sign_manifest
 from edge_dtm.formats.unpack import TRAILER_HEAD, disk_error, unpack_into
 
@@ -47,7 +41,6 @@ def open_bundle(
     signature must only fit its manifest. EdgeDtmError when path is no bundle and as in
     `sign.check_signature`.
     """
-    path = Path(path)
     if path.is_dir():
         return _open_folder(path, path, trusted)
     if not path.exists():
@@ -82,7 +75,6 @@ def pack(
     out_path is replaced when the new file is complete. progress: called with the bytes packed.
     EdgeDtmError as in Bundle.check.
     """
-    folder, out_path = Path(folder), Path(out_path)
     if folder.is_file():
         raise EdgeDtmError(f"{folder} is a file: give the folder of a bundle")
     data, signature = read_head(folder)
@@ -96,10 +88,8 @@ def pack(
     heads = {MANIFEST: data} if signature is None else {MANIFEST: data, SIGNATURE: signature}
     try:
         with Scratch(out_path.name, out_path.parent) as scratch:
-            with (scratch / out_path.name).open("wb") as file:
+            with (scratch / out_path.name).open("w+b") as file:
                 _write(file, heads, folder, manifest, level, progress)
-                file.flush()
-                os.fsync(file.fileno())
             (scratch / out_path.name).replace(out_path)
     except OSError as error:
         raise disk_error(f"cannot write {out_path}", error) from None
@@ -121,7 +111,6 @@ def unpack(
     out_dir, a broken archive, and any member that the manifest, which comes first, does not list
     with exactly this size and hash; links, devices and paths are such.
     """
-    file, out_dir = Path(file), Path(out_dir)
     if os.path.lexists(out_dir):
         raise EdgeDtmError(f"{out_dir} exists already: give another folder or remove it")
     try:
@@ -139,52 +128,33 @@ def _open_folder(source: Path, folder: Path, trusted: Trusted | None) -> Bundle:
     return Bundle(source, folder, Manifest.parse(data, str(folder / MANIFEST)), key)
 
 
-class _Folding:
-    """Compresses what is written, into a file, and puts the hash of the result behind it."""
-
-    def __init__(self, file: BinaryIO, level: int) -> None:
-        self._file = file
-        # One thread: with several, the bytes depend on how many.
-        compressor = zstandard.ZstdCompressor(level=level, write_checksum=True, threads=0)
-        self._object = compressor.compressobj()
-        self._digest = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self._put(self._object.compress(data))
-        return len(data)
-
-    def finish(self) -> None:
-        self._put(self._object.flush())
-        self._file.write(TRAILER_HEAD + self._digest.digest())
-
-    def _put(self, packed: bytes) -> None:
-        self._digest.update(packed)
-        self._file.write(packed)
-
-
 def _write(
-    file: BinaryIO,
+    file: io.BufferedRandom,
     heads: dict[str, bytes],
     folder: Path,
     manifest: Manifest,
     level: int,
     progress: Advance | None,
 ) -> None:
-    out = _Folding(file, level)
-    stream: Any = out  # tarfile asks no more of a stream than that it can be written to
-    # GNU writes a size above 8 GiB into the header itself, so a bundle never has the extended
-    # headers that unpack refuses.
-    with tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT) as archive:
+    # One thread: with several, the bytes depend on how many.
+    compressor = zstandard.ZstdCompressor(level=level, write_checksum=True, threads=0)
+    with (
+        compressor.stream_writer(file, closefd=False) as stream,
+        # GNU writes a size above 8 GiB into the header itself, so a bundle never has the extended
+        # headers that unpack refuses.
+        tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT) as archive,
+    ):
         for name in (*heads, *sorted(manifest.files)):
             info = tarfile.TarInfo(name)
             info.mode = 0o644
-            if name in heads:
-                info.size = len(heads[name])
-                archive.addfile(info, io.BytesIO(heads[name]))
-            else:
-                with (folder / name).open("rb") as source:
-                    info.size = os.fstat(source.fileno()).st_size
-                    archive.addfile(info, source)
+            with io.BytesIO(heads[name]) if name in heads else (folder / name).open("rb") as source:
+                info.size = source.seek(0, os.SEEK_END)
+                source.seek(0)
+                archive.addfile(info, source)
             if progress:
                 progress(info.size)
-    out.finish()
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").digest()
+    file.write(TRAILER_HEAD + digest)
+    file.flush()
+    os.fsync(file.fileno())
