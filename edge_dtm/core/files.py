@@ -20,6 +20,18 @@ def digest_of(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def read_within(path: Path, limit_bytes: int) -> bytes:
+    """EdgeDtmError when the file cannot be read or is larger."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit_bytes + 1)
+    except OSError as error:
+        raise EdgeDtmError(f"cannot read {path}: {error.strerror or error}") from None
+    if len(data) > limit_bytes:
+        raise EdgeDtmError(f"{path} is above {limit_bytes} bytes: it is none of ours")
+    return data
+
+
 def write_synced(path: Path, data: bytes, mode: str = "wb") -> None:
     """Write and wait until the disk has it. OSError when it cannot; mode: "xb" for a new file."""
     with path.open(mode) as file:

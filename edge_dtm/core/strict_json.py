@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.files import read_within
 
 LIMIT_BYTES = 16 * 2**20  # of a file; a thousand times what verify writes
 MAX_DEPTH = 32  # our own files have less than ten
@@ -43,13 +44,7 @@ def _depth(node: Any) -> int:
 
 def read(path: Path) -> Any:
     """The tree of a JSON file of LIMIT_BYTES at most. EdgeDtmError, in one line, for another."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(LIMIT_BYTES + 1)
-    except OSError as error:
-        raise EdgeDtmError(f"cannot read {path}: {error.strerror or error}") from None
-    if len(data) > LIMIT_BYTES:
-        raise EdgeDtmError(f"{path} is above {LIMIT_BYTES} bytes: it is none of ours")
+    data = read_within(path, LIMIT_BYTES)
     try:
         return loads(data)
     except ValueError as error:

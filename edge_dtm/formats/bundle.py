@@ -10,18 +10,17 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
 from edge_dtm.core import strict_json
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.files import Advance, write_synced
+from edge_dtm.core.files import Advance, read_within, write_whole
 from edge_dtm.core.scratch import Scratch
-from edge_dtm.core.validation import STRICT, Count, Sha256, StrictModel, check_version, validated
+from edge_dtm.core.validation import Count, Sha256, StrictModel, check_version, validated
 from edge_dtm.formats.thresholds import Thresholds
 
 SCHEMA_VERSION = 2
@@ -42,12 +41,7 @@ COPY_BYTES = 2**20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,98}")  # at most 99: a tar header's name field
 
 
-@dataclass(frozen=True)
-class FileEntry:
-    """One line of the manifest: SHA-256 in hex and size in bytes."""
-
-    __pydantic_config__ = STRICT | {"extra": "ignore"}
-
+class FileEntry(StrictModel, extra="ignore"):
     sha256: Sha256
     size_bytes: Count
 
@@ -69,14 +63,7 @@ class Manifest(StrictModel, extra="ignore"):
     measured: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "kind": KIND,
-            "files": {name: asdict(entry) for name, entry in sorted(self.files.items())},
-            "thresholds": self.thresholds.to_json(),
-            "provenance": self.provenance,
-            "measured": self.measured,
-        }
+        return {"schema_version": SCHEMA_VERSION, "kind": KIND, **self.model_dump()}
 
     def noise_floor(self, source: Path) -> dict[str, Any]:
         """What was measured of it. EdgeDtmError, naming source, when its near_tie_margin is no
@@ -117,12 +104,7 @@ class Bundle:
     def __enter__(self) -> Bundle:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -178,7 +160,6 @@ def write_manifest(
     A manifest.sig of an earlier manifest is removed.
     EdgeDtmError for a missing file, a name that is not plain, or a value JSON cannot hold.
     """
-    folder = Path(folder)
     problems = _name_problems(list(files))
     problems += [f"{name} is missing" for name in files if not (folder / name).is_file()]
     if problems:
@@ -194,16 +175,8 @@ def write_manifest(
         text = json.dumps(manifest.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise EdgeDtmError(f"cannot write the manifest of {folder}: {error}") from None
-    temporary = folder / f".{MANIFEST}.tmp"
-    try:
-        write_synced(temporary, text.encode())
-        (folder / SIGNATURE).unlink(missing_ok=True)
-        temporary.replace(folder / MANIFEST)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise EdgeDtmError(
-            f"cannot write the manifest of {folder}: {error.strerror or error}"
-        ) from None
+    write_whole(folder / MANIFEST, text.encode())
+    (folder / SIGNATURE).unlink(missing_ok=True)
     return manifest
 
 
@@ -212,24 +185,13 @@ def read_head(folder: Path) -> tuple[bytes, bytes | None]:
 
     EdgeDtmError when folder is no bundle or a file cannot be read or is above its limit.
     """
-    data = _read_within(folder / MANIFEST, MANIFEST_LIMIT_BYTES)
-    if data is None:
+    manifest, signature = folder / MANIFEST, folder / SIGNATURE
+    if not manifest.exists():
         raise EdgeDtmError(f"{folder} is no bundle: it has no {MANIFEST}")
-    return data, _read_within(folder / SIGNATURE, SIGNATURE_LIMIT_BYTES)
-
-
-def _read_within(path: Path, limit_bytes: int) -> bytes | None:
-    """None when there is no such file."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit_bytes + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise EdgeDtmError(f"cannot read {path}: {error.strerror or error}") from None
-    if len(data) > limit_bytes:
-        raise EdgeDtmError(f"{path} is above {limit_bytes} bytes: do not use this bundle")
-    return data
+    return (
+        read_within(manifest, MANIFEST_LIMIT_BYTES),
+        read_within(signature, SIGNATURE_LIMIT_BYTES) if signature.exists() else None,
+    )
 
 
 def _name_problems(names: Sequence[str]) -> list[str]:
@@ -254,7 +216,7 @@ def _entry(path: Path, progress: Advance | None = None) -> FileEntry:
             size += len(part)
             if progress:
                 progress(len(part))
-    return FileEntry(digest.hexdigest(), size)
+    return FileEntry(sha256=digest.hexdigest(), size_bytes=size)
 
 
 def _file_problem(path: Path, entry: FileEntry, progress: Advance | None) -> str:
