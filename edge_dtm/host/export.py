@@ -6,6 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,10 @@ import numpy.typing as npt
 
 from edge_dtm import __version__
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.formats.plan import (
-    TENSOR_ALIGNMENT_BYTES,
-    Component,
-    Plan,
-    Treatment,
-    tensor_bytes,
-    uniform,
-)
+from edge_dtm.formats.ggml_types import ggml_type, row_bytes
+from edge_dtm.formats.plan import TENSOR_ALIGNMENT_BYTES, Component, Plan, Treatment, uniform
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint, FloatArray
+from edge_dtm.host.checkpoint.pre_tokenizer import write_head
 from edge_dtm.host.quantize.treat import treat
 
 Importance = Mapping[str, FloatArray | None]
@@ -54,7 +50,7 @@ def _writer(checkpoint: Checkpoint, plan: Plan, path: Path) -> gguf.GGUFWriter:
     w.add_quantization_version(gguf.GGML_QUANT_VERSION)
     checkpoint.tokenizer.add_metadata(w)
     w.add_string("edge_dtm.version", __version__)
-    w.add_string("edge_dtm.gguf_py_version", _gguf_version())
+    w.add_string("edge_dtm.gguf_py_version", version("gguf"))
     w.add_string(KEY_PLAN, plan.hash)
     # Both are measured on this very file in llama.cpp, hence written in place afterwards.
     w.add_float32(KEY_SDT, math.nan)
@@ -62,32 +58,14 @@ def _writer(checkpoint: Checkpoint, plan: Plan, path: Path) -> gguf.GGUFWriter:
     for name, length in checkpoint.vectors():
         w.add_tensor_info(name, (length,), np.dtype(np.float32), 4 * length)
     for component, treatment in zip(plan.components, plan.treatments, strict=True):
-        kind = gguf.GGMLQuantizationType[treatment.type]
         w.add_tensor_info(
             component.name + ".weight",
             (component.rows, component.row_length),
             np.dtype(np.float32),
-            _data_bytes(component.rows, component.row_length, kind),
-            raw_dtype=kind,
+            component.rows * row_bytes(treatment.type, component.row_length),
+            raw_dtype=ggml_type(treatment.type),
         )
     return w
-
-
-def _gguf_version() -> str:
-    from importlib.metadata import version
-
-    return version("gguf")
-
-
-def _data_bytes(rows: int, row_length: int, kind: gguf.GGMLQuantizationType) -> int:
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    return int(rows * row_length // block * size)
-
-
-def _write_head(writer: gguf.GGUFWriter) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
 
 
 def fixed_bytes(checkpoint: Checkpoint) -> int:
@@ -96,11 +74,12 @@ def fixed_bytes(checkpoint: Checkpoint) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "head.gguf"
         writer = _writer(checkpoint, plan, path)
-        _write_head(writer)
+        write_head(writer)
         writer.close()
         head = path.stat().st_size
     head += -head % TENSOR_ALIGNMENT_BYTES
-    return head + sum(tensor_bytes("F32", 1, length) for _, length in checkpoint.vectors())
+    vectors = (Component(name, 1, length) for name, length in checkpoint.vectors())
+    return head + sum(vector.size_bytes(Treatment("F32")) for vector in vectors)
 
 
 def export_gguf(
@@ -121,7 +100,7 @@ def export_gguf(
     try:
         writer = _writer(checkpoint, plan, temporary)
         try:
-            _write_head(writer)
+            write_head(writer)
             for name, _ in checkpoint.vectors():
                 writer.write_tensor_data(checkpoint.tensor(name))
             for component, treatment in zip(plan.components, plan.treatments, strict=True):
@@ -157,12 +136,10 @@ def compare_with_plan(path: Path, plan: Plan) -> None:
         for t in reader.tensors
     }
     wrong = []
-    for component, treatment in zip(plan.components, plan.treatments, strict=True):
-        expected = (treatment.type, (component.rows, component.row_length))
-        if written.get(component.name + ".weight") != expected:
-            wrong.append(
-                f"{component.name} is {written.get(component.name + '.weight')}, not {expected}"
-            )
+    for c, treatment in zip(plan.components, plan.treatments, strict=True):
+        found, expected = written.get(c.name + ".weight"), (treatment.type, (c.rows, c.row_length))
+        if found != expected:
+            wrong.append(f"{c.name} is {found}, not {expected}")
     if path.stat().st_size != plan.size_bytes:
         wrong.append(f"the file has {path.stat().st_size:,} bytes, not {plan.size_bytes:,}")
     if wrong:
@@ -183,14 +160,11 @@ def write_measured(path: Path, sdt: float, fdt: float) -> None:
 
 def f16_plan(checkpoint: Checkpoint, fixed: int) -> Plan:
     """Every component in F16: llama.cpp's own noise floor is measured with it."""
-    components = checkpoint.components()
-    return Plan(components, tuple(Treatment("F16") for _ in components), fixed)
+    return uniform(checkpoint.components(), "F16", fixed)
 
 
 def provenance(checkpoint: Checkpoint) -> dict[str, Any]:
     """Versions of everything that had a hand in the numbers."""
-    from importlib.metadata import version
-
     packages = ("torch", "transformers", "gguf", "llama-cpp-python", "numpy")
     return {
         "model": checkpoint.config.name,

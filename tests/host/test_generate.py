@@ -241,7 +241,7 @@ def test_bad_lines_are_listed_with_their_numbers(tokenizer: Tokenizer, tmp_path:
     text = str(caught.value)
     assert "\n" not in text and "p.jsonl" in text
     assert all(f"line {n}: " in text for n in (2, 4, 5))
-    assert "and 2 more" in text
+    assert "5 bad prompts" in text
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_chats_need_a_template(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_template = packaged_prompts(tokenizer)
-    monkeypatch.setattr(type(tokenizer), "has_chat_template", property(lambda self: False))
+    monkeypatch.setattr(tokenizer, "chat_template", None)
     line = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
     with pytest.raises(EdgeDtmError, match="line 1: .*no chat template"):
         read_prompts(_write(tmp_path / "p.jsonl", line), tokenizer)

@@ -1,5 +1,7 @@
 """The checkpoint's tokenizer against llama.cpp with the vocabulary written for it."""
 
+from __future__ import annotations
+
 import json
 import shutil
 from collections.abc import Callable
@@ -12,37 +14,38 @@ import pytest
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.paths import default_model_dir
+from edge_dtm.data import packaged_records
 from edge_dtm.host.checkpoint import pre_tokenizer
-from edge_dtm.host.checkpoint.chat_template import render_chat
 from edge_dtm.host.checkpoint.gguf_tokenizer import GgufTokenizer
 from edge_dtm.host.checkpoint.hf_tokenizer import HfTokenizer
-from edge_dtm.host.checkpoint.pre_tokenizer import PROBE_TEXTS, tokenization_mismatches
+from edge_dtm.host.checkpoint.pre_tokenizer import (
+    PROBE_TEXTS,
+    tokenization_mismatches,
+    write_head,
+)
 from edge_dtm.host.checkpoint.tokenizer import Tokenizer
 from edge_dtm.llamacpp.vocabulary import LlamaVocab
 
-ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 768
 CHAT = [
     {"role": "user", "content": "What is  a\nlighthouse? 12345"},
     {"role": "assistant", "content": "A tower 🙂 with a lamp."},
     {"role": "user", "content": "Who don't need it?"},
 ]
-RECORDS = [
-    json.loads(line)
-    for line in (ROOT / "edge_dtm" / "data" / "prompts.jsonl").read_text("utf-8").splitlines()
-]
-PROMPTS = [r["prompt"] for r in RECORDS if "prompt" in r]
-CHATS = [r["messages"] for r in RECORDS if "messages" in r]
+PROMPTS = [r["prompt"] for r in packaged_records() if "prompt" in r]
+CHATS = [r["messages"] for r in packaged_records() if "messages" in r]
 
 
 def _write(path: Path, add: Callable[[gguf.GGUFWriter], None]) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     add(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+    write_head(writer)
     writer.close()
     return path
+
+
+def _from_gguf(path: Path) -> GgufTokenizer:
+    return GgufTokenizer(path, gguf.GGUFReader(path))
 
 
 def _edit(folder: Path, name: str, **values: Any) -> None:
@@ -83,7 +86,7 @@ def _same(first: Tokenizer, second: Tokenizer, texts: list[str]) -> None:
 
 @pytest.mark.parametrize("rows", [VOCAB_SIZE, VOCAB_SIZE + 32])
 def test_llama_cpp_agrees_on_everything(folder: Path, tmp_path: Path, rows: int) -> None:
-    tokenizer = HfTokenizer.from_folder(folder, rows)
+    tokenizer = HfTokenizer(folder, rows)
     path = _write(tmp_path / "vocab.gguf", tokenizer.add_metadata)
     chats = [tokenizer.encode_chat(messages)[1] for messages in CHATS if len(messages) < 2]
     assert chats
@@ -92,7 +95,7 @@ def test_llama_cpp_agrees_on_everything(folder: Path, tmp_path: Path, rows: int)
     with LlamaVocab(path) as vocab:
         assert vocab.n_tokens == rows == tokenizer.vocab_size
         assert set(tokenizer.eos_ids) <= set(vocab.eos_ids())
-    from_gguf = GgufTokenizer.from_gguf(path)
+    from_gguf = _from_gguf(path)
     _same(tokenizer, from_gguf, texts)
     for text in texts[: -len(chats)]:
         if "▁" not in text:  # SentencePiece cannot tell it from a space
@@ -102,46 +105,37 @@ def test_llama_cpp_agrees_on_everything(folder: Path, tmp_path: Path, rows: int)
 
 
 def test_chat_text_encodes_to_the_same_ids(folder: Path, tmp_path: Path) -> None:
-    tokenizer = HfTokenizer.from_folder(folder, VOCAB_SIZE)
-    path = _write(tmp_path / "vocab.gguf", tokenizer.add_metadata)
-    from_gguf = GgufTokenizer.from_gguf(path)
-    assert tokenizer.has_chat_template
-    assert from_gguf.has_chat_template
-    for messages in [CHAT, *CHATS]:
-        ids, text = tokenizer.encode_chat(messages)
-        assert tokenizer.encode(text) == ids
-        assert not text.startswith("<s>")
-        assert from_gguf.encode_chat(messages) == (ids, text)
-
-
-def test_chat_text_is_what_transformers_renders(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     rendered = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         CHAT, tokenize=False, add_generation_prompt=True
     )
-    _, text = HfTokenizer.from_folder(folder, VOCAB_SIZE).encode_chat(CHAT)
-    assert rendered.removeprefix("<s>") == text
+    tokenizer = HfTokenizer(folder, VOCAB_SIZE)
+    path = _write(tmp_path / "vocab.gguf", tokenizer.add_metadata)
+    from_gguf = _from_gguf(path)
+    for messages in [CHAT, *CHATS]:
+        ids, text = tokenizer.encode_chat(messages)
+        assert tokenizer.encode(text) == ids
+        assert not text.startswith("<s>")
+        assert messages is not CHAT or text == rendered.removeprefix("<s>")
+        assert from_gguf.encode_chat(messages) == (ids, text)
 
 
 def test_wrong_pre_tokenizer_is_a_mismatch(bpe_folder: Path, tmp_path: Path) -> None:
-    tokenizer = HfTokenizer.from_folder(bpe_folder, VOCAB_SIZE)
+    tokenizer = HfTokenizer(bpe_folder, VOCAB_SIZE)
 
     def add(writer: gguf.GGUFWriter) -> None:
         tokenizer.add_metadata(writer)
         writer.add_tokenizer_pre("deepseek-coder")
 
-    found = tokenization_mismatches(tokenizer, _write(tmp_path / "v.gguf", add), PROBE_TEXTS)
-    assert found
-    assert all(m.text in PROBE_TEXTS and m.expected != m.found for m in found)
-    assert "for llama.cpp" in str(found[0])
+    assert tokenization_mismatches(tokenizer, _write(tmp_path / "v.gguf", add), PROBE_TEXTS)
 
 
 def test_no_fitting_pre_tokenizer_names_the_text(
     bpe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pre_tokenizer, "PRE_CANDIDATES", ("no-such-name", "deepseek-coder"))
-    tokenizer = HfTokenizer.from_folder(bpe_folder, VOCAB_SIZE)
+    tokenizer = HfTokenizer(bpe_folder, VOCAB_SIZE)
     with pytest.raises(EdgeDtmError, match=r"the closest, deepseek-coder, .* texts differ: '"):
         _write(tmp_path / "v.gguf", tokenizer.add_metadata)
 
@@ -158,7 +152,7 @@ def test_class_named_in_the_config_does_not_change_tokenizer_json(
         pre_tokenizer={"type": "Sequence", "pretokenizers": [digits, data["pre_tokenizer"]]},
     )
     _edit(folder, "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
-    tokenizer = HfTokenizer.from_folder(folder, VOCAB_SIZE)
+    tokenizer = HfTokenizer(folder, VOCAB_SIZE)
     assert len(tokenizer.encode("20242024")) == 8
     path = _write(tmp_path / "v.gguf", tokenizer.add_metadata)
     assert tokenization_mismatches(tokenizer, path, [*PROBE_TEXTS, *PROMPTS]) == []
@@ -173,7 +167,7 @@ def test_added_tokens_of_a_sentencepiece_folder(sentencepiece_folder: Path, tmp_
         str(VOCAB_SIZE): {"content": "<|im_end|>", "special": True}
     }
     _edit(folder, "tokenizer_config.json", added_tokens_decoder=decoder, eos_token="<|im_end|>")
-    tokenizer = HfTokenizer.from_folder(folder, VOCAB_SIZE + 4)
+    tokenizer = HfTokenizer(folder, VOCAB_SIZE + 4)
     assert tokenizer.eos_ids == (VOCAB_SIZE, 2)
     text = "one <tool> two<|im_end|>\n<|im_end|><tool>  x"
     assert {VOCAB_SIZE, VOCAB_SIZE + 1} <= set(tokenizer.encode(text))
@@ -188,7 +182,7 @@ def test_added_tokens_of_a_sentencepiece_folder(sentencepiece_folder: Path, tmp_
 def test_bos_as_the_config_says(sentencepiece_folder: Path, tmp_path: Path, adds: bool) -> None:
     folder = sentencepiece_folder
     _edit(folder, "tokenizer_config.json", add_bos_token=adds)
-    tokenizer = HfTokenizer.from_folder(folder, VOCAB_SIZE)
+    tokenizer = HfTokenizer(folder, VOCAB_SIZE)
     path = _write(tmp_path / "v.gguf", tokenizer.add_metadata)
     with LlamaVocab(path) as vocab:
         assert vocab.adds_bos is adds
@@ -199,7 +193,7 @@ def test_bos_as_the_config_says(sentencepiece_folder: Path, tmp_path: Path, adds
     ids, text = tokenizer.encode_chat(CHAT)
     assert ids.count(1) == 1
     assert text.startswith("<s>") is not adds
-    assert GgufTokenizer.from_gguf(path).encode_chat(CHAT) == (ids, text)
+    assert _from_gguf(path).encode_chat(CHAT) == (ids, text)
 
 
 def test_template_without_bos_gets_the_one_the_tokenizer_adds(
@@ -207,7 +201,7 @@ def test_template_without_bos_gets_the_one_the_tokenizer_adds(
 ) -> None:
     folder = sentencepiece_folder
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}:")
-    ids, text = HfTokenizer.from_folder(folder, VOCAB_SIZE).encode_chat(CHAT)
+    ids, text = HfTokenizer(folder, VOCAB_SIZE).encode_chat(CHAT)
     assert text == CHAT[0]["content"] + ":"
     assert ids[0] == 1
 
@@ -217,60 +211,40 @@ def test_template_errors_are_named(sentencepiece_folder: Path, tmp_path: Path) -
     template = folder / "chat_template.jinja"
     template.write_text("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(EdgeDtmError, match="roles must alternate"):
-        HfTokenizer.from_folder(folder, VOCAB_SIZE).encode_chat(CHAT)
+        HfTokenizer(folder, VOCAB_SIZE).encode_chat(CHAT)
     template.write_text("{{ messages[0]['content'] }}")
     _edit(folder, "tokenizer_config.json", add_eos_token=True)
     with pytest.raises(EdgeDtmError, match="does not encode to its tokens"):
-        HfTokenizer.from_folder(folder, VOCAB_SIZE).encode_chat(CHAT)
+        HfTokenizer(folder, VOCAB_SIZE).encode_chat(CHAT)
     template.unlink()
     _edit(folder, "tokenizer_config.json", chat_template=None)
-    tokenizer = HfTokenizer.from_folder(folder, VOCAB_SIZE)
-    assert not tokenizer.has_chat_template
+    tokenizer = HfTokenizer(folder, VOCAB_SIZE)
     with pytest.raises(EdgeDtmError, match="no chat template"):
         tokenizer.encode_chat(CHAT)
 
 
-def test_templates_may_use_what_transformers_offers() -> None:
-    template = (
-        "{% for m in messages %}\n    {% if m.role == 'x' %}{% continue %}{% endif %}\n"
-        "{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}"
-        "{{ strftime_now('%Y')[:2] }}{{ bos_token }}{% if tools is none %}!{% endif %}"
-    )
-    messages = [{"role": "x", "content": ""}, {"role": "u", "content": "<é>'"}]
-    text = render_chat(template, messages, {"bos_token": "<s>"})
-    assert text == '{"role": "u", "content": "<é>\'"}20<s>!'
-
-
 def test_folders_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(EdgeDtmError, match="768 tokens, but the model only 700"):
-        HfTokenizer.from_folder(folder, 700)
+        HfTokenizer(folder, 700)
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(EdgeDtmError, match="has no tokenizer"):
-        HfTokenizer.from_folder(empty, VOCAB_SIZE)
+        HfTokenizer(empty, VOCAB_SIZE)
     (empty / "tokenizer.json").write_text("{}")
     with pytest.raises(EdgeDtmError, match=r"tokenizer\.json cannot be used"):
-        HfTokenizer.from_folder(empty, VOCAB_SIZE)
+        HfTokenizer(empty, VOCAB_SIZE)
 
 
-def test_ggufs_that_cannot_be_used(tmp_path: Path, bpe_folder: Path) -> None:
-    junk = tmp_path / "junk.gguf"
-    junk.write_bytes(b"not a GGUF at all, but long enough to be read")
-    for broken in (junk, tmp_path / "missing.gguf"):
-        with pytest.raises(EdgeDtmError, match="cannot be read"):
-            GgufTokenizer.from_gguf(broken)
+def test_ggufs_that_cannot_be_used(tmp_path: Path) -> None:
     bare = _write(tmp_path / "bare.gguf", lambda writer: None)
-    with pytest.raises(EdgeDtmError, match="holds no tokenizer"):
-        GgufTokenizer.from_gguf(bare)
-    tokenizer = HfTokenizer.from_folder(bpe_folder, VOCAB_SIZE)
     with pytest.raises(EdgeDtmError, match=r"llama\.cpp cannot load the model"):
-        tokenization_mismatches(tokenizer, junk, ["a"])
+        _from_gguf(bare)
 
 
 def test_llama_cpp_stays_silent(
     sentencepiece_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    tokenizer = HfTokenizer.from_folder(sentencepiece_folder, VOCAB_SIZE)
+    tokenizer = HfTokenizer(sentencepiece_folder, VOCAB_SIZE)
     path = _write(tmp_path / "v.gguf", tokenizer.add_metadata)
     capfd.readouterr()
     with LlamaVocab(path) as vocab:
@@ -285,13 +259,13 @@ def test_smollm2(tmp_path: Path) -> None:
     if not (folder / "tokenizer.json").is_file():
         assert make_smollm2.main([]) == 0
     rows = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
-    tokenizer = HfTokenizer.from_folder(folder, rows)
+    tokenizer = HfTokenizer(folder, rows)
     path = _write(tmp_path / "v.gguf", tokenizer.add_metadata)
     assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == "smollm"
     chats = [tokenizer.encode_chat(messages) for messages in CHATS]
     texts = [*PROBE_TEXTS, *PROMPTS, *(text for _, text in chats)]
     assert tokenization_mismatches(tokenizer, path, texts) == []
-    from_gguf = GgufTokenizer.from_gguf(path)
+    from_gguf = _from_gguf(path)
     _same(tokenizer, from_gguf, texts)
     assert [from_gguf.encode_chat(messages) for messages in CHATS] == chats
     assert [tokenizer.encode(text) for _, text in chats] == [ids for ids, _ in chats]

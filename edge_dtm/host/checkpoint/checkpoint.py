@@ -1,16 +1,18 @@
 """A checkpoint on disk: its shape, its tokenizer and its tensors, read one at a time.
 
 Tensors have their GGUF names. Two layouts of q and k rows exist: Hugging Face rotates half
-against half, GGUF's llama rotates neighbours; `tensor` gives GGUF's, `hf_tensor` the other.
+against half, GGUF's llama rotates neighbours; `hf_tensor` gives the one, `tensor` the other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,25 +20,23 @@ import numpy.typing as npt
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import Component
 from edge_dtm.host.checkpoint.config import ModelConfig
-
-if TYPE_CHECKING:
-    from edge_dtm.host.checkpoint.tokenizer import Tokenizer
+from edge_dtm.host.checkpoint.tokenizer import Tokenizer
 
 FloatArray = npt.NDArray[np.float32]
+ROPE_FACTORS = "rope_freqs.weight"  # made from the config, not read
 
 
-class Checkpoint:
+class Checkpoint(ABC):
     """What every source offers; `open_checkpoint` makes one.
 
-    A source provides `tokenizer`, `_names`, `_read` and `_source_is_hf`.
+    names: full GGUF names of the tensors that the source holds. on_grid: the grid that a quantized
+    source lies on, for the warning.
     """
 
-    path: Path
-    config: ModelConfig
-    on_grid: str | None = None  # the grid a quantized source lies on, for the warning
+    on_grid: str | None = None
 
-    def __init__(self, path: Path, config: ModelConfig) -> None:
-        self.path, self.config = path, config
+    def __init__(self, path: Path, config: ModelConfig, names: Iterable[str]) -> None:
+        self.path, self.config, self.names = path, config, frozenset(names)
         self._hash: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -44,18 +44,12 @@ class Checkpoint:
         return type(self), (self.path,)
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        raise AttributeError
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer: ...
 
-    def _names(self) -> set[str]:
-        """Full GGUF names of the tensors that the source holds."""
-        raise AttributeError
-
+    @abstractmethod
     def _read(self, name: str) -> FloatArray:
-        """The tensor, float32, in the layout the source itself has."""
-        raise AttributeError
-
-    _source_is_hf = True
+        """The tensor, float32, rows as Hugging Face orders them."""
 
     def components(self) -> tuple[Component, ...]:
         """All weight matrices, in the order they stand in the GGUF."""
@@ -80,103 +74,100 @@ class Checkpoint:
     def vectors(self) -> tuple[tuple[str, int], ...]:
         """(full GGUF name, length) of everything that stays F32: norms, biases, rope factors."""
         c = self.config
-        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
         out = [("output_norm.weight", c.hidden)]
         if c.rope_factors is not None:
-            out.append(("rope_freqs.weight", c.head_dim // 2))
+            out.append((ROPE_FACTORS, c.head_dim // 2))
+        rows = {component.name: component.rows for component in self.components()}
+        biased = ["attn_q", "attn_k", "attn_v", "attn_output"] if c.attention_bias else []
+        biased += ["ffn_gate", "ffn_up", "ffn_down"] if c.mlp_bias else []
         for layer in range(c.layers):
-            p = f"blk.{layer}."
-            out += [(p + "attn_norm.weight", c.hidden), (p + "ffn_norm.weight", c.hidden)]
-            if c.attention_bias:
-                out += [(p + "attn_q.bias", q), (p + "attn_k.bias", kv), (p + "attn_v.bias", kv)]
-                if self._has(p + "attn_output.bias"):
-                    out.append((p + "attn_output.bias", c.hidden))
-            if c.mlp_bias:
-                out += [
-                    (p + "ffn_gate.bias", c.ffn),
-                    (p + "ffn_up.bias", c.ffn),
-                    (p + "ffn_down.bias", c.hidden),
-                ]
+            block = f"blk.{layer}."
+            out += [(f"{block}{norm}.weight", c.hidden) for norm in ("attn_norm", "ffn_norm")]
+            for name in biased:
+                # GGUFs may have biases of q, k and v only.
+                if name != "attn_output" or f"{block}{name}.bias" in self.names:
+                    out.append((f"{block}{name}.bias", rows[block + name]))
         return tuple(out)
 
-    def _has(self, name: str) -> bool:
-        return name in self._names()
-
-    def tensor(self, name: str) -> FloatArray:
-        """float32 in GGUF layout. name: full GGUF name, `blk.0.attn_q.weight`."""
-        if name == "rope_freqs.weight" and self.config.rope_factors is not None:
-            return np.array(self.config.rope_factors, dtype=np.float32)
-        data = self._read(name)
-        heads = self._rotated_heads(name)
-        return to_gguf_rows(data, heads) if heads and self._source_is_hf else data
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full GGUF name -> shape of every tensor, components first."""
+        matrices = {c.name + ".weight": (c.rows, c.row_length) for c in self.components()}
+        return {**matrices, **{name: (length,) for name, length in self.vectors()}}
 
     def hf_tensor(self, name: str) -> FloatArray:
-        """float32 in Hugging Face layout."""
-        data = self._read(name)
-        heads = self._rotated_heads(name)
-        return to_hf_rows(data, heads) if heads and not self._source_is_hf else data
+        """float32, rows as Hugging Face orders them. name: full GGUF name, `blk.0.attn_q.weight`."""
+        if name == ROPE_FACTORS:
+            return np.array(self.config.rope_factors, dtype=np.float32)
+        return self._read(name)
 
-    def _rotated_heads(self, name: str) -> int:
-        if ".attn_q." in name:
-            return self.config.heads
-        return self.config.kv_heads if ".attn_k." in name else 0
+    def tensor(self, name: str) -> FloatArray:
+        """float32, rows as GGUF orders them."""
+        return self.gguf_rows(name, self.hf_tensor(name))
 
-    def gguf_rows(self, component: str, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """An array whose rows are the component's in Hugging Face's order, in GGUF's order."""
-        heads = self._rotated_heads(component + ".weight")
-        return to_gguf_rows(data, heads) if heads else data
+    def gguf_rows(self, name: str, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """An array whose rows are in Hugging Face's order, in GGUF's (convert_hf_to_gguf.py,
+        LlamaModel.permute). name: of the component, or its tensor's."""
+        return self._reordered(name, data, (2, -1))
 
-    def hf_rows(self, component: str, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def hf_rows(self, name: str, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The other way round."""
-        heads = self._rotated_heads(component + ".weight")
-        return to_hf_rows(data, heads) if heads else data
+        return self._reordered(name, data, (-1, 2))
+
+    def _reordered(
+        self, name: str, data: npt.NDArray[Any], halves: tuple[int, int]
+    ) -> npt.NDArray[Any]:
+        if ".attn_q" in name:
+            heads = self.config.heads
+        elif ".attn_k" in name:
+            heads = self.config.kv_heads
+        else:
+            return data
+        pairs = data.reshape(heads, *halves, *data.shape[1:]).swapaxes(1, 2)
+        return np.ascontiguousarray(pairs.reshape(data.shape))
 
     def check(self, progress: Callable[[int], None] | None = None) -> str:
         """Read every tensor once: shapes, finite values, and the SHA-256 of all of them.
 
-        EdgeDtmError naming every offender. progress is called with weights read.
+        EdgeDtmError naming offenders. progress is called with weights read.
         """
         if self._hash is not None:
             return self._hash
-        wanted = [(c.name + ".weight", (c.rows, c.row_length)) for c in self.components()]
-        shapes: list[tuple[str, tuple[int, ...]]] = [
-            *wanted,
-            *((n, (k,)) for n, k in self.vectors()),
-        ]
-        missing = [n for n, _ in shapes if n != "rope_freqs.weight" and not self._has(n)]
+        shapes = self.shapes()
+        missing = [name for name in shapes if name not in {*self.names, ROPE_FACTORS}]
         if missing:
             raise EdgeDtmError(
-                f"{self.path} lacks {len(missing)} tensors ({', '.join(missing[:4])}"
-                f"{', ...' if len(missing) > 4 else ''}): get the whole checkpoint again"
+                f"{self.path} lacks {len(missing)} tensors ({', '.join(missing[:4])}): "
+                "get the whole checkpoint again"
             )
-        digest = hashlib.sha256(json.dumps(self.config.to_json(), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         bad = []
-        for name, shape in shapes:
-            data = self.hf_tensor(name) if name != "rope_freqs.weight" else self.tensor(name)
+        for name, shape in shapes.items():
+            data = self.hf_tensor(name)
             if data.shape != shape:
                 bad.append(f"{name} has shape {data.shape}, not {shape}")
-            elif not np.isfinite(data).all():
-                bad.append(f"{name} has {int((~np.isfinite(data)).sum())} NaN or infinite weights")
+            elif infinite := data.size - np.count_nonzero(np.isfinite(data)):
+                bad.append(f"{name} has {infinite} NaN or infinite weights")
             digest.update(np.ascontiguousarray(data).data)
             if progress:
                 progress(data.size)
         if bad:
-            more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
-            raise EdgeDtmError(f"{self.path}: {'; '.join(bad[:4])}{more}: get the checkpoint again")
+            raise EdgeDtmError(
+                f"{self.path} has {len(bad)} bad tensors: {'; '.join(bad[:4])}: get it again"
+            )
         self._hash = digest.hexdigest()
         return self._hash
 
 
-def to_gguf_rows(data: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
-    """llama.cpp's permutation of q and k rows (convert_hf_to_gguf.py, LlamaModel.permute)."""
-    half = data.shape[0] // heads // 2
-    return np.ascontiguousarray(
-        data.reshape(heads, 2, half, *data.shape[1:]).swapaxes(1, 2).reshape(data.shape)
-    )
+class DerivedCheckpoint(Checkpoint):
+    """Another checkpoint with other values in some tensors. change: what makes them so."""
 
+    def __init__(self, original: Checkpoint, change: Any) -> None:
+        super().__init__(original.path, original.config, original.names)
+        self.original, self._change = original, change
 
-def to_hf_rows(data: FloatArray, heads: int) -> FloatArray:
-    half = data.shape[0] // heads // 2
-    return np.ascontiguousarray(
-        data.reshape(heads, half, 2, *data.shape[1:]).swapaxes(1, 2).reshape(data.shape)
-    )
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.original, self._change)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.original.tokenizer

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,3 @@ class ModelConfig:
     def kv_bytes_per_token(self) -> int:
         """Bytes of an F16 KV cache a token takes."""
         return self.layers * self.kv_heads * 2 * self.head_dim * 2
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)

@@ -2,94 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 from gguf import GGUFValueType
 
-from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.host.checkpoint.chat_template import encode_chat_with
-from edge_dtm.host.checkpoint.tokenizer import Message
+from edge_dtm.host.checkpoint.tokenizer import SPECIAL, Tokenizer
 from edge_dtm.llamacpp.vocabulary import LlamaVocab
 
+_KEYS = {"unk": "unknown", "pad": "padding"}
 
-class GgufTokenizer:
-    """The tokenizer inside a GGUF, run by llama.cpp; its metadata is copied as it is."""
 
-    def __init__(self, vocab: LlamaVocab, fields: Mapping[str, Any]) -> None:
-        self._vocab = vocab
-        self._fields = fields
-        self.vocab_size = vocab.n_tokens
-        self.eos_ids = vocab.eos_ids()
+class GgufTokenizer(Tokenizer):
+    """The tokenizer inside a GGUF, run by llama.cpp; its metadata is copied as it is.
 
-    @classmethod
-    def from_gguf(cls, path: Path) -> GgufTokenizer:
-        """EdgeDtmError when the file holds no tokenizer, or one that llama.cpp refuses."""
-        try:
-            reader = gguf.GGUFReader(path)
-        except (OSError, ValueError) as error:
-            raise EdgeDtmError(f"{path} cannot be read as GGUF: {error}") from None
-        fields = {
-            name: field for name, field in reader.fields.items() if name.startswith("tokenizer.")
+    EdgeDtmError when the file holds no tokenizer, or one that llama.cpp refuses.
+    """
+
+    def __init__(self, path: Path, reader: gguf.GGUFReader) -> None:
+        self._vocab = LlamaVocab(path)
+        self._fields = {n: f for n, f in reader.fields.items() if n.startswith("tokenizer.")}
+        self.vocab_size = self._vocab.n_tokens
+        self.eos_ids = self._vocab.eos_ids()
+        template = self._fields.get("tokenizer.chat_template")
+        self.chat_template = template.contents() if template else None
+        ids = {
+            name: self._fields.get(f"tokenizer.ggml.{_KEYS.get(name, name)}_token_id")
+            for name in SPECIAL
         }
-        if "tokenizer.ggml.tokens" not in fields:
-            raise EdgeDtmError(f"{path} holds no tokenizer (tokenizer.ggml.tokens is missing)")
-        return cls(LlamaVocab(path), fields)
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._chat_template is not None
-
-    @property
-    def _chat_template(self) -> str | None:
-        field = self._fields.get("tokenizer.chat_template")
-        return (field.contents() or None) if field is not None else None
-
-    def encode(self, text: str) -> list[int]:
-        """See Tokenizer.encode."""
-        return self._vocab.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """See Tokenizer.decode."""
-        return self._vocab.decode(ids)
-
-    def encode_chat(self, messages: list[Message]) -> tuple[list[int], str]:
-        """See Tokenizer.encode_chat."""
-        texts = {
-            f"{name}_token": self._token_text(f"tokenizer.ggml.{key}_token_id")
-            for name, key in (
-                ("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"),
-            )
-        }  # fmt: skip
+        self.special = {
+            f"{name}_token": self._token(-1 if field is None else field.contents())
+            for name, field in ids.items()
+        }
+        self.added_bos = None
         bos = self._vocab.bos_id
         if bos is not None and self._vocab.adds_bos:
-            texts["bos_token"] = self._token(bos)
-        added_bos = texts["bos_token"] if self._vocab.adds_bos else None
-        return encode_chat_with(self._vocab, self._chat_template, messages, texts, added_bos)
+            self.special["bos_token"] = self.added_bos = self._token(bos)
 
     def _token(self, index: int) -> str:
-        return str(self._fields["tokenizer.ggml.tokens"].contents(index))
+        known = 0 <= index < self.vocab_size
+        return str(self._fields["tokenizer.ggml.tokens"].contents(index)) if known else ""
 
-    def _token_text(self, key: str) -> str:
-        field = self._fields.get(key)
-        index = -1 if field is None else int(field.contents())
-        return self._token(index) if 0 <= index < self.vocab_size else ""
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        return self._vocab.encode(text, add_special=add_special)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._vocab.decode(ids)
 
     def add_metadata(self, writer: gguf.GGUFWriter) -> None:
         """Copy every tokenizer.* field with its type."""
         for name, field in self._fields.items():
-            kind = field.types[0]
+            kind, inner = field.types[0], field.types[-1]
+            if inner == GGUFValueType.STRING:  # which need not be UTF-8
+                value: Any = [field.parts[i].tobytes() for i in field.data]
+            else:
+                value = field.contents()
             if kind == GGUFValueType.STRING:
-                writer.add_key_value(name, field.parts[-1].tobytes(), kind)
-            elif kind != GGUFValueType.ARRAY:
-                writer.add_key_value(name, field.contents(), kind)
-            elif len(field.data):  # the writer has no empty arrays; llama.cpp reads none the same
-                inner = field.types[-1]
-                value = (
-                    [field.parts[i].tobytes() for i in field.data]
-                    if inner == GGUFValueType.STRING
-                    else field.contents()
-                )
+                (value,) = value
+            # The writer has no empty arrays; llama.cpp reads none the same.
+            if kind != GGUFValueType.ARRAY or value:
                 writer.add_key_value(name, value, kind, inner)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gguf
 import numpy as np
@@ -11,10 +13,8 @@ import numpy as np
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint, FloatArray
 from edge_dtm.host.checkpoint.config import ModelConfig
+from edge_dtm.host.checkpoint.hf_tokenizer import HfTokenizer
 from edge_dtm.host.checkpoint.json_file import read_json
-
-if TYPE_CHECKING:
-    from edge_dtm.host.checkpoint.tokenizer import Tokenizer
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
@@ -23,96 +23,66 @@ class HfCheckpoint(Checkpoint):
     """A folder with config.json, one or several safetensors files, and a tokenizer."""
 
     def __init__(self, path: Path) -> None:
-        self._files = _safetensors_files(path)
-        self._where: dict[str, tuple[Path, str]] = {}
-        raw = read_json(path / "config.json", required=True)
-        names = raw.get("architectures") or []
-        if len(names) != 1 or names[0] not in SUPPORTED_ARCHITECTURES:
-            raise EdgeDtmError(
-                f"{path} is a {', '.join(names) or 'model without architectures'}; supported are "
-                f"{', '.join(SUPPORTED_ARCHITECTURES)}"
-            )
-        super().__init__(path, _config_from_hf(path, names[0]))
-        self._map_names()
-        c = self.config
-        if not c.tied and "output.weight" not in self._where:
-            raise EdgeDtmError(f"{path} has no lm_head.weight and is not tied: get it again")
+        config = _config(path)
+        self._places = _places(path, config.layers)
+        super().__init__(path, config, self._places)
 
-    def _map_names(self) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, self.config.layers)
-        for file in self._files:
-            try:
-                with safe_open(file, framework="np") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                        mapped = table.get_name(name, try_suffixes=(".weight", ".bias"))
-                        if mapped:
-                            self._where[mapped] = (file, name)
-            except (SafetensorError, OSError) as error:
-                raise EdgeDtmError(f"{file} cannot be read ({error}): get it again") from None
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        from edge_dtm.host.checkpoint.hf_tokenizer import HfTokenizer
-
-        if not hasattr(self, "_tokenizer"):
-            self._tokenizer = HfTokenizer.from_folder(self.path, self.config.vocab)
-        return self._tokenizer
-
-    def _names(self) -> set[str]:
-        return set(self._where)
+    @cached_property
+    def tokenizer(self) -> HfTokenizer:
+        return HfTokenizer(self.path, self.config.vocab)
 
     def _read(self, name: str) -> FloatArray:
         from safetensors import safe_open
 
-        file, key = self._where[name]
+        file, key = self._places[name]
         # torch, since numpy knows no bfloat16.
         with safe_open(file, framework="pt") as tensors:
             return np.asarray(tensors.get_tensor(key).float().numpy())
 
 
-def _safetensors_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        missing = [n for n in names if not (path / n).is_file()]
-        if missing:
-            raise EdgeDtmError(
-                f"{path} lacks {len(missing)} of {len(names)} shards ({', '.join(missing)}): "
-                "download them again"
-            )
-        return [path / n for n in names]
-    files = sorted(path.glob("*.safetensors"))
+def _places(path: Path, layers: int) -> dict[str, tuple[Path, str]]:
+    """Full GGUF name -> the file that holds the tensor, and its name there."""
+    from safetensors import SafetensorError, safe_open
+
+    shards = read_json(path / "model.safetensors.index.json").get("weight_map", {}).values()
+    files = sorted({path / name for name in shards} or path.glob("*.safetensors"))
     if not files:
         raise EdgeDtmError(f"{path} holds no .safetensors file: give a whole HF checkpoint folder")
-    return files
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    places = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="np") as tensors:
+                keys = tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise EdgeDtmError(f"{file} cannot be read ({error}): get it again") from None
+        for key in keys:
+            if name := names.get_name(key, try_suffixes=(".weight", ".bias")):
+                places[name] = (file, key)
+    return places
 
 
-def _config_from_hf(path: Path, architecture: str) -> ModelConfig:
+def _config(path: Path) -> ModelConfig:
     from transformers import AutoConfig
 
     try:
         c = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except Exception as error:  # a malformed file fails in many ways
         line = str(error).splitlines()[0] if str(error) else repr(error)
         raise EdgeDtmError(f"{path / 'config.json'} is not understood: {line}") from None
+    architectures = c.architectures or ["model without architectures"]
+    rope: dict[str, Any] = getattr(c, "rope_parameters", None) or {}
+    scaling = rope.get("rope_type", "default")
+    for what, value, supported in (
+        ("architecture", ", ".join(architectures), SUPPORTED_ARCHITECTURES),
+        ("rope scaling", scaling, ("default", "linear", "llama3")),
+        ("activation", getattr(c, "hidden_act", "silu"), ("silu",)),
+    ):
+        if value not in supported:
+            raise EdgeDtmError(f"{path} has the {what} {value}; supported: {', '.join(supported)}")
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    rope = dict(getattr(c, "rope_parameters", None) or {})
-    kind = rope.get("rope_type", "default")
-    factors, linear = None, None
-    if kind == "llama3":
-        factors = tuple(float(f) for f in _llama3_factors(rope, head_dim))
-    elif kind == "linear":
-        linear = float(rope["factor"])
-    elif kind != "default":
-        raise EdgeDtmError(
-            f"{path}: rope scaling {kind!r} is not supported (default, linear, llama3)"
-        )
-    if getattr(c, "hidden_act", "silu") != "silu":
-        raise EdgeDtmError(f"{path}: activation {c.hidden_act!r} is not supported, only silu")
     return ModelConfig(
-        architecture=architecture,
+        architecture=architectures[0],
         name=path.resolve().name,
         layers=c.num_hidden_layers,
         hidden=c.hidden_size,
@@ -127,12 +97,12 @@ def _config_from_hf(path: Path, architecture: str) -> ModelConfig:
         tied=bool(c.tie_word_embeddings),
         attention_bias=bool(getattr(c, "attention_bias", False)),
         mlp_bias=bool(getattr(c, "mlp_bias", False)),
-        rope_linear=linear,
-        rope_factors=factors,
+        rope_linear=float(rope["factor"]) if scaling == "linear" else None,
+        rope_factors=_llama3_factors(rope, head_dim) if scaling == "llama3" else None,
     )
 
 
-def _llama3_factors(rope: dict[str, Any], head_dim: int) -> FloatArray:
+def _llama3_factors(rope: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:
     """What llama.cpp wants in rope_freqs.weight: by what each frequency is divided.
 
     Source: Llama 3.1's rope scaling as in transformers (_compute_llama3_parameters).
@@ -144,4 +114,5 @@ def _llama3_factors(rope: dict[str, Any], head_dim: int) -> FloatArray:
     smooth = (old / wavelength - low) / (high - low)
     between = 1 / ((1 - smooth) / factor + smooth)
     out = np.where(wavelength > old / low, factor, between)
-    return np.where(wavelength < old / high, 1.0, out).astype(np.float32)
+    out = np.where(wavelength < old / high, 1.0, out)
+    return tuple(float(f) for f in out.astype(np.float32))

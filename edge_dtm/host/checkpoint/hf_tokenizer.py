@@ -10,94 +10,75 @@ the class of transformers that takes the file as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import gguf
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.host.checkpoint.chat_template import encode_chat_with
 from edge_dtm.host.checkpoint.json_file import read_json
 from edge_dtm.host.checkpoint.pre_tokenizer import PRE_CANDIDATES, find_pre_tokenizer
 from edge_dtm.host.checkpoint.sentencepiece_model import SentencePieceModel, read_proto
-from edge_dtm.host.checkpoint.tokenizer import Message
+from edge_dtm.host.checkpoint.tokenizer import SPECIAL, Tokenizer
 from edge_dtm.host.checkpoint.tokenizer_json import TokenizerJson
 
 
-class HfTokenizer:
+class HfTokenizer(Tokenizer):
     """The tokenizer of a Hugging Face folder: tokenizer.model, else tokenizer.json."""
 
-    def __init__(
-        self,
-        folder: Path,
-        vocab_size: int,
-        backend: SentencePieceModel | TokenizerJson,
-        chat_template: str | None,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self._folder = folder
-        self._backend = backend
-        self._chat_template = chat_template
-        self._pre: str | None = None
-        backend.table.pad(vocab_size, folder)
-        self.eos_ids = self._find_eos()
-        if not self.eos_ids:
-            raise EdgeDtmError(
-                f"{folder} names no end-of-sequence token; add eos_token_id to config.json"
-            )
-
-    @classmethod
-    def from_folder(cls, folder: Path, vocab_size: int) -> HfTokenizer:
+    def __init__(self, folder: Path, vocab_size: int) -> None:
         """vocab_size: rows of the embedding matrix.
 
         EdgeDtmError when the folder has no tokenizer, one that a GGUF cannot hold, or one with
         more tokens than the model.
         """
+        self.vocab_size = vocab_size
+        self._folder = folder
         config = read_json(folder / "special_tokens_map.json") | read_json(
             folder / "tokenizer_config.json"
         )
         proto = read_proto(folder / "tokenizer.model")
-        backend: SentencePieceModel | TokenizerJson
+        self._backend: SentencePieceModel | TokenizerJson
         if proto is not None:
-            backend = SentencePieceModel(folder, config, proto)
-        elif (folder / "tokenizer.json").is_file():
-            backend = TokenizerJson(folder)
+            self._backend = SentencePieceModel(folder, config, proto)
         else:
-            raise EdgeDtmError(
-                f"{folder} has no tokenizer: neither tokenizer.json nor a SentencePiece "
-                f"tokenizer.model is there"
+            self._backend = TokenizerJson(folder)
+        self._vocabulary = vocabulary = self._backend.vocabulary
+        vocabulary.pad_to(vocab_size, folder)
+        self.eos_ids = tuple(
+            dict.fromkeys(
+                [
+                    *([] if vocabulary.eos is None else [vocabulary.eos]),
+                    *self._config_ids("generation_config.json", "eos_token_id"),
+                    *self._config_ids("config.json", "eos_token_id"),
+                ]
             )
-        return cls(folder, vocab_size, backend, _chat_template(folder, config))
+        )
+        if not self.eos_ids:
+            raise EdgeDtmError(
+                f"{folder} names no end-of-sequence token; add eos_token_id to config.json"
+            )
+        self.chat_template = _chat_template(folder, config)
+        ids = {name: getattr(vocabulary, name) for name in SPECIAL}
+        self.special = {
+            f"{name}_token": "" if i is None else vocabulary.tokens[i] for name, i in ids.items()
+        }
+        self.added_bos = self.special["bos_token"] if vocabulary.add_bos else None
 
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(self._chat_template)
+    def _config_ids(self, file: str, key: str) -> list[int]:
+        """Ids that the vocabulary has, of a key that holds one, several or none."""
+        value = read_json(self._folder / file).get(key)
+        ids = value if isinstance(value, list) else [value]
+        return [int(i) for i in ids if i is not None and 0 <= int(i) < self.vocab_size]
 
-    def encode(self, text: str) -> list[int]:
-        """See Tokenizer.encode."""
-        return self._backend.encode(text)
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        return self._backend.encode(text, add_special=add_special)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See Tokenizer.decode."""
-        special = self._backend.special
-        drop = special.add_bos and len(ids) > 0 and ids[0] == special.bos
+        drop = self._vocabulary.add_bos and len(ids) > 0 and ids[0] == self._vocabulary.bos
         return self._backend.decode(ids[1:] if drop else ids)
-
-    def encode_chat(self, messages: list[Message]) -> tuple[list[int], str]:
-        """See Tokenizer.encode_chat."""
-        special = self._backend.special
-        texts = {
-            f"{name}_token": "" if i is None else self._backend.table.tokens[i]
-            for name, i in (
-                ("bos", special.bos),
-                ("eos", special.eos),
-                ("unk", special.unk),
-                ("pad", special.pad),
-            )
-        }
-        added_bos = texts["bos_token"] if special.add_bos else None
-        return encode_chat_with(self._backend, self._chat_template, messages, texts, added_bos)
 
     def add_metadata(self, writer: gguf.GGUFWriter) -> None:
         """See Tokenizer.add_metadata.
@@ -105,63 +86,53 @@ class HfTokenizer:
         EdgeDtmError when no pre-tokenizer of llama.cpp gives a byte-level BPE's tokens; the
         message shows the first text that differs.
         """
-        if self._backend.table.model == "gpt2" and self._pre is None:
-            self._pre = find_pre_tokenizer(
-                self._folder, self.encode, lambda w: self._write(w, PRE_CANDIDATES[0])
-            )
         self._write(writer, self._pre)
 
+    @cached_property
+    def _pre(self) -> str | None:
+        if self._vocabulary.model != "gpt2":
+            return None
+        return find_pre_tokenizer(
+            self._folder, self.encode, lambda writer: self._write(writer, PRE_CANDIDATES[0])
+        )
+
     def _write(self, writer: gguf.GGUFWriter, pre: str | None) -> None:
-        table, special = self._backend.table, self._backend.special
-        writer.add_tokenizer_model(table.model)
-        if pre is not None:
-            writer.add_tokenizer_pre(pre)
-        writer.add_token_list(table.tokens)
-        writer.add_token_types(table.types)
-        if table.scores is not None:
-            writer.add_token_scores(table.scores)
-        if table.merges is not None:
-            writer.add_token_merges(table.merges)
-        if table.add_space_prefix is not None:
-            writer.add_add_space_prefix(table.add_space_prefix)
-        eos = special.eos if special.eos is not None else self.eos_ids[0]
-        # Without these llama.cpp takes ids of its own (1 and 2, or 11) for BOS and EOS.
-        writer.add_bos_token_id(special.bos if special.bos is not None else self._config_bos(eos))
-        writer.add_eos_token_id(eos)
-        if special.unk is not None:
-            writer.add_unk_token_id(special.unk)
-        if special.pad is not None:
-            writer.add_pad_token_id(special.pad)
+        v = self._vocabulary
+        eos = self.eos_ids[0]
+        config_bos = self._config_ids("config.json", "bos_token_id")
         # llama.cpp ends a generation at EOS, EOT and EOM, and at some tokens it knows by name.
-        others = [i for i in self.eos_ids if i != eos]
-        for add, index in zip((writer.add_eot_token_id, writer.add_eom_token_id), others):  # noqa: B905
-            add(index)
-        writer.add_add_bos_token(special.add_bos)
-        writer.add_add_eos_token(special.add_eos)
-        if self._chat_template:
-            writer.add_chat_template(self._chat_template)
-
-    def _find_eos(self) -> tuple[int, ...]:
-        ids = [] if self._backend.special.eos is None else [self._backend.special.eos]
-        for name in ("generation_config.json", "config.json"):
-            value = read_json(self._folder / name).get("eos_token_id")
-            ids += [i for i in (value if isinstance(value, list) else [value]) if i is not None]
-        return tuple(dict.fromkeys(int(i) for i in ids if 0 <= int(i) < self.vocab_size))
-
-    def _config_bos(self, default: int) -> int:
-        value = read_json(self._folder / "config.json").get("bos_token_id")
-        return value if isinstance(value, int) and 0 <= value < self.vocab_size else default
+        eot, eom = (*self.eos_ids[1:3], None, None)[:2]
+        entries: tuple[tuple[Callable[[Any], None], Any], ...] = (
+            (writer.add_tokenizer_model, v.model),
+            (writer.add_tokenizer_pre, pre),
+            (writer.add_token_list, v.tokens),
+            (writer.add_token_types, v.types),
+            (writer.add_token_scores, v.scores),
+            (writer.add_token_merges, v.merges),
+            (writer.add_add_space_prefix, v.add_space_prefix),
+            # Without these two llama.cpp takes ids of its own (1 and 2, or 11).
+            (writer.add_bos_token_id, v.bos if v.bos is not None else [*config_bos, eos][0]),
+            (writer.add_eos_token_id, eos),
+            (writer.add_unk_token_id, v.unk),
+            (writer.add_pad_token_id, v.pad),
+            (writer.add_eot_token_id, eot),
+            (writer.add_eom_token_id, eom),
+            (writer.add_add_bos_token, v.add_bos),
+            (writer.add_add_eos_token, v.add_eos),
+            (writer.add_chat_template, self.chat_template),
+        )
+        for add, value in entries:
+            if value is not None:
+                add(value)
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    try:
-        return (folder / "chat_template.jinja").read_text("utf-8")
-    except FileNotFoundError:
-        pass
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text("utf-8") or None
     template = config.get("chat_template")
     if template is None:
         template = read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):  # several, each with a name
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) and template else None
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template or None

@@ -9,19 +9,14 @@ from typing import Any
 from edge_dtm.core.errors import EdgeDtmError
 
 
-def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
-    """A JSON object; empty when the file is missing and not required.
-
-    EdgeDtmError when it is malformed, or missing and required.
-    """
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty when the file is missing. EdgeDtmError when it is malformed."""
     try:
         data = json.loads(path.read_text("utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError("it holds no JSON object")
     except FileNotFoundError:
-        if required:
-            raise EdgeDtmError(f"{path} is missing: give a whole HF checkpoint folder") from None
         return {}
     except (OSError, ValueError) as error:
         raise EdgeDtmError(f"{path} cannot be read ({error}): get it again") from None
-    if not isinstance(data, dict):
-        raise EdgeDtmError(f"{path} holds no JSON object: get it again")
     return data

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.host.checkpoint.checkpoint import Checkpoint
+from edge_dtm.host.checkpoint.checkpoint import ROPE_FACTORS, Checkpoint
 
 _HF_PARTS = {
     "attn_q": "self_attn.q_proj",
@@ -47,10 +47,8 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     c = checkpoint.config
-    if c.rope_linear:
-        rope: dict[str, Any] = {"rope_type": "linear", "factor": c.rope_linear}
-    else:
-        rope = {"rope_type": "default"}
+    linear = {"rope_type": "linear", "factor": c.rope_linear}
+    rope = linear if c.rope_linear else {"rope_type": "default"}
     # Mistral without its sliding window is a Llama, and llama.cpp runs it as one.
     config: Any = LlamaConfig(  # type: ignore[call-arg]
         vocab_size=c.vocab,
@@ -71,16 +69,11 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
     state = {}
-    for component in checkpoint.components():
-        data = torch.from_numpy(checkpoint.hf_tensor(component.name + ".weight"))
-        state[module_name(component.name) + ".weight"] = data.to(device)
-    for name, _ in checkpoint.vectors():
-        if name == "rope_freqs.weight":
-            continue
-        stem, _, suffix = name.rpartition(".")
-        state[f"{module_name(stem)}.{suffix}"] = torch.from_numpy(checkpoint.hf_tensor(name)).to(
-            device
-        )
+    for name in checkpoint.shapes():
+        if name != ROPE_FACTORS:
+            stem, _, suffix = name.rpartition(".")
+            data = torch.from_numpy(checkpoint.hf_tensor(name)).to(device)
+            state[f"{module_name(stem)}.{suffix}"] = data
     if c.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     if c.attention_bias:

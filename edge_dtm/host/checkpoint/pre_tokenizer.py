@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
+from collections.abc import Callable, Iterable
+from itertools import takewhile
 from pathlib import Path
 
 import gguf
 
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.data import packaged_records
 from edge_dtm.host.checkpoint.tokenizer import Tokenizer
 from edge_dtm.llamacpp.vocabulary import LlamaVocab
 
@@ -79,28 +78,9 @@ PROBE_TEXTS: tuple[str, ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Mismatch:
-    """A text, the ids of the checkpoint's tokenizer and the ids llama.cpp gave instead."""
-
-    text: str
-    expected: tuple[int, ...]
-    found: tuple[int, ...]
-
-    def __str__(self) -> str:
-        at = next(
-            (i for i, (a, b) in enumerate(zip(self.expected, self.found, strict=False)) if a != b),
-            min(len(self.expected), len(self.found)),
-        )
-        return (
-            f"{self.text[:60]!r} is {list(self.expected[at : at + 5])} for the checkpoint and "
-            f"{list(self.found[at : at + 5])} for llama.cpp from token {at} on"
-        )
-
-
 def tokenization_mismatches(
     tokenizer: Tokenizer, gguf_path: Path, texts: Iterable[str]
-) -> list[Mismatch]:
+) -> list[str]:
     """Where llama.cpp, with the vocabulary in `gguf_path`, disagrees with the checkpoint.
 
     EdgeDtmError when llama.cpp does not load the vocabulary.
@@ -109,12 +89,17 @@ def tokenization_mismatches(
         return _mismatches(vocab, ((text, tokenizer.encode(text)) for text in texts))
 
 
-def _mismatches(vocab: LlamaVocab, expected: Iterable[tuple[str, Sequence[int]]]) -> list[Mismatch]:
+def _mismatches(vocab: LlamaVocab, expected: Iterable[tuple[str, list[int]]]) -> list[str]:
     out = []
     for text, ids in expected:
-        tokens = vocab.encode(text)
-        if tokens != list(ids):
-            out.append(Mismatch(text, tuple(ids), tuple(tokens)))
+        found = vocab.encode(text)
+        if found != ids:
+            pairs = zip(ids, found, strict=False)
+            at = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            out.append(
+                f"{text[:60]!r} is {ids[at : at + 5]} for the checkpoint and "
+                f"{found[at : at + 5]} for llama.cpp from token {at} on"
+            )
     return out
 
 
@@ -129,50 +114,44 @@ def find_pre_tokenizer(
     EdgeDtmError when no candidate fits, with the first text that differs.
     """
     expected = [(text, encode(text)) for text in (*PROBE_TEXTS, *_packaged_texts())]
-    best: tuple[str, list[Mismatch]] | None = None
-    refused: EdgeDtmError | None = None
+    wrong: dict[str, list[str]] = {}
+    refused = None
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "vocab.gguf"
-        _write_vocab_gguf(path, add_metadata)
+        writer = gguf.GGUFWriter(path, "llama")
+        add_metadata(writer)
+        write_head(writer)
+        writer.close()
         for pre in PRE_CANDIDATES:
             try:
                 vocab = LlamaVocab(path, pre=pre)
             except EdgeDtmError as error:
-                refused = refused or error
+                refused = error
                 continue
             with vocab:
-                wrong = _mismatches(vocab, expected)
-            if not wrong:
+                wrong[pre] = _mismatches(vocab, expected)
+            if not wrong[pre]:
                 return pre
-            if best is None or len(wrong) < len(best[1]):
-                best = pre, wrong
-    if best is None:
-        raise refused or EdgeDtmError(f"{folder}: llama.cpp accepts no pre-tokenizer")
+    if not wrong:
+        raise refused or AssertionError
+    closest = min(wrong, key=lambda pre: len(wrong[pre]))
     raise EdgeDtmError(
         f"{folder}: no pre-tokenizer of llama.cpp gives this tokenizer's tokens; with the "
-        f"closest, {best[0]}, {len(best[1])} of {len(expected)} texts differ: {best[1][0]}"
+        f"closest, {closest}, {len(wrong[closest])} of {len(expected)} texts differ: "
+        f"{wrong[closest][0]}"
     )
 
 
-def _write_vocab_gguf(path: Path, add_metadata: Callable[[gguf.GGUFWriter], None]) -> None:
-    """A GGUF of the Llama architecture with a tokenizer and no tensors."""
-    writer = gguf.GGUFWriter(path, "llama")
-    add_metadata(writer)
+def write_head(writer: gguf.GGUFWriter) -> None:
+    """Metadata and tensor heads, all of a GGUF that comes before the tensors' data."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    writer.close()
 
 
 def _packaged_texts() -> list[str]:
-    lines = files("edge_dtm.data").joinpath("prompts.jsonl").read_text("utf-8").splitlines()
-    records = [json.loads(line) for line in lines if line.strip()]
-    return [
-        text
-        for record in records
-        for text in (
-            [m["content"] for m in record["messages"]]
-            if "messages" in record
-            else [record["prompt"]]
-        )
-    ]
+    texts = []
+    for record in packaged_records():
+        messages = record.get("messages", [{"content": record.get("prompt")}])
+        texts += [message["content"] for message in messages]
+    return texts

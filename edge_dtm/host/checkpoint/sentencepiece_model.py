@@ -10,7 +10,7 @@ from typing import Any
 from gguf import TokenType
 
 from edge_dtm.host.checkpoint.json_file import read_json
-from edge_dtm.host.checkpoint.vocabulary import SpecialTokens, Vocabulary, decode_runs
+from edge_dtm.host.checkpoint.vocabulary import UNUSED_SCORE, Vocabulary, decode_runs
 
 
 class SentencePieceModel:
@@ -28,61 +28,62 @@ class SentencePieceModel:
         )
         # Added by hand below, where wanted.
         proto.normalizer_spec.add_dummy_prefix = False
-        sp = SentencePieceProcessor(model_proto=proto.SerializeToString())
-        self._sp = sp
-        self._size = sp.get_piece_size()
-        tokens = [sp.id_to_piece(i) for i in range(self._size)]
-        scores = [float(sp.get_score(i)) for i in range(self._size)]
+        self._sp = sp = SentencePieceProcessor(model_proto=proto.SerializeToString())
+        tokens = [piece.piece for piece in proto.pieces]
+        scores = [float(piece.score) for piece in proto.pieces]
         types = [int(piece.type) for piece in proto.pieces]  # numbered as in GGUF
         added = _added_tokens(folder, config)
         for index, (content, special) in sorted(added.items()):
             while len(tokens) <= index:
                 tokens.append(f"[PAD{len(tokens)}]")
-                scores.append(-1000.0)
+                scores.append(UNUSED_SCORE)
                 types.append(TokenType.UNUSED)
             if tokens[index] == content and types[index] in (TokenType.UNKNOWN, TokenType.CONTROL):
                 continue
-            if tokens[index] != content or index >= self._size:
-                scores[index] = -1000.0
+            if tokens[index] != content:
+                scores[index] = UNUSED_SCORE
             tokens[index] = content
             types[index] = TokenType.CONTROL if special else TokenType.USER_DEFINED
-        self.table = Vocabulary("llama", tokens, types, scores, add_space_prefix=self._prefix)
         self._special_ids = {
             token: i
             for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
             if kind in (TokenType.CONTROL, TokenType.UNKNOWN) or i in added
         }
-        self._special_tokens = {i: token for token, i in self._special_ids.items()}
         longest_first = sorted(self._special_ids, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
         def named(kind: str, default: int) -> int | None:
-            content = _content(config.get(f"{kind}_token"))
-            token = self._special_ids.get(content) if content else None
-            return token if token is not None else (default if default >= 0 else None)
+            entry = config.get(f"{kind}_token")
+            content = entry.get("content") if isinstance(entry, dict) else entry
+            return self._special_ids.get(content, default if default >= 0 else None)
 
-        self.special = SpecialTokens(
-            bos=named("bos", sp.bos_id()),
-            eos=named("eos", sp.eos_id()),
+        bos, eos = named("bos", sp.bos_id()), named("eos", sp.eos_id())
+        self.vocabulary = Vocabulary(
+            "llama",
+            tokens,
+            types,
+            bos,
+            eos,
             unk=named("unk", sp.unk_id()),
             pad=named("pad", sp.pad_id()),
-            add_bos=config.get("add_bos_token") is not False,
-            add_eos=bool(config.get("add_eos_token")),
+            add_bos=bos is not None and config.get("add_bos_token") is not False,
+            add_eos=eos is not None and bool(config.get("add_eos_token")),
+            scores=scores,
+            add_space_prefix=self._prefix,
         )
-        self.special.add_bos &= self.special.bos is not None
-        self.special.add_eos &= self.special.eos is not None
 
-    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special: bool) -> list[int]:
+        v = self.vocabulary
         ids: list[int] = []
-        if add_special and self.special.add_bos and self.special.bos is not None:
-            ids.append(self.special.bos)
+        if add_special and v.add_bos and v.bos is not None:
+            ids.append(v.bos)
         for part in self._split.split(text):
             if part in self._special_ids:
                 ids.append(self._special_ids[part])
             elif part:
                 ids += self._sp.encode(" " + part if self._prefix else part)
-        if add_special and self.special.add_eos and self.special.eos is not None:
-            ids.append(self.special.eos)
+        if add_special and v.add_eos and v.eos is not None:
+            ids.append(v.eos)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -91,26 +92,19 @@ class SentencePieceModel:
             return text[1:] if self._prefix and text.startswith(" ") else text
 
         # Padding has no piece in the model.
-        padding = {i: self.table.tokens[i] for i in ids if i >= self._size}
-        return decode_runs(ids, padding | self._special_tokens, decode_run)
-
-
-def _content(entry: Any) -> str | None:
-    """The text of a token that a config gives as a string or as an object."""
-    value = entry.get("content") if isinstance(entry, dict) else entry
-    return value if isinstance(value, str) else None
+        spelled = {i: self.vocabulary.tokens[i] for i in ids if i >= self._sp.get_piece_size()}
+        spelled |= {i: token for token, i in self._special_ids.items()}
+        return decode_runs(ids, spelled, decode_run)
 
 
 def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
     """id -> (text, whether special) of the tokens a SentencePiece folder adds to its model."""
-    tokens: dict[int, tuple[str, bool]] = {}
-    for content, index in read_json(folder / "added_tokens.json").items():
-        tokens[int(index)] = (content, False)
-    for added in read_json(folder / "tokenizer.json").get("added_tokens", []):
-        tokens[int(added["id"])] = (added["content"], bool(added.get("special")))
-    for index, added in config.get("added_tokens_decoder", {}).items():
-        tokens[int(index)] = (added["content"], bool(added.get("special")))
-    return tokens
+    tokens = {int(i): (text, False) for text, i in read_json(folder / "added_tokens.json").items()}
+    entries = [
+        *((e["id"], e) for e in read_json(folder / "tokenizer.json").get("added_tokens", [])),
+        *config.get("added_tokens_decoder", {}).items(),
+    ]
+    return tokens | {int(i): (e["content"], bool(e.get("special"))) for i, e in entries}
 
 
 def read_proto(path: Path) -> Any:

@@ -11,41 +11,39 @@ from gguf import TokenType
 
 from edge_dtm.core.errors import EdgeDtmError
 
+UNUSED_SCORE = -1000.0
 
-@dataclass
+
+@dataclass(frozen=True)
 class Vocabulary:
-    """The vocabulary as GGUF wants it; scores for "llama", merges for "gpt2"."""
+    """tokens, types, scores: by id. scores: for model "llama", merges: for "gpt2". bos, eos, unk,
+    pad: ids, None without one. add_bos, add_eos: whether they are added to every text."""
 
     model: str
     tokens: list[str]
     types: list[int]
-    scores: list[float] | None = None
-    merges: list[str] | None = None
-    add_space_prefix: bool | None = None
-
-    def pad(self, vocab_size: int, folder: Path) -> None:
-        if len(self.tokens) > vocab_size:
-            raise EdgeDtmError(
-                f"{folder}: the tokenizer has {len(self.tokens)} tokens, but the model only "
-                f"{vocab_size}; take tokenizer files that belong to the model"
-            )
-        missing = range(len(self.tokens), vocab_size)
-        self.tokens += [f"[PAD{i}]" for i in missing]
-        self.types += [TokenType.UNUSED] * len(missing)
-        if self.scores is not None:
-            self.scores += [-1000.0] * len(missing)
-
-
-@dataclass
-class SpecialTokens:
-    """Ids of special tokens, None without one, and which of them are added to every text."""
-
     bos: int | None
     eos: int | None
     unk: int | None
     pad: int | None
     add_bos: bool
     add_eos: bool
+    scores: list[float] | None = None
+    merges: list[str] | None = None
+    add_space_prefix: bool | None = None
+
+    def pad_to(self, vocab_size: int, folder: Path) -> None:
+        """Add unused tokens. EdgeDtmError when there are more than vocab_size already."""
+        if len(self.tokens) > vocab_size:
+            raise EdgeDtmError(
+                f"{folder}: the tokenizer has {len(self.tokens)} tokens, but the model only "
+                f"{vocab_size}; take tokenizer files that belong to the model"
+            )
+        missing = range(len(self.tokens), vocab_size)
+        self.tokens.extend(f"[PAD{i}]" for i in missing)
+        self.types.extend([TokenType.UNUSED] * len(missing))
+        if self.scores is not None:
+            self.scores.extend([UNUSED_SCORE] * len(missing))
 
 
 def decode_runs(

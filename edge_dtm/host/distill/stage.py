@@ -100,7 +100,7 @@ def _next_base(
         for c, t in zip(plan.components, plan.treatments, strict=True)
         if t.zero_share
     }
-    key = run.work.path("base", [run.key, checkpoint.check()]).name.removeprefix("base-")
+    key = run.work.path("base", inputs).name.removeprefix("base-")
     return Base(checkpoint, key, base.fixed_bytes, {**base.zeros, **zeros})
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from edge_dtm.core.errors import EdgeDtmError
-
-if TYPE_CHECKING:
-    from edge_dtm.host.checkpoint.tokenizer import Tokenizer
+from edge_dtm.data import packaged_records
+from edge_dtm.host.checkpoint.tokenizer import Tokenizer
 
 SAMPLED_TOKENS = 24
 
@@ -53,11 +51,11 @@ def read_prompts(path: Path, tokenizer: Tokenizer) -> list[Prompt]:
         except (ValueError, KeyError, TypeError, EdgeDtmError) as error:
             bad.append(f"line {number}: {error}")
     if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise EdgeDtmError(f"{path} has bad prompts: {'; '.join(bad[:3])}{more}")
-    if len({p.ids for p in prompts}) < 4:
+        raise EdgeDtmError(f"{path} has {len(bad)} bad prompts: {'; '.join(bad[:3])}")
+    different = len({p.ids for p in prompts})
+    if different < 4:
         raise EdgeDtmError(
-            f"{path} has {len({p.ids for p in prompts})} different prompts: at least 4 are needed, "
+            f"{path} has {different} different prompts: at least 4 are needed, "
             "since some are kept out of calibration; a few dozen make a good measurement"
         )
     return list(dict.fromkeys(prompts))
@@ -65,11 +63,9 @@ def read_prompts(path: Path, tokenizer: Tokenizer) -> list[Prompt]:
 
 def packaged_prompts(tokenizer: Tokenizer) -> list[Prompt]:
     """The set that comes with edge-dtm; chats as plain text where the model has no template."""
-    text = resources.files("edge_dtm").joinpath("data/prompts.jsonl").read_text(encoding="utf-8")
     out = []
-    for line in text.splitlines():
-        record = json.loads(line)
-        if "messages" in record and not tokenizer.has_chat_template:
+    for record in packaged_records():
+        if "messages" in record and not tokenizer.chat_template:
             record = {"prompt": record["messages"][-1]["content"]}
         out.append(_from_json(record, tokenizer))
     return list(dict.fromkeys(out))
@@ -86,7 +82,7 @@ def _from_json(record: Any, tokenizer: Tokenizer) -> Prompt:
         for m in messages
     ):
         raise ValueError("needs `prompt` (text) or `messages` (role and content of each)")
-    if not tokenizer.has_chat_template:
+    if not tokenizer.chat_template:
         raise ValueError("has `messages`, but this model has no chat template: use `prompt`")
     ids, text = tokenizer.encode_chat(messages)
     return Prompt(tuple(ids), text)
