@@ -98,6 +98,7 @@ def bench(
     from edge_dtm.core.machine import default_threads
     from edge_dtm.device import performance
     from edge_dtm.device.first_decode import first_decode_in_child
+    from edge_dtm.device.inputs import is_gguf
     from edge_dtm.formats import bundle as bundles
     from edge_dtm.formats.archive import open_bundle
     from edge_dtm.formats.profile import packaged_profile
@@ -111,13 +112,13 @@ def bench(
     settings = RunSettings(threads=most, parallel_sequences=1)
     with ExitStack() as stack:
         model = source
-        if not _is_gguf(source):
+        if not is_gguf(source):
             bundle = stack.enter_context(open_bundle(source))
             bundle.check()
             model = bundle.path(bundles.MODEL)
             profile = profile or packaged_profile(bundle.manifest.provenance.get("profile"))
         check_gguf(model)
-        first_decode_in_child(settings)
+        first_decode_in_child()
         require_memory(model, settings, performance.CONTEXT_TOKENS)
         sweep = range(1, most + 1) if threads_sweep else ()
         measured = performance.measure(model, settings, seconds, sweep)
@@ -134,13 +135,6 @@ def bench(
     for sentence in sentences:
         click.echo(sentence)
     write_json(json_file, data)
-
-
-def _is_gguf(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
 
 
 def _print_performance(

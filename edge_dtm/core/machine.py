@@ -93,11 +93,16 @@ def return_freed_buffers() -> bool:
         return False
 
 
+def usable_cpus() -> list[int]:
+    """Numbers of the CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def default_threads() -> int:
     """CPUs this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(len(os.sched_getaffinity(0)), 1)
-    return os.cpu_count() or 1
+    return len(usable_cpus())
 
 
 def peak_rss_bytes() -> int:

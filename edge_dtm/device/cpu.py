@@ -11,13 +11,11 @@ import ctypes
 import platform
 import re
 import struct
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_dtm.core.machine import read_text
-from edge_dtm.device.linux import program_output
 from edge_dtm.formats.ggml_types import TYPES
 
 # Feature of llama.cpp's build: the flags of /proc/cpuinfo it needs. AVX512 is compiled with all
@@ -51,30 +49,6 @@ ARM_BITS: dict[str, tuple[int, tuple[int, ...]]] = {
     "BF16": (AT_HWCAP2, (14,)),
     "SME": (AT_HWCAP2, (23,)),
     "SME2": (AT_HWCAP2, (37,)),
-}
-# Feature: what `sysctl -a` calls it on a Mac; the words of machdep.cpu.*features on an Intel one.
-MAC_ARM_KEYS = {
-    "NEON": "hw.optional.AdvSIMD",
-    "ARM_FMA": "hw.optional.AdvSIMD",
-    "FP16_VA": "hw.optional.arm.FEAT_FP16",
-    "DOTPROD": "hw.optional.arm.FEAT_DotProd",
-    "MATMUL_INT8": "hw.optional.arm.FEAT_I8MM",
-    "BF16": "hw.optional.arm.FEAT_BF16",
-    "SVE": "hw.optional.arm.FEAT_SVE",
-    "SME": "hw.optional.arm.FEAT_SME",
-    "SME2": "hw.optional.arm.FEAT_SME2",
-}
-MAC_INTEL_WORDS = {
-    "SSE3": ("SSE3",),
-    "SSSE3": ("SSSE3",),
-    "AVX": ("AVX1.0",),
-    "AVX2": ("AVX2",),
-    "F16C": ("F16C",),
-    "FMA": ("FMA",),
-    "BMI2": ("BMI2",),
-    "AVX512": ("AVX512F", "AVX512CD", "AVX512VL", "AVX512DQ", "AVX512BW"),
-    "AVX512_VBMI": ("AVX512VBMI",),
-    "AVX512_VNNI": ("AVX512VNNI",),
 }
 # What makes decoding or prompts clearly faster in llama.cpp's kernels; a build without one of these
 # that the CPU has is worth another build.
@@ -154,22 +128,6 @@ def arm_features(hwcap: int, hwcap2: int) -> frozenset[str]:
     )
 
 
-def mac_features(text: str) -> tuple[frozenset[str], frozenset[str]]:
-    """(features, known) from the output of `sysctl -a` on a Mac; both empty when it says neither."""
-    values = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
-    keys = ("machdep.cpu.features", "machdep.cpu.leaf7_features")
-    words = {word for key in keys for word in values.get(key, "").split()}
-    if words:
-        features = {name for name, needed in MAC_INTEL_WORDS.items() if set(needed) <= words}
-        return frozenset(features), frozenset(MAC_INTEL_WORDS)
-    if "hw.optional.AdvSIMD" in values or "hw.optional.arm.FEAT_DotProd" in values:
-        # A key that this release of macOS does not know yet says nothing about the CPU.
-        known = {name for name, key in MAC_ARM_KEYS.items() if key in values}
-        features = {name for name in known if values[MAC_ARM_KEYS[name]].strip() == "1"}
-        return frozenset(features), frozenset(known)
-    return frozenset(), frozenset()
-
-
 def cpu_name(cpuinfo: str) -> str:
     """The CPU's name from the text of /proc/cpuinfo, all kinds of cores, empty when it has none."""
     # On ARM a `model name` says no more than "ARMv8 Processor rev 3 (v8l)".
@@ -188,11 +146,6 @@ def read_cpu(root: Path = Path("/")) -> Cpu:
     machine = platform.machine()
     cpuinfo = read_text(root / "proc/cpuinfo")
     features, known = frozenset[str](), frozenset[str]()
-    if sys.platform == "darwin":
-        text = program_output(["sysctl", "-a"])
-        features, known = mac_features(text)
-        brand = re.search(r"^machdep\.cpu\.brand_string: (.+)$", text, re.M)
-        return Cpu(machine, brand[1].strip() if brand else machine, features, known)
     if machine == "aarch64" and struct.calcsize("P") == 8:
         words = _auxiliary(AT_HWCAP), _auxiliary(AT_HWCAP2)
         if words[0]:

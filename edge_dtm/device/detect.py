@@ -1,11 +1,4 @@
-"""Measures this machine and writes its device profile.
-
-The number that matters is the memory bandwidth that llama.cpp reaches while it decodes. It is
-measured with llama.cpp: a model of random weights, far larger than the last-level cache, decodes
-single tokens, and tokens per second times file size are bytes per second. This is the definition
-that `edge_dtm.formats.profile` calculates with, and it holds the kernels' own speed as well as the
-memory's. Plain reads of memory are measured beside it, as the upper bound.
-"""
+"""Measures this machine, above all the bandwidth of its memory, and writes its device profile."""
 
 from __future__ import annotations
 
@@ -15,13 +8,13 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from edge_dtm.core import machine
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.files import StageProgress, write_whole
-from edge_dtm.core.machine import read_text
+from edge_dtm.core.machine import Room, read_text, room
 from edge_dtm.device.bandwidth import (
     MEASURED_TYPES,
     SAME_SPEED,
@@ -34,7 +27,6 @@ from edge_dtm.device.cpu import Build, Cpu, read_cpu, repacked_types
 from edge_dtm.device.first_decode import first_decode_in_child
 from edge_dtm.device.linux import board, cache_bytes, total_bytes, usable_cores
 from edge_dtm.formats.profile import SCHEMA_VERSION, DeviceProfile, load_profile
-from edge_dtm.formats.record import RunSettings
 
 # Whose choices (context, wanted speed, share, KV type) are taken over, with their sources.
 CHOICES_FROM = "raspberrypi"
@@ -51,7 +43,7 @@ class MachineFacts:
     cpu: Cpu
     build: Build
     ram_bytes: int
-    room: machine.Room
+    room: Room
     cores: int
 
 
@@ -71,18 +63,18 @@ def detect(
             "(docs/add-a-profile.md)"
         )
     facts = MachineFacts(
-        build=first_decode_in_child(RunSettings(threads=1)),
+        build=first_decode_in_child(),
         board=board(root),
         cpu=read_cpu(root),
         ram_bytes=total,
-        room=machine.room(root),
+        room=room(root),
         cores=usable_cores(root),
     )
     place = Path(tempfile.gettempdir())
     free_disk = shutil.disk_usage(place).free
     size = size_to_measure(cache_bytes(root), facts.room.free_bytes, free_disk, place)
     bandwidth = measure(size, thread_counts(facts.cores), progress)
-    return profile_of(check_name(name), facts, bandwidth, datetime.date.today().isoformat())
+    return profile_of(name, facts, bandwidth, datetime.date.today().isoformat())
 
 
 def default_name(board_name: str, cpu: Cpu) -> str:
@@ -103,7 +95,6 @@ def profile_of(name: str, facts: MachineFacts, measured: Bandwidth, date: str) -
     """The profile, with a sentence on how for every number. date: ISO 8601."""
     from edge_dtm.formats.ggml_types import ALLOWED_TYPES
 
-    check_name(name)
     choices = load_profile(CHOICES_FROM)
     cpu, room = facts.cpu, facts.room
     repacked = repacked_types(facts.build.features)
@@ -123,10 +114,7 @@ def profile_of(name: str, facts: MachineFacts, measured: Bandwidth, date: str) -
         threads=measured.threads,
         isa_features=isa or (cpu.machine.lower(),),
         fast_types=fast or MEASURED_TYPES,
-        n_ctx=choices.n_ctx,
-        wanted_tokens_per_s=choices.wanted_tokens_per_s,
-        max_share_of_f16=choices.max_share_of_f16,
-        kv_type=choices.kv_type,
+        **{key: getattr(choices, key) for key in _CHOSEN},
         sources=_sources(facts, measured, date, bool(fast))
         | {key: choices.sources[key] for key in _CHOSEN if key in choices.sources},
     )
@@ -135,7 +123,7 @@ def profile_of(name: str, facts: MachineFacts, measured: Bandwidth, date: str) -
 def _sources(facts: MachineFacts, measured: Bandwidth, date: str, repacks: bool) -> dict[str, str]:
     """A sentence on how each measured number came about."""
     build, room = facts.build, facts.room
-    llama = f"llama-cpp-python {build.version}" if build.version else "llama-cpp-python"
+    llama = f"llama-cpp-python {build.version}"
     compiled = ", ".join(sorted(build.features)) or "unknown features"
     speeds = "; ".join(f"{t} {rate}" for t, rate in measured.by_type.items())
     sweep = ", ".join(f"{r.threads}: {r.bytes_per_s / 1e9:.2f}e9" for r in measured.sweep)
@@ -149,8 +137,7 @@ def _sources(facts: MachineFacts, measured: Bandwidth, date: str, repacks: bool)
         "effective_bandwidth_bytes_per_s": f"{here}: tokens per second times file size of "
         f"decoding in {llama} (compiled with {compiled}) with {_count(measured.threads, 'thread')} "
         f"and models of random weights of {measured.model_bytes / 1e6:.0f} MB, in bytes/s: "
-        f"{speeds}; the slower one is taken. Plain reads of memory (memchr) with as many threads "
-        f"reached {measured.plain}.",
+        f"{speeds}; the slower one is taken.",
         "cores": f"Physical cores that the process could use on {date}, by the kernel's topology "
         "and the limit of the control group.",
         "threads": f"{here}: the fewest threads that decode {first} within "
@@ -165,27 +152,16 @@ def _sources(facts: MachineFacts, measured: Bandwidth, date: str, repacks: bool)
 
 def to_toml(profile: DeviceProfile) -> str:
     """The text of a profile file; load_profile reads the same profile from it."""
-    lines = [
-        f"{item.name} = {_toml_value(getattr(profile, item.name))}"
-        for item in fields(profile)
-        if item.name != "sources"
+    values = {f.name: getattr(profile, f.name) for f in fields(profile) if f.name != "sources"}
+    return "\n".join([*_toml_lines(values), "", "[sources]", *_toml_lines(profile.sources), ""])
+
+
+def _toml_lines(table: Mapping[str, object]) -> list[str]:
+    # JSON's strings, numbers and lists are TOML's, but for DEL, which TOML wants escaped.
+    return [
+        f"{key} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
+        for key, value in table.items()
     ]
-    lines += ["", "[sources]"]
-    lines += [f"{key} = {toml_string(text)}" for key, text in profile.sources.items()]
-    return "\n".join(lines) + "\n"
-
-
-def toml_string(text: str) -> str:
-    """A TOML basic string. JSON's are the same, but for DEL, which TOML wants escaped."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _toml_value(value: object) -> str:
-    if isinstance(value, str):
-        return toml_string(value)
-    if isinstance(value, tuple):
-        return f"[{', '.join(toml_string(str(item)) for item in value)}]"
-    return repr(value)
 
 
 def require_new(path: Path) -> None:
@@ -200,20 +176,9 @@ def require_new(path: Path) -> None:
 
 
 def save(profile: DeviceProfile, path: Path) -> None:
-    """Write the profile file, which appears only once load_profile has read it back.
-
-    EdgeDtmError as in require_new, and when the profile does not pass load_profile.
-    """
+    """Write the profile file. EdgeDtmError as in require_new."""
     require_new(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.toml")
-    try:
-        write_whole(temporary, to_toml(profile).encode())
-        # With a separator it is a path even when it looks like the name of a profile.
-        if load_profile(str(temporary.resolve())) != profile:
-            raise EdgeDtmError(f"{path} would not be read as it was detected: report this")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, to_toml(profile).encode())
 
 
 def _count(number: int, noun: str) -> str:

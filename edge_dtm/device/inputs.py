@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,14 @@ class Inputs:
     probe: Record
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether path is a file that is named as a GGUF or begins as one."""
+    if path.is_dir():
+        return False
+    with path.open("rb") as file:
+        return path.suffix == ".gguf" or file.read(4) == b"GGUF"
+
+
 def load_inputs(bundle: bundles.Bundle) -> Inputs:
     """EdgeDtmError when the files of the bundle do not belong together."""
     reference = Reference.load(bundle.path(bundles.REFERENCE))
@@ -39,10 +48,8 @@ def load_inputs(bundle: bundles.Bundle) -> Inputs:
             f"{bundle.source}: its host record does not belong to its reference; make it again"
         )
     expected = probe_model.sequences()
-    if (
-        probe.ids.shape != expected.generated_ids.shape
-        or not ((probe.top_ids >= 0) & (probe.top_ids < probe_model.VOCAB)).all()
-    ):
+    known = ((probe.top_ids >= 0) & (probe.top_ids < probe_model.VOCAB)).all()
+    if probe.ids.shape != expected.generated_ids.shape or not known:
         raise EdgeDtmError(f"{bundle.source}: its probe record is not ours; make it again")
     return Inputs(reference, host, probe)
 
@@ -53,15 +60,13 @@ def check_tokens(model: Path, reference: Reference) -> None:
     wrong = [row for row, ids in enumerate(tokenized) if ids != reference.prompt(row)]
     if wrong:
         row = wrong[0]
-        expected = reference.prompt(row)
-        pairs = zip(tokenized[row], expected, strict=False)
-        at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        at = min(len(tokenized[row]), len(expected)) if at is None else at
+        pairs = list(zip_longest(tokenized[row], reference.prompt(row)))
+        at = next(i for i, (device, original) in enumerate(pairs) if device != original)
         raise EdgeDtmError(
             f"wrong tokenizer: llama.cpp makes other token ids from {len(wrong)} of "
             f"{len(reference)} prompts than the original's tokenizer (first: prompt {row + 1}, "
-            f"token {at + 1}: {tokenized[row][at : at + 3]} instead of {expected[at : at + 3]}): make "
-            "the bundle again, or take the llama-cpp-python that the host had"
+            f"token {at + 1}: {pairs[at][0]} instead of {pairs[at][1]}): make the bundle again, or "
+            "take the llama-cpp-python that the host had"
         )
 
 

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_dtm.core.machine import control_groups, read_text
-
-
-def program_output(words: Sequence[str]) -> str:
-    """What a program of the system prints, empty when it is not there or fails."""
-    try:
-        return subprocess.run(
-            words, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=10
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+from edge_dtm.core.machine import control_groups, read_text, usable_cpus
 
 
 def cpu_quota(root: Path) -> float | None:
@@ -31,55 +19,43 @@ def cpu_quota(root: Path) -> float | None:
         else:
             words = read_text(folder / "cpu.max").split()
         # "max" or -1 is no limit.
-        if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]):
+        if words and all(word.isdigit() for word in words):
             quotas.append(int(words[0]) / int(words[1]))
     return min(quotas, default=None)
 
 
 def cpu_capacities(root: Path, cpus: Sequence[int]) -> list[int]:
     """The kernel's cpu_capacity (1024 is the fastest) of each CPU, empty where it has none."""
-    folder = root / "sys/devices/system/cpu"
-    texts = [read_text(folder / f"cpu{n}/cpu_capacity").strip() for n in cpus]
-    return [int(t) for t in texts] if texts and all(t.isdigit() for t in texts) else []
+    return [int(text) for text in _of_each_cpu(root, cpus, "cpu_capacity") if text.isdigit()]
 
 
 def physical_cores(root: Path, cpus: Sequence[int]) -> int:
     """Cores among these CPUs, 0 where the kernel tells nothing."""
+    return len(set(_of_each_cpu(root, cpus, "topology/thread_siblings_list")))
+
+
+def _of_each_cpu(root: Path, cpus: Sequence[int], name: str) -> list[str]:
+    """The CPUs' files of that name, empty unless all of them have it."""
     folder = root / "sys/devices/system/cpu"
-    siblings = [read_text(folder / f"cpu{n}/topology/thread_siblings_list").strip() for n in cpus]
-    return len(set(siblings)) if siblings and all(siblings) else 0
-
-
-def usable_cpus() -> list[int]:
-    """Numbers of the CPUs this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
+    texts = [read_text(folder / f"cpu{n}" / name).strip() for n in cpus]
+    return texts if all(texts) else []
 
 
 def file_system_of(place: Path, mounts: str) -> str:
     """The type of the file system that place is on. mounts: the text of /proc/mounts."""
-    best, name = -1, ""
-    for line in mounts.splitlines():
-        words = line.split()
-        if len(words) < 3:
-            continue
-        point = Path(words[1].replace("\\040", " "))
-        if place.is_relative_to(point) and len(point.parts) >= best:
-            best, name = len(point.parts), words[2]
-    return name
+    entries = re.findall(r"^\S+ (\S+) (\S+)", mounts, re.M)
+    types = {Path(point.replace("\\040", " ")): name for point, name in entries}
+    return next((types[p] for p in (place, *place.parents) if p in types), "")
 
 
 def cache_bytes(root: Path) -> int:
     """All last-level caches together, 0 where the kernel tells nothing."""
     sizes: dict[tuple[int, str], int] = {}
     for folder in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cache/index[0-9]*"):
-        level, size = read_text(folder / "level").strip(), read_text(folder / "size").strip()
-        number = re.fullmatch(r"(\d+)([KMG]?)", size)
-        if level.isdigit() and number:
-            factor = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[number[2]]
-            shared = read_text(folder / "shared_cpu_list").strip()
-            sizes[int(level), shared] = int(number[1]) * factor
+        names = ("level", "size", "shared_cpu_list")
+        level, size, shared = (read_text(folder / name).strip() for name in names)
+        if level.isdigit() and size.endswith("K"):
+            sizes[int(level), shared] = 1024 * int(size.removesuffix("K"))
     last = max((level for level, _ in sizes), default=0)
     return sum(size for (level, _), size in sizes.items() if level == last)
 

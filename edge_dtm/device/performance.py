@@ -1,30 +1,19 @@
-"""How fast, how large and how hungry a model is on this device, against its profile's estimate.
-
-Measured in a child process, so that its peak memory is the model's and not the caller's:
-
-    python -m edge_dtm.device.performance MODEL.gguf '{"settings": {"threads": 4}, ...}'
-
-prints one line of JSON.
-"""
+"""How fast, how large and how hungry a model is on this device, against its profile's estimate."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.machine import peak_rss_bytes
-from edge_dtm.device.child import child_main, last_line, run_child
-from edge_dtm.device.power import PowerSensor, Sampler, find_power
-from edge_dtm.device.sensors import Absent, condition
+from edge_dtm.device.sensors import Sampler, condition, find_power
 from edge_dtm.formats.profile import DeviceProfile
 from edge_dtm.formats.record import RunSettings
-from edge_dtm.llamacpp.gguf_header import Header, check_gguf, kv_bytes_per_token, read_header
+from edge_dtm.llamacpp.gguf_header import Header, kv_bytes_per_token, read_header
 from edge_dtm.llamacpp.runner import LlamaRunner, Timing
 from edge_dtm.search.budget import estimate_decode_tokens_per_s
 
@@ -87,62 +76,39 @@ class Performance:
     def to_json(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, "kind": "edge-dtm performance", **asdict(self)}
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Performance:
-        """Of what to_json gave. KeyError or TypeError when something is missing or unknown."""
-        rest = {k: v for k, v in data.items() if k not in ("schema_version", "kind", "sweep")}
-        return cls(sweep=tuple(ThreadSpeed(**each) for each in data["sweep"]), **rest)
-
 
 def measure(
-    path: Path, settings: RunSettings, seconds: float, sweep: Sequence[int] = ()
-) -> Performance:
-    """As measure_here, in a child. EdgeDtmError with the child's last words when it fails."""
-    request = {"settings": settings.to_json(), "seconds": seconds, "sweep": list(sweep)}
-    done = run_child(__name__, [str(path), json.dumps(request)])
-    try:
-        return Performance.from_json(json.loads(done.stdout.splitlines()[-1]))
-    except (ValueError, IndexError, KeyError, TypeError):
-        reason = last_line(done.stderr) or f"exit status {done.returncode}"
-        raise EdgeDtmError(
-            f"{path} could not be measured: {reason.removeprefix('error: ')}"
-        ) from None
-
-
-def measure_here(
     path: Path,
     settings: RunSettings,
     seconds: float,
     sweep: Sequence[int] = (),
     root: Path = Path("/"),
-    vcgencmd: str = "vcgencmd",
 ) -> Performance:
-    """Load the model into this process and decode for about so many seconds, a round at least.
+    """Load the model and decode for about so many seconds, a round at least.
 
     sweep: numbers of threads to try first; the fastest in decoding is then measured, instead of
-    settings.threads. root, vcgencmd: where the sensors are.
+    settings.threads. root: where the sensors are.
     """
-    path = Path(path)
-    check_gguf(path)
     header = read_header(path)
-    sensor, absent = find_power(root, vcgencmd)
-    before = condition(root, vcgencmd)
+    sensor, absent = find_power(root)
+    before = condition(root)
+    sampler = Sampler(sensor, root)
     with LlamaRunner(path, settings, CONTEXT_TOKENS) as runner:
         runner.time_decoding(16, 2)  # the first touch of the weights
         tried = tuple(_thread_speed(runner, n) for n in sweep)
         if tried:
-            best = max(tried, key=lambda speed: speed.decode_tokens_per_s)
-            settings = replace(settings, threads=best.threads)
+            settings = replace(settings, threads=_fastest(tried).threads)
             runner.set_threads(settings.threads)
-        rounds = _decode_rounds(runner, sensor, root, seconds)
-    after = condition(root, vcgencmd)
+        timings = _rounds(runner, seconds, sampler)
+    after = condition(root)
     events = None
     if before.throttle_count is not None and after.throttle_count is not None:
         events = after.throttle_count - before.throttle_count
-    if sensor is not None:
-        absent = []  # one is enough
-    absent += [each for each in rounds.absent if each not in absent]
-    timings, joules = rounds.timings, rounds.joules
+    if sampler.failure:
+        absent.append(sampler.failure)
+    if not sampler.clock_shares:
+        absent.append("clock: not there (no cpufreq in sys/devices/system/cpu)")
+    joules = sampler.joules
     each_s = np.array([second for timing in timings for second in timing.decode_s])
     return Performance(
         model_bytes=header.file_bytes,
@@ -160,48 +126,38 @@ def measure_here(
         sweep=tried,
         power_sensor=None if sensor is None or joules is None else sensor.name,
         energy_j_per_token=None if joules is None else joules / len(each_s),
-        mean_power_w=None if joules is None else joules / rounds.seconds,
+        mean_power_w=None if joules is None else joules / sampler.seconds,
         temperatures_c_before=before.temperatures_c,
         temperatures_c_after=after.temperatures_c,
         throttled_before=before.throttled,
         throttled_after=after.throttled,
         throttle_events=events,
-        clock_share=rounds.clock_share,
-        absent=[str(each) for each in (*absent, *before.absent)],
+        clock_share=float(np.mean(sampler.clock_shares)) if sampler.clock_shares else None,
+        absent=absent + before.absent,
     )
 
 
-@dataclass(frozen=True)
-class _Rounds:
-    """joules and seconds: while decoding; joules is None without a sensor or when it failed."""
-
-    timings: list[Timing]
-    joules: float | None
-    seconds: float
-    clock_share: float | None
-    absent: list[Absent]
-
-
-def _decode_rounds(
-    runner: LlamaRunner, sensor: PowerSensor | None, root: Path, seconds: float
-) -> _Rounds:
+def _rounds(runner: LlamaRunner, seconds: float, sampler: Sampler | None = None) -> list[Timing]:
+    """Prompts with decoding behind them, which takes about so many seconds."""
     timings: list[Timing] = []
-    samplers: list[Sampler] = []
     for _ in range(MOST_ROUNDS):
-        sampler = Sampler(sensor, root)
         timings.append(runner.time_decoding(PROMPT_TOKENS, DECODE_TOKENS, sampler))
-        samplers.append(sampler)
         if sum(sum(t.decode_s) for t in timings) >= seconds:
             break
-    joules = [s.joules for s in samplers if s.joules is not None]
-    clocks = [s.clock_share for s in samplers if s.clock_share is not None]
-    return _Rounds(
-        timings=timings,
-        joules=sum(joules) if len(joules) == len(samplers) else None,
-        seconds=sum(s.seconds for s in samplers),
-        clock_share=sum(clocks) / len(clocks) if clocks else None,
-        absent=list(dict.fromkeys(each for s in samplers for each in s.absent)),
-    )
+    return timings
+
+
+def _thread_speed(runner: LlamaRunner, threads: int) -> ThreadSpeed:
+    runner.set_threads(threads)
+    runner.time_decoding(16, 2)
+    timings = _rounds(runner, SWEEP_SECONDS)
+    prefill_s, decode_s = sum(t.prefill_s for t in timings), sum(sum(t.decode_s) for t in timings)
+    count = len(timings)
+    return ThreadSpeed(threads, PROMPT_TOKENS * count / prefill_s, DECODE_TOKENS * count / decode_s)
+
+
+def _fastest(sweep: Sequence[ThreadSpeed]) -> ThreadSpeed:
+    return max(sweep, key=lambda speed: speed.decode_tokens_per_s)
 
 
 def _bytes_by_type(header: Header) -> dict[str, int]:
@@ -210,21 +166,6 @@ def _bytes_by_type(header: Header) -> dict[str, int]:
         if len(tensor.shape) > 1:
             sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.size_bytes
     return dict(sorted(sizes.items()))
-
-
-def _thread_speed(runner: LlamaRunner, threads: int) -> ThreadSpeed:
-    runner.set_threads(threads)
-    runner.time_decoding(16, 2)
-    timings: list[Timing] = []
-    for _ in range(MOST_ROUNDS):
-        timings.append(runner.time_decoding(PROMPT_TOKENS, DECODE_TOKENS))
-        decode_s = sum(sum(t.decode_s) for t in timings)
-        if decode_s >= SWEEP_SECONDS:
-            break
-    prefill_s = sum(t.prefill_s for t in timings)
-    return ThreadSpeed(
-        threads, PROMPT_TOKENS * len(timings) / prefill_s, DECODE_TOKENS * len(timings) / decode_s
-    )
 
 
 def estimated_tokens_per_s(performance: Performance, profile: DeviceProfile) -> float:
@@ -260,10 +201,8 @@ def in_words(performance: Performance, profile: DeviceProfile | None) -> list[st
     if p.throttle_events:
         out.append(f"Its cores were throttled for heat {p.throttle_events} times during the run.")
     if p.sweep:
-        best = max(p.sweep, key=lambda speed: speed.decode_tokens_per_s)
-        out.append(
-            f"{best.threads} of {', '.join(str(s.threads) for s in p.sweep)} threads decode fastest."
-        )
+        tried = ", ".join(str(s.threads) for s in p.sweep)
+        out.append(f"{_fastest(p.sweep).threads} of {tried} threads decode fastest.")
     return out + [f"Absent: {each}." for each in p.absent]
 
 
@@ -281,14 +220,3 @@ def _reasons(p: Performance, profile: DeviceProfile) -> list[str]:
     if p.clock_share is not None and p.clock_share < 1 - TOLERANCE:
         out.append(f"The clock was at {p.clock_share:.0%} of its maximum.")
     return out
-
-
-def main(words: list[str]) -> None:
-    path, request = Path(words[0]), json.loads(words[1])
-    settings = RunSettings.from_json(request["settings"])
-    performance = measure_here(path, settings, request["seconds"], request["sweep"])
-    print(json.dumps(performance.to_json()))
-
-
-if __name__ == "__main__":
-    child_main(main)

@@ -43,7 +43,7 @@ def teacher_forced(
     llama: LlamaRunner,
     reference: Reference,
     other: Record,
-    advance: Advance | None,
+    advance: Advance,
 ) -> Replayed:
     """This run's record, and the KL, other || this run, at each position."""
     there = np.zeros_like(other.top_logits)
@@ -67,14 +67,14 @@ def compare_repacking(
     return KernelsCompared(int(lengths.sum()), differing, float(other.kl[counted].mean()))
 
 
-def stage_counter(progress: StageProgress | None, stage: str, total: int) -> Advance | None:
-    if progress is None:
-        return None
+def stage_counter(progress: StageProgress | None, stage: str, total: int) -> Advance:
+    """A function that adds an amount to a stage's progress, if there is one to tell."""
     done = 0
 
     def advance(amount: int) -> None:
         nonlocal done
         done += amount
-        progress(stage, done, total)
+        if progress is not None:
+            progress(stage, done, total)
 
     return advance

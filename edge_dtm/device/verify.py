@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from edge_dtm.formats import bundle as bundles
 from edge_dtm.formats.archive import open_bundle
 from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.formats.thresholds import Thresholds
-from edge_dtm.formats.verdict import Evidence, KernelCheck, Mode, Verdict
+from edge_dtm.formats.verdict import Evidence, KernelCheck, KernelsCompared, Mode, Verdict
 from edge_dtm.llamacpp import probe_model
 from edge_dtm.llamacpp.gguf_header import check_gguf
 from edge_dtm.llamacpp.llama import runtime_info
@@ -63,10 +63,6 @@ class Options:
     trusted: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in ("teacher_forced", "generate"):
-            raise EdgeDtmError(f"unknown mode {self.mode!r}: take teacher_forced or generate")
-        if self.max_sequences is not None and self.max_sequences < 1:
-            raise EdgeDtmError(f"max_sequences is {self.max_sequences}, needs to be 1 or more")
         if self.mode == "generate" and self.kernels == "compare":
             raise EdgeDtmError("kernels compare needs mode teacher_forced: both runs see one text")
 
@@ -80,11 +76,14 @@ class Verified:
 
 
 @dataclass(frozen=True)
-class Health:
-    """Checks of the machine without the bundle's text; None and () where they were skipped."""
+class Run:
+    """What this machine computed and how fast. What was not run is None or ()."""
 
-    kl_probe_nats: float | None = None
-    kernels: tuple[KernelCheck, ...] = ()
+    replayed: Replayed
+    timing: Timing
+    kl_probe_nats: float | None
+    kernels: Sequence[KernelCheck]
+    compared: KernelsCompared | None
 
 
 @dataclass(frozen=True)
@@ -106,44 +105,20 @@ def verify(bundle_path: Path, options: Options, progress: StageProgress | None =
     """
     with open_bundle(Path(bundle_path), trusted=options.trusted) as bundle:
         bundle.check(stage_counter(progress, "check", bundle.size_bytes))
-        model = bundle.path(bundles.MODEL)
-        check_gguf(model)
+        check_gguf(bundle.path(bundles.MODEL))
         whole = load_inputs(bundle)
         noise_floor = bundle.manifest.noise_floor(bundle.source)
         # All but the threads as on the host: these settings can change an argmax.
-        settings = replace(
-            RunSettings.from_json(whole.host.settings),
-            threads=options.threads or machine.default_threads(),
-        )
-        speed_tokens = SPEED_PROMPT_TOKENS + SPEED_DECODE_TOKENS
-        context = max(context_needed(whole.reference), speed_tokens)
-        # One thread has the same kernels, and a busy machine is quicker with it.
-        first_decode_in_child(replace(settings, threads=1))
-        require_memory(model, settings, context)
-        check_tokens(model, whole.reference)
-        health = Health()
-        if options.kernels != "skip":
-            health = _check_health(model, whole.probe, settings.threads)
+        threads = options.threads or machine.default_threads()
+        settings = replace(RunSettings.from_json(whole.host.settings), threads=threads)
+        first_decode_in_child()
         part = _part(whole, options.max_sequences)
-        with LlamaRunner(model, settings, context) as llama:
-            check_host_ids(whole.host, llama.n_vocab)
-            replayed = replay(llama, part.reference, part.host, options.mode, progress)
-            llama.time_decoding(16, 2)  # the first round is slower
-            timing = llama.time_decoding(SPEED_PROMPT_TOKENS, SPEED_DECODE_TOKENS)
-        compared = None
-        if options.kernels == "compare":
-            other = replace(settings, repack=not settings.repack)
-            with LlamaRunner(model, other, context) as llama:
-                compared = compare_repacking(llama, part.reference, replayed.record, progress)
+        run = _run(bundle.path(bundles.MODEL), whole, part, settings, options, progress)
         limits = _limits(bundle.manifest.thresholds, options, whole, part)
-        evidence = _evidence(
-            part,
-            replayed,
-            health,
-            float(noise_floor.get("near_tie_margin", 0.0)),
-            limits.asked.decided_margin,
-        )
+        near_tie_margin = float(noise_floor.get("near_tie_margin", 0.0))
+        evidence = _evidence(part, run, near_tie_margin, limits.asked.decided_margin)
         passed, reasons, diagnosis = judge(evidence, limits.applied, limits.host_meets)
+        manifest = (bundle.folder / bundles.MANIFEST).read_bytes()
         verdict = Verdict(
             passed=passed,
             reasons=reasons,
@@ -153,29 +128,61 @@ def verify(bundle_path: Path, options: Options, progress: StageProgress | None =
             sequences_in_bundle=len(whole.reference),
             thresholds=limits.applied,
             noise_floor=noise_floor,
-            bundle=_identity(bundle, bundle_path),
-            performance=_performance(timing),
+            bundle={
+                "name": Path(bundle_path).name,
+                "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+                "model_sha256": bundle.manifest.files[bundles.MODEL].sha256,
+                "key_id": bundle.key_id,
+            },
+            performance=_performance(run.timing),
             settings=settings.to_json(),
             runtime=runtime_info(),
-            kernels_compared=compared,
+            kernels_compared=run.compared,
             notes=_notes(options, len(part.reference), len(whole.reference), limits),
         )
         meta = {"rows": list(range(len(part.reference)))}
-        return Verified(verdict, replace(replayed.record, meta=meta))
+        return Verified(verdict, replace(run.replayed.record, meta=meta))
 
 
-def _check_health(model: Path, probe: Record, threads: int) -> Health:
+def _run(
+    model: Path,
+    whole: Inputs,
+    part: Inputs,
+    settings: RunSettings,
+    options: Options,
+    progress: StageProgress | None,
+) -> Run:
+    context = max(context_needed(whole.reference), SPEED_PROMPT_TOKENS + SPEED_DECODE_TOKENS)
+    require_memory(model, settings, context)
+    check_tokens(model, whole.reference)
+    kl_probe_nats, compared = None, None
+    kernels: list[KernelCheck] = []
+    if options.kernels != "skip":
+        kl_probe_nats, kernels = _check_kernels(model, whole.probe, settings.threads)
+    with LlamaRunner(model, settings, context) as llama:
+        check_host_ids(whole.host, llama.n_vocab)
+        replayed = replay(llama, part.reference, part.host, options.mode, progress)
+        llama.time_decoding(16, 2)  # the first round is slower
+        timing = llama.time_decoding(SPEED_PROMPT_TOKENS, SPEED_DECODE_TOKENS)
+    if options.kernels == "compare":
+        other = replace(settings, repack=not settings.repack)
+        with LlamaRunner(model, other, context) as llama:
+            compared = compare_repacking(llama, part.reference, replayed.record, progress)
+    return Run(replayed, timing, kl_probe_nats, kernels, compared)
+
+
+def _check_kernels(model: Path, probe: Record, threads: int) -> tuple[float, list[KernelCheck]]:
+    """KL of the small F16 model, and single products, without the bundle's text."""
     # It loads ggml, which the first decode in a child has shown to be safe.
     from edge_dtm.llamacpp.kernels import check_kernels
 
     settings = replace(RunSettings.from_json(probe.settings), threads=threads)
     with Scratch("edge-dtm", Path(tempfile.gettempdir())) as folder:
         kl_nats = probe_model.kl(probe, folder / "probe.gguf", settings)
-    checks = (
+    return kl_nats, [
         KernelCheck(r.type, r.path, r.columns, r.relative_error, r.component, r.ok)
         for r in check_kernels(model, threads)
-    )
-    return Health(kl_nats, tuple(checks))
+    ]
 
 
 def _part(whole: Inputs, max_sequences: int | None) -> Inputs:
@@ -184,11 +191,8 @@ def _part(whole: Inputs, max_sequences: int | None) -> Inputs:
 
 
 def _limits(bundled: Thresholds, options: Options, whole: Inputs, part: Inputs) -> Limits:
-    overridden = {
-        name: value
-        for name, value in (("max_sdt", options.max_sdt), ("min_fdt", options.min_fdt))
-        if value is not None
-    }
+    wishes = {"max_sdt": options.max_sdt, "min_fdt": options.min_fdt}
+    overridden = {name: value for name, value in wishes.items() if value is not None}
     asked = replace(bundled, **overridden)
     host, host_part = (
         compare(i.reference.generated_ids, i.host.ids, i.reference.generated_lengths)
@@ -200,14 +204,8 @@ def _limits(bundled: Thresholds, options: Options, whole: Inputs, part: Inputs) 
     return Limits(asked, applied, meets)
 
 
-def _evidence(
-    part: Inputs,
-    replayed: Replayed,
-    health: Health,
-    near_tie_margin: float,
-    decided_margin: float,
-) -> Evidence:
-    record, host = replayed.record, part.host
+def _evidence(part: Inputs, run: Run, near_tie_margin: float, decided_margin: float) -> Evidence:
+    record, host = run.replayed.record, part.host
     reference, lengths = part.reference, part.reference.generated_lengths
     original, against, first = divergences(
         reference.generated_ids,
@@ -221,28 +219,18 @@ def _evidence(
     agreement = None
     if record.mode == "teacher_forced":
         agreement = against_host(
-            host.ids, host.top_logits, record.ids, replayed.kl, lengths, decided_margin
+            host.ids, host.top_logits, record.ids, run.replayed.kl, lengths, decided_margin
         )
     return Evidence(
         mode=record.mode,
         against_original=original,
         against_host=against,
         host=agreement,
-        kl_probe_nats=health.kl_probe_nats,
-        kernels=health.kernels,
+        kl_probe_nats=run.kl_probe_nats,
+        kernels=run.kernels,
         first_divergent_tokens=first,
         lengths=[int(n) for n in lengths],
     )
-
-
-def _identity(bundle: bundles.Bundle, path: Path) -> dict[str, str | None]:
-    manifest = (bundle.folder / bundles.MANIFEST).read_bytes()
-    return {
-        "name": Path(path).name,
-        "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
-        "model_sha256": bundle.manifest.files[bundles.MODEL].sha256,
-        "key_id": bundle.key_id,
-    }
 
 
 def _performance(timing: Timing) -> dict[str, float | None]:
@@ -266,24 +254,14 @@ def _notes(options: Options, taken: int, total: int, limits: Limits) -> list[str
     if options.kernels == "skip":
         notes.append("the kernels were not checked by themselves")
     if taken < total:
+        names = {"min_fdt": "FDT"} | ({"max_sdt": "SDT"} if options.mode != "generate" else {})
+        moved = [
+            word
+            for name, word in names.items()
+            if getattr(limits.asked, name) != getattr(limits.applied, name)
+        ]
         notes.append(
-            f"the first {taken} of {total} sequences were replayed; "
-            + _which_moved(options.mode, limits.asked, limits.applied)
+            f"the first {taken} of {total} sequences were replayed; thresholds moved to what the "
+            f"host's own run shows for those: {' and '.join(moved) or 'none'}"
         )
     return notes
-
-
-def _which_moved(mode: Mode, asked: Thresholds, applied: Thresholds) -> str:
-    judged = {"min_fdt": "FDT"} | ({"max_sdt": "SDT"} if mode == "teacher_forced" else {})
-    stayed = [
-        word for name, word in judged.items() if getattr(asked, name) == getattr(applied, name)
-    ]
-    to = "moved to what the host's own run shows for those"
-    if not stayed:
-        return f"the thresholds were {to}"
-    if len(stayed) == len(judged):
-        return "the thresholds were applied to those as they are"
-    (moved,) = set(judged.values()) - set(stayed)
-    return (
-        f"the {stayed[0]} threshold was applied to those as it is, the {moved} threshold was {to}"
-    )

@@ -145,3 +145,10 @@ def test_perplexity_of_equal_chances_is_their_number():
     log_probabilities = np.full((2, 4), -math.log(7))
     log_probabilities[0, 3] = -math.inf  # beyond the length
     assert metrics.perplexity(log_probabilities, np.array([3, 4])) == pytest.approx(7)
+
+
+def test_kl_is_that_of_the_renormalized_top():
+    host, device = np.random.default_rng(8).normal(size=(2, 5, 8))
+    p, q = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True) for logits in (host, device))
+    assert metrics.top_kl(host, device) == pytest.approx((p * np.log(p / q)).sum(axis=1))
+    assert metrics.top_kl(host, host + 5) == pytest.approx(0, abs=1e-12)

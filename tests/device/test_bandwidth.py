@@ -17,7 +17,6 @@ from edge_dtm.device.bandwidth import (
     decoding_rate,
     fewest_threads,
     measure,
-    read_rate,
     size_to_measure,
     thread_counts,
     write_model,
@@ -46,8 +45,6 @@ def test_rates_are_positive_and_of_the_threads_asked_for(tmp_path: Path) -> None
     write_model(path, "Q4_0", 1, hidden=256, ffn=512)
     rate = decoding_rate(path, 1)
     assert rate.threads == 1 and len(rate.values) == module.REPEATS and min(rate.values) > 0
-    plain = read_rate(1 << 20, 2)
-    assert plain.threads == 2 and len(plain.values) == module.REPEATS and min(plain.values) > 0
 
 
 def test_all_types_are_measured_with_the_best_threads(
@@ -65,14 +62,11 @@ def test_all_types_are_measured_with_the_best_threads(
 
     monkeypatch.setattr(module, "write_model", write)
     monkeypatch.setattr(module, "decoding_rate", rate)
-    monkeypatch.setattr(module, "read_rate", lambda size, threads: Rate(threads, (2e10,)))
     steps: list[tuple[str, int, int]] = []
     measured = measure(100, [1, 2, 3, 4], lambda *step: steps.append(step))
     assert asked == [("Q4_0", 1), ("Q4_0", 2), ("Q4_0", 3), ("Q4_0", 4), ("Q8_0", 3)]
-    assert (
-        measured.threads == measured.plain.threads == 3 and measured.bytes_per_s == 10_000_000_000
-    )
-    assert [s[1:] for s in steps] == [(n, 6) for n in range(1, 7)]
+    assert measured.threads == 3 and measured.bytes_per_s == 10_000_000_000
+    assert [s[1:] for s in steps] == [(n, 5) for n in range(1, 6)]
 
 
 @given(st.lists(st.floats(1e8, 1e11), min_size=1, max_size=8))

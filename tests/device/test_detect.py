@@ -18,7 +18,7 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.machine import Room
 from edge_dtm.device import bandwidth
 from edge_dtm.device import detect as module
-from edge_dtm.device.bandwidth import Bandwidth, Rate, read_rate, write_model
+from edge_dtm.device.bandwidth import Bandwidth, Rate, write_model
 from edge_dtm.device.cpu import ARM_BITS, Build, Cpu, parse_system_info
 from edge_dtm.device.detect import (
     MachineFacts,
@@ -27,9 +27,9 @@ from edge_dtm.device.detect import (
     detect,
     profile_of,
     save,
-    toml_string,
+    to_toml,
 )
-from edge_dtm.formats.profile import DeviceProfile, list_profiles, load_profile
+from edge_dtm.formats.profile import DeviceProfile, load_profile
 from edge_dtm.llamacpp.llama import runtime_info
 from edge_dtm.search.budget import byte_budget
 
@@ -44,7 +44,6 @@ MEASURED = Bandwidth(
     threads=3,
     by_type={"Q4_0": Rate(3, (9e9, 9.5e9, 8e9)), "Q8_0": Rate(3, (10e9, 10e9, 11e9))},
     sweep=(Rate(1, (4e9,)), Rate(2, (7e9,)), Rate(3, (9e9, 9.5e9, 8e9)), Rate(4, (9.1e9,))),
-    plain=Rate(3, (12e9,)),
     model_bytes=256_000_000,
 )
 
@@ -76,7 +75,7 @@ def test_the_profile_says_what_was_measured(tmp_path: Path) -> None:
     assert set(profile.fast_types) == set(packaged.fast_types)
     assert (profile.n_ctx, profile.kv_type) == (packaged.n_ctx, packaged.kv_type)
     source = profile.sources["effective_bandwidth_bytes_per_s"]
-    for words in ("2026-03-01", "Q4_0 9.00e9 (median of 3, 8.00 to 9.50)", "12.00e9", "256 MB"):
+    for words in ("2026-03-01", "Q4_0 9.00e9 (median of 3, 8.00 to 9.50)", "256 MB"):
         assert words in source
     assert "1: 4.00e9, 2: 7.00e9" in profile.sources["threads"]
     assert "3 %" in profile.sources["threads"]
@@ -94,22 +93,10 @@ def test_it_is_read_back_as_it_was(tmp_path: Path) -> None:
     assert budget.bytes == 150_000_000
 
 
-@pytest.mark.parametrize("name", [profile.name for profile in list_profiles()])
-def test_packaged_profiles_survive_being_written(name: str, tmp_path: Path) -> None:
-    profile = load_profile(name)
-    save(profile, tmp_path / "p.toml")
-    assert load_profile(str(tmp_path / "p.toml")) == profile
-
-
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_is_a_toml_string(text: str) -> None:
-    assert tomllib.loads(f"a = {toml_string(text)}")["a"] == text
-
-
-def test_board_names_with_quotes(tmp_path: Path) -> None:
-    profile = pi_profile(board='Odd "board" \\ 5 😀 \x7f')
-    save(profile, tmp_path / "p.toml")
-    assert load_profile(str(tmp_path / "p.toml")).description == profile.description
+    profile = pi_profile(board=f"Odd {text}".splitlines()[0])
+    assert tomllib.loads(to_toml(profile))["description"] == profile.description
 
 
 def test_a_machine_without_repacking_or_known_features(tmp_path: Path) -> None:
@@ -124,13 +111,6 @@ def test_no_memory_is_taken(tmp_path: Path) -> None:
     profile = pi_profile(room=Room(9_000_000_000, "free memory"))
     assert profile.reserve_bytes == 1  # load_profile wants more than 0
     save(profile, tmp_path / "p.toml")
-
-
-def test_a_profile_that_would_not_load_is_not_written(tmp_path: Path) -> None:
-    for wrong in ({"threads": 9}, {"ram_bytes": -1}, {"wanted_tokens_per_s": float("nan")}):
-        with pytest.raises(EdgeDtmError, match=next(iter(wrong))):
-            save(dataclasses.replace(pi_profile(), **wrong), tmp_path / "p.toml")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "-o", ".x", "ä", "a" * 101, 'a"', "a\nb"])
@@ -152,26 +132,7 @@ def test_any_board_gives_a_name(text: str) -> None:
     assert check_name(default_name(text, PI5))
 
 
-def test_where_it_is_written(tmp_path: Path) -> None:
-    for path, words in (
-        (tmp_path / "p.txt", "end in .toml"),
-        (tmp_path / "none" / "p.toml", "folder that exists"),
-    ):
-        with pytest.raises(EdgeDtmError, match=words):
-            save(pi_profile(), path)
-    (tmp_path / "p.toml").write_text("mine")
-    with pytest.raises(EdgeDtmError, match="exists already"):
-        save(pi_profile(), tmp_path / "p.toml")
-    assert (tmp_path / "p.toml").read_text() == "mine"
-
-
 # --- what is measured --------------------------------------------------------------------------
-
-
-def _write(root: Path, name: str, text: str) -> None:
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
 
 
 def test_a_system_without_proc(tmp_path: Path) -> None:
@@ -182,10 +143,11 @@ def test_a_system_without_proc(tmp_path: Path) -> None:
 def test_nothing_is_measured_with_a_build_that_crashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def crash(settings: object) -> Build:
+    def crash() -> Build:
         raise EdgeDtmError("llama.cpp died of SIGILL")
 
-    _write(tmp_path, "proc/meminfo", "MemTotal: 8000000 kB\nMemAvailable: 7000000 kB\n")
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 8000000 kB\nMemAvailable: 7000000 kB\n")
     monkeypatch.setattr(module, "first_decode_in_child", crash)
     monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(EdgeDtmError, match="SIGILL"):
@@ -204,11 +166,10 @@ def test_detect_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     info = runtime_info()
     build = parse_system_info(info["system_info"], info["llama_cpp_python"])
     real = write_model
-    monkeypatch.setattr(module, "first_decode_in_child", lambda settings: build)
+    monkeypatch.setattr(module, "first_decode_in_child", lambda: build)
     monkeypatch.setattr(
         bandwidth, "write_model", lambda path, kind, size: real(path, kind, 1, 256, 512)
     )
-    monkeypatch.setattr(bandwidth, "read_rate", lambda size, threads: read_rate(1 << 20, threads))
     result = run("-o", tmp_path / "me.toml", "--name", "me")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"{tmp_path / 'me.toml'}: ")
@@ -228,6 +189,7 @@ def test_the_file_is_looked_at_before_anything_is_measured(
     for arguments, words in (
         (["-o", str(tmp_path / "p.toml")], "exists already"),
         (["-o", str(tmp_path / "p")], "end in .toml"),
+        (["-o", str(tmp_path / "none" / "p.toml")], "folder that exists"),
         (["--name", "a b"], "no name for a profile"),
     ):
         result = run(*arguments)

@@ -25,7 +25,11 @@ def _write(root: Path, name: str, text: str) -> None:
 def test_caches(tmp_path: Path) -> None:
     assert cache_bytes(tmp_path) == 0
     for n in range(4):
-        caches = {0: ("1", "32K", f"{n}"), 2: ("2", "1024K", f"{n}"), 3: ("3", "8M", f"{n // 2}")}
+        caches = {
+            0: ("1", "32K", f"{n}"),
+            2: ("2", "1024K", f"{n}"),
+            3: ("3", "8192K", f"{n // 2}"),
+        }
         for index, (level, size, shared) in caches.items():
             folder = f"sys/devices/system/cpu/cpu{n}/cache/index{index}"
             for name, text in (("level", level), ("size", size), ("shared_cpu_list", shared)):
@@ -59,11 +63,14 @@ def test_file_systems() -> None:
     assert file_system_of(Path("/mnt"), "") == ""
 
 
-def test_a_quota_of_version_1(tmp_path: Path) -> None:
-    _write(tmp_path, "proc/self/cgroup", "4:memory:/x\n3:cpu,cpuacct:/x\n0::/\n")
+def test_quotas(tmp_path: Path) -> None:
+    _write(tmp_path, "proc/self/cgroup", "4:memory:/x\n3:cpu,cpuacct:/x\n0::/a/b\n")
     _write(tmp_path, "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "-1\n")
     _write(tmp_path, "sys/fs/cgroup/cpu/x/cpu.cfs_period_us", "100000\n")
+    _write(tmp_path, "sys/fs/cgroup/a/b/cpu.max", "max 100000\n")
     assert cpu_quota(tmp_path) is None
     _write(tmp_path, "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "200000\n")
     assert cpu_quota(tmp_path) == 2
+    _write(tmp_path, "sys/fs/cgroup/a/cpu.max", "150000 100000\n")
+    assert cpu_quota(tmp_path) == 1.5
     assert cpu_quota(tmp_path / "none") is None
