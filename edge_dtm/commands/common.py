@@ -52,14 +52,8 @@ class Types(click.ParamType[tuple[str, ...]]):
         from edge_dtm.formats.ggml_types import ALLOWED_TYPES
 
         names = tuple(n.strip() for n in str(value).split(",") if n.strip())
-        unknown = [n for n in names if n not in ALLOWED_TYPES]
-        if unknown or not names:
-            self.fail(
-                f"unknown types {', '.join(unknown) or '(none given)'}; choose among "
-                f"{', '.join(ALLOWED_TYPES)}",
-                param,
-                ctx,
-            )
+        if not names or not set(names) <= set(ALLOWED_TYPES):
+            self.fail(f"{value!r}: choose among {', '.join(ALLOWED_TYPES)}", param, ctx)
         return names
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,10 @@ def _default_model(ctx: click.Context, parameter: click.Parameter, model: Path |
             "give an HF checkpoint folder or a .gguf file"
         )
     return model
+
+
+def _switch(name: str, words: str) -> Callable[[Any], Any]:
+    return click.option(f"--{name}/--no-{name}", default=True, help=words)
 
 
 @click.command()
@@ -114,15 +118,11 @@ def _default_model(ctx: click.Context, parameter: click.Parameter, model: Path |
     metavar="STEPS",
     help="Train the compressed model on the original's own text. Masks and grids stay.",
 )
-@click.option(
-    "--feedback/--no-feedback",
-    default=True,
-    help="Error feedback: rounding a weight corrects the errors of those rounded before.",
+@_switch(
+    "feedback", "Error feedback: rounding a weight corrects the errors of those rounded before."
 )
-@click.option(
-    "--equalize/--no-equalize",
-    default=True,
-    help="Scale channels, without changing the function, so that rounding does less harm.",
+@_switch(
+    "equalize", "Scale channels, without changing the function, so that rounding does less harm."
 )
 @click.option(
     "--preset",
@@ -139,11 +139,7 @@ def _default_model(ctx: click.Context, parameter: click.Parameter, model: Path |
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
 )
-@click.option(
-    "--resume/--no-resume",
-    default=True,
-    help="Continue where an earlier run stopped.",
-)
+@_switch("resume", "Continue where an earlier run stopped.")
 @click.pass_context
 @grouped(
     source="edge_dtm.host.settings:Source",
@@ -166,31 +162,18 @@ def compress(
     from edge_dtm.core.progress import Stages
 
     target = goal.max_sdt is not None or goal.min_fdt is not None
-    own_types = ctx.get_parameter_source("types") is ParameterSource.COMMANDLINE
-    own_steps = ctx.get_parameter_source("sparsity_steps") is ParameterSource.COMMANDLINE
-    useless_steps = method.sparsity_steps > 1 and not (goal.sparsity and method.distill_steps)
-    for wrong, words in (
-        (
-            preset is not None and (target or own_types),
-            "--preset sets the types; it takes no --types and no target",
-        ),
-        (
-            preset != "paper-int8" and goal.int8_share is not None,
-            "--int8-share goes with --preset paper-int8",
-        ),
-        (
-            preset == "paper-int8" and goal.sparsity > 0,
-            "--sparsity goes with --preset paper-sparse",
-        ),
-        (
-            target and goal.sparsity > 0,
-            "--sparsity goes with a size, not with --max-sdt or --min-fdt",
-        ),
-        (useless_steps and own_steps, "--sparsity-steps needs --sparsity and --distill"),
-    ):
-        if wrong:
-            raise click.UsageError(words)
-    if useless_steps:
+    own = {p for p in ctx.params if ctx.get_parameter_source(p) is ParameterSource.COMMANDLINE}
+    if preset is not None and (target or "types" in own):
+        raise click.UsageError("--preset sets the types; it takes no --types and no target")
+    if preset != "paper-int8" and goal.int8_share is not None:
+        raise click.UsageError("--int8-share goes with --preset paper-int8")
+    if preset == "paper-int8" and goal.sparsity:
+        raise click.UsageError("--sparsity goes with --preset paper-sparse")
+    if goal.sparsity and target:
+        raise click.UsageError("--sparsity goes with a size, not with --max-sdt or --min-fdt")
+    if method.sparsity_steps > 1 and not (goal.sparsity and method.distill_steps):
+        if "sparsity_steps" in own:
+            raise click.UsageError("--sparsity-steps needs --sparsity and --distill")
         method = replace(method, sparsity_steps=1)
     goal = replace(goal, unlimited=preset is not None and goal.max_bytes is None)
     # torch is imported only now, after all that can be wrong in the command line.

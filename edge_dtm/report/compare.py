@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,15 +133,16 @@ def _words(rows: Sequence[VerdictJson], odd: Sequence[Mapping[str, str]]) -> str
     )
 
 
-_COLUMNS: Sequence[tuple[str, Callable[[VerdictJson], str]]] = (
-    ("SDT", lambda r: _text(r["sdt"], ".2%")),
-    ("FDT", lambda r: _text(r["fdt"], ".1f")),
-    ("KL vs host", lambda r: _text(r["kl_vs_host_nats"], ".2g")),
-    ("sure, other", lambda r: _text(r["decided_sdt_vs_host"], ".2%")),
-    ("kernels", lambda r: _kernels(r)),
-    ("tokens/s", lambda r: _text(r["decode_tokens_per_s"], ",.1f")),
-    ("MB", lambda r: _text(r["peak_rss_bytes"], ",.0f", 1e-6)),
-    ("sequences", lambda r: str(r["sequences"])),
+_COLUMNS = (
+    # head, key, format, scale
+    ("SDT", "sdt", ".2%", 1),
+    ("FDT", "fdt", ".1f", 1),
+    ("KL vs host", "kl_vs_host_nats", ".2g", 1),
+    ("sure, other", "decided_sdt_vs_host", ".2%", 1),
+    ("kernels", "right_kernels", "", 1),
+    ("tokens/s", "decode_tokens_per_s", ",.1f", 1),
+    ("MB", "peak_rss_bytes", ",.0f", 1e-6),
+    ("sequences", "sequences", "", 1),
 )
 
 
@@ -154,16 +155,21 @@ def table(comparison: Mapping[str, Any]) -> Table:
     out = Table(caption="KL in nats; sure, other: share of other tokens where the host was sure")
     for name in ("verdict", "device", "build", ""):
         out.add_column(name)
-    for name, _ in _COLUMNS:
+    for name, *_ in _COLUMNS:
         out.add_column(name, justify="right")
     for row in comparison["verdicts"]:
+        right = f"{row['kernels'] - row['wrong_kernels']}/{row['kernels']}"
+        values = row | {"right_kernels": right if row["kernels"] else None}
         file, device, build = (escape(printable(row[key])) for key in ("file", "device", "build"))
         out.add_row(
             file + (" [bold yellow]← odd[/]" if row["file"] in odd else ""),
             device,
             build,
             "[green]PASS[/]" if row["passed"] else f"[red]FAIL[/] {row['diagnosis']}",
-            *(text(row) for _, text in _COLUMNS),
+            *(
+                "" if values[key] is None else format(values[key] * scale, form)
+                for _, key, form, scale in _COLUMNS
+            ),
         )
     return out
 
@@ -171,11 +177,3 @@ def table(comparison: Mapping[str, Any]) -> Table:
 def printable(words: str) -> str:
     """Verdicts come from elsewhere: nothing in them may steer the terminal."""
     return "".join(ch if ch.isprintable() else "?" for ch in words)
-
-
-def _kernels(row: VerdictJson) -> str:
-    return f"{row['kernels'] - row['wrong_kernels']}/{row['kernels']}" if row["kernels"] else ""
-
-
-def _text(value: float | None, form: str, scale: float = 1) -> str:
-    return "" if value is None else format(value * scale, form)

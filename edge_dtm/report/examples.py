@@ -41,9 +41,8 @@ class Example:
 
     @property
     def short_prompt(self) -> str:
-        if len(self.prompt) <= PROMPT_CHARACTERS:
-            return self.prompt or "(empty)"
-        return "… " + self.prompt[-PROMPT_CHARACTERS:]
+        cut = "… " if len(self.prompt) > PROMPT_CHARACTERS else ""
+        return cut + self.prompt[-PROMPT_CHARACTERS:] or "(empty)"
 
     @property
     def words(self) -> str:
@@ -57,11 +56,9 @@ class Example:
     @property
     def sides(self) -> list[tuple[str, list[Piece]]]:
         """(heading, pieces) of both texts."""
-        n = len(self.original)
-        own, other = [""] * n, [""] * n
+        own = [""] * len(self.original)
         # What is generated behind the first other token is another text, no mistake.
-        if self.fed:
-            other = ["other" if d else "" for d in self.different]
+        other = ["other" if d and self.fed else "" for d in self.different]
         if self.first is not None:
             own[self.first], other[self.first] = "own", "first"
         return [
@@ -97,14 +94,13 @@ def chosen_rows(
 ) -> list[tuple[str, int]]:
     """(title, row) of the best, the median and the worst sequence, none of them twice.
 
-    first, divergent: first divergent token and number of divergent tokens, shape (sequences,).
-    In order of the first, and of fewer divergent ones where that is equal.
+    first, divergent: first divergent token and number of divergent tokens, shape (sequences,), at
+    least one. In order of the first, and of fewer divergent ones where that is equal.
     """
     order = np.lexsort((np.arange(len(first)), -divergent, first))
     chosen: dict[int, str] = {}
-    for title, at in (("Best", len(order) - 1), ("Median", len(order) // 2), ("Worst", 0)):
-        if len(order):
-            chosen.setdefault(int(order[at]), title)
+    for title, at in (("Best", -1), ("Median", len(order) // 2), ("Worst", 0)):
+        chosen.setdefault(int(order[at]), title)
     return [(title, row) for row, title in chosen.items()]
 
 
@@ -126,10 +122,8 @@ def chosen(
         ids = reference.generated(row)
         other_ids = [int(i) for i in record.ids[row, : len(ids)]]
         different = [a != b for a, b in zip(ids, other_ids, strict=True)]
-        texts = vocabulary.texts(ids)
-        if not fed:
-            others = vocabulary.texts(other_ids)
-        else:
+        texts, others = vocabulary.texts(ids), vocabulary.texts(other_ids)
+        if fed:
             # A token alone may be part of a character; where it is the original's, so is its text.
             others = [
                 vocabulary.texts([b])[0] if d else text

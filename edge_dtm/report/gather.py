@@ -74,6 +74,10 @@ class Device:
     def label(self) -> str:
         return f"{self.name} ({self.machine})"
 
+    def series(self) -> Series:
+        label = self.label if self.verdict["mode"] != "generate" else f"{self.label}, generated"
+        return Series(label, self.verdict["first_divergent_tokens"], self.verdict["lengths"])
+
 
 @dataclass(frozen=True)
 class Report:
@@ -126,24 +130,20 @@ def gather(
     choice = Choice()
     if bundles.PLAN in bundle.manifest.files:
         plan, choice = read_plan_file(bundle.path(bundles.PLAN))
+    margin = floor.get("near_tie_margin", 0.0)
+    ids, lengths = reference.generated_ids, reference.generated_lengths
     return Report(
         name=bundle.source.resolve().name,
         manifest=bundle.manifest,
         key_id=bundle.key_id,
         noise_floor=floor,
         devices=devices,
-        host=compare(
-            reference.generated_ids,
-            host.ids,
-            reference.generated_lengths,
-            reference.margins,
-            floor.get("near_tie_margin", 0.0),
-        ),
+        host=compare(ids, host.ids, lengths, reference.margins, margin),
         host_prefill_tokens_per_s=host.prefill_tokens_per_s,
         host_answers=host_answers,
         shown=shown,
         curves=[
-            *(_device_series(d) for d in devices),
+            *(d.series() for d in devices),
             *(Series(m.name, m.first_divergent_tokens, m.lengths) for m in measured),
             *_floor_series(floor, reference),
         ],
@@ -159,29 +159,24 @@ def gather(
 
 
 def _part_of(record: Record, reference: Reference, path: Path) -> Reference:
-    """The reference's sequences that a record answers, in its order.
+    """The reference's sequences that verify replayed for a record, which are the first ones.
 
-    verify notes them in the record's meta; without that they are the first ones. A record of
-    another bundle shows by its lengths, or by its log-probabilities of the reference's tokens,
-    which are also those of its top logits where such a token is among them.
+    A record of another bundle shows by its lengths, or by its log-probabilities of the reference's
+    tokens, which are also those of its top logits where such a token is among them.
     """
-    strange = EdgeDtmError(
-        f"{path} does not belong to this bundle: give the record that verify wrote for it"
-    )
-    rows = record.meta.get("rows", list(range(len(record))))
-    known = range(len(reference))
-    if not isinstance(rows, list) or not all(type(r) is int and r in known for r in rows):
-        raise strange
-    part = reference.rows(np.array(rows, dtype=np.int64))
-    if len(set(rows)) != len(rows) or not _same_shape(record, part):
-        raise strange
-    if record.mode == "teacher_forced":
+    rows = list(range(len(record)))
+    part = reference.rows(np.array(rows[: len(reference)], dtype=np.int64))
+    fits = _same_shape(record, part) and record.meta.get("rows", rows) == rows
+    if fits and record.mode == "teacher_forced":
         counted = np.arange(record.ids.shape[1])[None, :] < record.lengths[:, None]
         there = (record.top_ids == part.generated_ids[:, :, None]) & counted[:, :, None]
         own = record.top_logits - record.log_normalizers[:, :, None]
         noted = np.broadcast_to(record.reference_log_probabilities[:, :, None], own.shape)
-        if not np.allclose(own[there], noted[there], atol=1e-3):
-            raise strange
+        fits = np.allclose(own[there], noted[there], atol=1e-3)
+    if not fits:
+        raise EdgeDtmError(
+            f"{path} does not belong to this bundle: give the record that verify wrote for it"
+        )
     return part
 
 
@@ -203,13 +198,6 @@ def _device(bundle: Bundle, path: Path, reference: Reference) -> Device:
     if max(verdict["lengths"]) > reference.generated_ids.shape[1]:
         raise EdgeDtmError(f"{path}: its lengths are not those of {bundle.source}")
     return Device(path.stem, device_name(verdict), verdict)
-
-
-def _device_series(device: Device) -> Series:
-    verdict = device.verdict
-    fed = verdict["mode"] == "teacher_forced"
-    label = device.label if fed else f"{device.label}, generated"
-    return Series(label, verdict["first_divergent_tokens"], verdict["lengths"])
 
 
 def _measurement(path: Path, reference: Reference) -> Measurement:

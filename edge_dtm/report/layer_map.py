@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-from edge_dtm.formats.plan import Component, Plan, Treatment
+from edge_dtm.formats.plan import Plan
 
 Value = TypeVar("Value")
 
@@ -23,33 +23,28 @@ _IN_BLOCK = re.compile(r"blk\.(\d{1,6})\.(.+)")
 _PALE, _STRONG, _GAP = 8, 100, (70, 82)
 
 
-@dataclass(frozen=True)
-class LayerMap(Generic[Value]):
-    """outside: embedding and head; rows: (layer, a value or None for each of PARTS)."""
+def layer_map(
+    values: Mapping[str, Value],
+) -> tuple[dict[str, Value], list[tuple[int, list[Value | None]]]]:
+    """Embedding and head of component -> value, and (layer, a value or None for each of PARTS).
 
-    outside: Mapping[str, Value]
-    rows: Sequence[tuple[int, Sequence[Value | None]]]
-
-
-def layer_map(values: Mapping[str, Value]) -> LayerMap[Value]:
-    """Of component -> value; names other than OUTSIDE and blk.N.PART are left out."""
+    Names other than OUTSIDE and blk.N.PART are left out.
+    """
     layers: dict[int, dict[str, Value]] = {}
     for name, value in values.items():
         if match := _IN_BLOCK.fullmatch(name):
             layers.setdefault(int(match[1]), {})[match[2]] = value
-    return LayerMap(
-        {name: values[name] for name in OUTSIDE if name in values},
-        [(layer, [row.get(p) for p in PARTS]) for layer, row in sorted(layers.items())],
-    )
+    outside = {name: values[name] for name in OUTSIDE if name in values}
+    return outside, [(layer, [row.get(p) for p in PARTS]) for layer, row in sorted(layers.items())]
 
 
 def text_rows(texts: Mapping[str, str]) -> list[tuple[str, ...]]:
     """A row a layer, with one text a part; the embedding and the head first."""
-    table = layer_map(texts)
+    outside, rows = layer_map(texts)
     blank = [""] * (len(PARTS) - 1)
     return [
-        *((name, text, *blank) for name, text in table.outside.items()),
-        *((str(layer), *(text or "" for text in row)) for layer, row in table.rows),
+        *((name, text, *blank) for name, text in outside.items()),
+        *((str(layer), *(text or "" for text in row)) for layer, row in rows),
     ]
 
 
@@ -65,9 +60,9 @@ class MapCell:
         """Of the colour in the mix with the paper."""
         percent = _PALE + self.strength * (_STRONG - _PALE)
         low, high = _GAP
-        if low < percent < high:
-            percent = low if percent < (low + high) / 2 else high
-        return round(percent)
+        return round(
+            percent if not low < percent < high else min(_GAP, key=lambda p: abs(p - percent))
+        )
 
     @property
     def is_dark(self) -> bool:
@@ -75,16 +70,12 @@ class MapCell:
         return self.percent >= _GAP[1]
 
 
-def bits(component: Component, treatment: Treatment) -> float:
-    """Bits a weight takes in the file."""
-    return component.size_bytes(treatment) * 8 / max(component.weights, 1)
-
-
 def treatment_cells(plan: Plan) -> dict[str, MapCell]:
     """By component. The fewer bits, the stronger the colour: 16 bits have none, 2 have all."""
     cells = {}
     for c, t in zip(plan.components, plan.treatments, strict=True):
-        strength = (4 - math.log2(min(max(bits(c, t), 2.0), 16.0))) / 3
+        bits = c.size_bytes(t) * 8 / max(c.weights, 1)
+        strength = (4 - math.log2(min(max(bits, 2.0), 16.0))) / 3
         words = f"{t.type} {t.zero_share:.0%}0" if t.zero_share else t.type
         cells[c.name] = MapCell(words, strength)
     return cells

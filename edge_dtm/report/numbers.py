@@ -29,15 +29,6 @@ def number(data: object, *path: str) -> float | None:
     return float(data)
 
 
-def estimate(data: object, name: str) -> tuple[float, float | None, float | None] | None:
-    """(value, low, high) of an Interval's JSON, or of a bare number."""
-    value = number(data, name)
-    if value is not None:
-        return value, None, None
-    value = number(data, name, "value")
-    return None if value is None else (value, number(data, name, "low"), number(data, name, "high"))
-
-
 def share(value: float | None, digits: int = 2) -> str:
     # No line may break before the sign.
     return NOTHING if value is None else f"{value * 100:.{digits}f}\u00a0%"
@@ -58,10 +49,7 @@ def megabytes(value: float) -> str:
 
 def interval(data: object, name: str, percent: bool) -> tuple[str, str]:
     """(value, `2.20 to 3.05`), the second empty where there is no interval."""
-    figures = estimate(data, name)
-    if figures is None:
-        return NOTHING, ""
-    value, low, high = figures
+    value, low, high = (number(data, name, key) for key in ("value", "low", "high"))
     shown = share(value) if percent else plain(value)
     return shown, "" if low is None or high is None else between(low, high, percent)
 

@@ -16,7 +16,6 @@ from edge_dtm.report.numbers import (
     NOTHING,
     SPEEDS,
     between,
-    estimate,
     interval,
     number,
     plain,
@@ -41,8 +40,8 @@ def page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (numbers.megabytes, plain, numbers.plural, share, short, spelled)
-    environment.filters |= {f.__name__: f for f in filters}
+    filters = (between, interval, numbers.megabytes, number, plain, numbers.plural, share, short)
+    environment.filters |= {f.__name__: f for f in (*filters, spelled)}
     plan, costs = report.plan, {}
     if plan is not None:
         costs = chosen_costs(plan, {c.name: c.costs for c in report.choice.costs})
@@ -50,7 +49,6 @@ def page(report: Report) -> str:
         report=report,
         version=__version__,
         title=_title(report),
-        tiles=_tiles(report),
         survival=_survival(report),
         histogram=_histogram(report),
         frontier=_frontier(report),
@@ -70,28 +68,6 @@ def _title(report: Report) -> str:
     if not isinstance(model, str):
         return report.name
     return f"{model} for {profile}" if isinstance(profile, str) else model
-
-
-def _tiles(report: Report) -> list[tuple[str, str, list[str]]]:
-    """(name, figure, lines below)."""
-    host, floor = report.host, report.noise_floor
-    size = report.manifest.files["model.gguf"].size_bytes
-    f16 = number(report.manifest.measured, "f16_bytes")
-    sdt, fdt = (f"{between(i.low, i.high, i is host.sdt)} (95 %)" for i in (host.sdt, host.fdt))
-    identical = share(host.identical_share, 0)
-    floors = {
-        "SDT": interval(floor, "sdt", True)[0],
-        "FDT": interval(floor, "fdt", False)[0],
-        "identical": share(number(floor, "identical_share"), 0),
-    }
-    noise = {k: [] if v == NOTHING else [f"noise floor {v}"] for k, v in floors.items()}
-    largest = f"mean FDT of at most {plain(host.largest_fdt)} tokens"
-    return [
-        ("SDT", share(host.sdt.value), [sdt, *noise["SDT"]]),
-        (largest, plain(host.fdt.value), [fdt, *noise["FDT"]]),
-        ("sequences identical", identical, ["without any other token", *noise["identical"]]),
-        ("file size", numbers.megabytes(size), [f"{share(size / f16, 0)} of F16"] if f16 else []),
-    ]
 
 
 def _survival(report: Report) -> Chart:
@@ -116,12 +92,11 @@ def _frontier(report: Report) -> Chart | None:
     if not choice.frontier and not report.files:
         return None
     size = report.manifest.files["model.gguf"].size_bytes
-    floor = estimate(report.noise_floor, "sdt")
     return charts.frontier(
         [(p.size_bytes, p.sdt) for p in choice.frontier],
         None if choice.predicted is None else choice.predicted.sdt,
         [MeasuredFile("this file, measured", size, sdt.value, sdt.low, sdt.high), *report.files],
-        floor and floor[0],
+        number(report.noise_floor, "sdt", "value"),
     )
 
 

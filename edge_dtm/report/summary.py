@@ -31,25 +31,22 @@ def rows(measured: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(what, measured, predicted, noise floor) for each figure. measured: of the manifest."""
     predicted, floor = measured["predicted"], measured["noise_floor"]
     largest_fdt = measured["tokens"] / measured["sequences"]
+    sdt, fdt = f"{predicted['sdt'] * 100:.2f} %", f"{predicted['fdt']:.1f}"
+    largest = f"mean FDT, first divergent token, of at most {largest_fdt:.1f}"
     table = [
-        (
-            "SDT, share of divergent tokens",
-            interval(measured["sdt"], True),
-            f"{predicted['sdt'] * 100:.2f} %",
-            interval(floor["sdt"], True),
-        ),
-        (
-            f"mean FDT, first divergent token, of at most {largest_fdt:.1f}",
-            interval(measured["fdt"], False),
-            f"{predicted['fdt']:.1f}",
-            interval(floor["fdt"], False),
-        ),
+        (what, interval(measured[key], percent), prediction, interval(floor[key], percent))
+        for what, key, percent, prediction in (
+            ("SDT, share of divergent tokens", "sdt", True, sdt),
+            (largest, "fdt", False, fdt),
+        )
     ]
-    for what, key, form in (
-        ("sequences without divergence", "identical_share", ".1%"),
-        ("perplexity on the original's text", "perplexity", ".4f"),
-    ):
-        table.append((what, format(measured[key], form), "", format(floor[key], form)))
+    table += [
+        (what, format(measured[key], form), "", format(floor[key], form))
+        for what, key, form in (
+            ("sequences without divergence", "identical_share", ".1%"),
+            ("perplexity on the original's text", "perplexity", ".4f"),
+        )
+    ]
     if packaged := measured.get("packaged_prompts"):
         largest_fdt = packaged["tokens"] / packaged["sequences"]
         fdt = f"mean FDT on the packaged prompts, of at most {largest_fdt:.1f}"

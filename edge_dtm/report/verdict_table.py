@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from edge_dtm.formats.verdict import KernelsCompared, Verdict
-from edge_dtm.report.numbers import SPEEDS, estimate
+from edge_dtm.report.numbers import SPEEDS, number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,8 +47,12 @@ def _rows(verdict: Verdict) -> Iterator[tuple[str, ...]]:
     original = e.against_original
     forced = e.mode == "teacher_forced"  # else there is no SDT
     sdt_floor, fdt_floor, identical_floor = (
-        "" if (figures := estimate(verdict.noise_floor, key)) is None else format(figures[0], form)
-        for key, form in (("sdt", ".2%"), ("fdt", ".1f"), ("identical_share", ".2%"))
+        "" if (floor := number(verdict.noise_floor, *path)) is None else format(floor, form)
+        for *path, form in (
+            ("sdt", "value", ".2%"),
+            ("fdt", "value", ".1f"),
+            ("identical_share", ".2%"),
+        )
     )
     if forced:
         limit = f"≤ {limits.max_sdt:.2%}"

@@ -9,7 +9,6 @@ import pytest
 from edge_dtm.formats.plan import Component, Plan, Treatment, distinct_texts
 from edge_dtm.report.layer_map import (
     MapCell,
-    bits,
     chosen_costs,
     cost_cells,
     layer_map,
@@ -19,11 +18,8 @@ from edge_dtm.report.layer_map import (
 from edge_dtm.search.cost_table import CostTable
 
 
-def test_bits() -> None:
+def test_fewer_bits_are_stronger() -> None:
     part = Component("blk.0.attn_q", 64, 256)
-    # A block of 32: 16 bits of scale and 8 or 4 a weight.
-    assert bits(part, Treatment("Q8_0")) == 8.5
-    assert bits(part, Treatment("Q4_0")) == 4.5
     plan = Plan(
         (part, dataclasses.replace(part, name="b")), (Treatment("F16"), Treatment("Q4_0", 0.5)), 0
     )
@@ -64,13 +60,13 @@ def test_cost_cells() -> None:
 
 def test_rows_by_layer() -> None:
     names = ("blk.11.attn_q", "blk.3.ffn_up", "output", "blk.x.y")
-    table = layer_map(dict.fromkeys(names, 1))
-    assert table.outside == {"output": 1}
+    outside, rows = layer_map(dict.fromkeys(names, 1))
+    assert outside == {"output": 1}
     empty = [None] * 6
-    assert table.rows == [(3, [*empty[:5], 1, None]), (11, [1, *empty])]
-    rows = text_rows(dict.fromkeys(names, "F16"))
-    assert [row[0] for row in rows] == ["output", "3", "11"]
-    assert rows[1][1:] == ("", "", "", "", "", "F16", "")
+    assert rows == [(3, [*empty[:5], 1, None]), (11, [1, *empty])]
+    texts = text_rows(dict.fromkeys(names, "F16"))
+    assert [row[0] for row in texts] == ["output", "3", "11"]
+    assert texts[1][1:] == ("", "", "", "", "", "F16", "")
 
 
 def test_no_colour_lies_where_neither_ink_is_read() -> None:

@@ -58,7 +58,7 @@ def verdict(sdt=0.05, kl=0.005, component="blk.0.attn_q", ok=True, mode="teacher
         sequences=8,
         sequences_in_bundle=33,
         thresholds=THRESHOLDS,
-        noise_floor={"near_tie_margin": 0.01, "sdt": 0.0021, "fdt": {"value": 85.8, "low": 80.0}},
+        noise_floor={"sdt": {"value": 0.0021}, "fdt": {"value": 85.8, "low": 80.0}},
         bundle={"name": "tiny", "key_id": None},
         performance={
             "prefill_tokens_per_s": 31.5,
