@@ -87,7 +87,7 @@ from edge_dtm.host.settings import Goal, Settings, Source
 from edge_dtm.host.values import Base, Costs, Measurement, Run
 from edge_dtm.llamacpp import llama
 from edge_dtm.llamacpp.tensors import describe
-from edge_dtm.report.frontier_figure import draw_comparison
+from edge_dtm.report.frontier_figure import draw
 from edge_dtm.search.allocation import convex_hull, search
 from edge_dtm.search.cost_table import CostTable
 from edge_dtm.search.predictor import Predictor
@@ -684,7 +684,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json is not None:
         args.json.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if args.figure is not None:
-        draw_comparison([series(d) for d in (data, *others)], args.figure)
+        draw([series(d) for d in (data, *others)], args.figure)
     if args.out is not None:
         link = None
         if args.figure is not None:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.report.frontier_figure import Point
+from edge_dtm.report.frontier_figure import Curve
 from edge_dtm.report.summary import interval
 
 SCHEMA_VERSION = 2
@@ -248,14 +248,18 @@ def markdown(models: Sequence[Mapping[str, Any]], figure: str | None = None) -> 
     return "\n".join([*lines, *(line for data in models for line in section(data))])
 
 
-def series(data: Mapping[str, Any]) -> tuple[str, dict[str, list[Point]], tuple[float, float]]:
-    """One model's points for draw_comparison."""
-    points = {
-        title: [
-            (r[key]["size_bytes"], r[key]["sdt"]["value"], r[key]["fdt"]["value"])
-            for r in data["presets"]
-        ]
-        for key, title in FILES
-    }
+def series(data: Mapping[str, Any]) -> tuple[str, list[Curve], tuple[float, float]]:
+    """One model's curves for frontier_figure.draw; the last kind of file, ours, is a line."""
+    curves = [
+        (
+            title,
+            style,
+            sorted(
+                (r[key]["size_bytes"], r[key]["sdt"]["value"], r[key]["fdt"]["value"])
+                for r in data["presets"]
+            ),
+        )
+        for (key, title), style in zip(FILES, ("C7s", "C1^", "C0o-"), strict=True)
+    ]
     floor = data["noise_floor"]
-    return str(data["model"]), points, (floor["sdt"]["value"], floor["fdt"]["value"])
+    return str(data["model"]), curves, (floor["sdt"]["value"], floor["fdt"]["value"])

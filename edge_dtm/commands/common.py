@@ -121,20 +121,14 @@ def require_writable(bundle: Path | None, *paths: Path | None) -> None:
     bundle: what the results are about, often a bundle's folder. verify and pack refuse a bundle
     with a strange file in it.
     """
+    from edge_dtm.formats.bundle import TOLERATED_FILES
+
     for path in filter(None, paths):
         folder = path.resolve().parent
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise EdgeDtmError(f"{path} cannot be written: give a file in a folder that exists")
-        if bundle is not None:
-            require_outside(path, bundle)
-
-
-def require_outside(path: Path, bundle: Path) -> None:
-    """EdgeDtmError when path would be a strange file in the folder `bundle`."""
-    from edge_dtm.formats.bundle import TOLERATED_FILES
-
-    if path.resolve().parent == bundle.resolve() and path.name not in TOLERATED_FILES:
-        raise EdgeDtmError(
-            f"{path} would lie in the bundle, which then is not as it was made: give a file "
-            "elsewhere"
-        )
+        if bundle and folder == bundle.resolve() and path.name not in TOLERATED_FILES:
+            raise EdgeDtmError(
+                f"{path} would lie in the bundle, which then is not as it was made: give a file "
+                "elsewhere"
+            )

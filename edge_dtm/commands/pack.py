@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from edge_dtm.commands.common import PATH, TRUSTED_KEYS, Bytes, beside, require_outside
+from edge_dtm.commands.common import PATH, TRUSTED_KEYS, Bytes, beside, require_writable
 from edge_dtm.core.errors import EdgeDtmError
 
 
@@ -48,7 +48,7 @@ def pack(bundle: Path, output: Path | None, key_file: Path | None, program: str 
 
     key = load_private(key_file) if key_file else None
     target = output or beside(bundle, SUFFIX)
-    require_outside(target, bundle)
+    require_writable(bundle, target)
     size_bytes = sum(p.stat().st_size for p in bundle.glob("*") if p.is_file())
     with Stages()("Packing", size_bytes) as advance:
         key_id = run(bundle, target, progress=advance, sign_with=key)

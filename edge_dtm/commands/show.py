@@ -4,6 +4,7 @@ verdicts side by side."""
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -19,35 +20,32 @@ def inspect(file: Path, json_file: Path | None) -> None:
     """Show the types and zeros in a model, layer by layer.
 
     FILE is a bundle, packed or not, or any GGUF."""
-    from edge_dtm.formats.archive import SUFFIX, open_bundle
-    from edge_dtm.formats.bundle import MODEL
-
-    require_writable(file, json_file)
-    if file.suffix == SUFFIX and file.is_file():
-        with open_bundle(file) as bundle:
-            _print_tensors(bundle.path(MODEL), f"{file}, {MODEL} of it", json_file)
-    else:
-        path = file / MODEL if file.is_dir() else file
-        _print_tensors(path, str(path), json_file)
-
-
-def _print_tensors(path: Path, name: str, json_file: Path | None) -> None:
-    """path: a GGUF; name: what to call it."""
     from rich.console import Console
     from rich.table import Table
 
+    from edge_dtm.formats.archive import SUFFIX, open_bundle
+    from edge_dtm.formats.bundle import MODEL
     from edge_dtm.llamacpp.gguf_header import check_gguf
     from edge_dtm.llamacpp.tensors import describe
     from edge_dtm.report.layer_map import PARTS, text_rows
     from edge_dtm.report.summary import ZEROS_NOTE
 
-    check_gguf(path)
-    tensors = describe(path)
+    require_writable(file, json_file)
+    path, name = file, str(file)
+    if file.is_dir():
+        path, name = file / MODEL, str(file / MODEL)
+    with ExitStack() as stack:
+        if file.suffix == SUFFIX and file.is_file():
+            path, name = (
+                stack.enter_context(open_bundle(file)).path(MODEL),
+                f"{file}, {MODEL} of it",
+            )
+        check_gguf(path)
+        tensors, size = describe(path), path.stat().st_size
     sizes: dict[str, list[int]] = {}
     for t in tensors:
         sizes.setdefault(t.type, []).append(t.size_bytes)
     types = Table("type", "tensors", "bytes", "share", box=None, pad_edge=False)
-    size = path.stat().st_size
     for type_name, each in sorted(sizes.items(), key=lambda item: -sum(item[1])):
         types.add_row(type_name, str(len(each)), f"{sum(each):,}", f"{sum(each) / size:.1%}")
     layers = Table("layer", *PARTS, box=None, pad_edge=False)

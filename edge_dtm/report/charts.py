@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
+from edge_dtm.core.metrics import Interval
+from edge_dtm.formats.verdict_file import ShareInterval
 from edge_dtm.report.numbers import megabytes, plural
 
 WIDTH, HEIGHT = 360, 236
@@ -41,9 +43,7 @@ class MeasuredFile:
 
     label: str
     size_bytes: float
-    sdt: float
-    low: float
-    high: float
+    sdt: Interval | ShareInterval
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,10 @@ def survival(first: Sequence[int], lengths: Sequence[int]) -> npt.NDArray[np.flo
     sequence is left.
     """
     where, ends = np.asarray(first, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
-    out = [1.0]
-    for t in range(int(ends.max(initial=0))):
-        at_risk = int(((ends > t) & (where >= t)).sum())
-        if not at_risk:
-            break
-        diverged = int(((where == t) & (where < ends)).sum())
-        out.append(out[-1] * (1 - diverged / at_risk))
-    return np.array(out)
+    t = np.arange(ends.max(initial=0))[:, None]
+    at_risk = ((ends > t) & (where >= t)).sum(axis=1)
+    diverged = ((where == t) & (where < ends)).sum(axis=1)[at_risk > 0]
+    return np.array([1.0, *np.cumprod(1 - diverged / at_risk[at_risk > 0])])
 
 
 def bins(counts: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -153,7 +149,9 @@ def frontier(
     SDT; floor: the noise floor's.
     """
     points = sorted((size, sdt) for size, sdt in points if sdt > 0)
-    shares = [sdt for _, sdt in points] + [v for f in files for v in (f.sdt, f.low, f.high)]
+    shares = [sdt for _, sdt in points] + [
+        v for f in files for v in (f.sdt.value, f.sdt.low, f.sdt.high)
+    ]
     shares = [v for v in (*shares, predicted, floor) if v]
     lowest, highest = min(shares, default=0.01) / 1.25, max(shares, default=0.1) * 1.25
     sizes = [size for size, _ in points] + [f.size_bytes for f in files]
@@ -180,10 +178,10 @@ def frontier(
     for i, file in enumerate(files):
         name = f"s{i % COLOURS}"
         # What never diverged has no place on a log scale; it stands on the lower edge.
-        sdt, low, high = (max(v, lowest) for v in (file.sdt, file.low, file.high))
+        sdt, low, high = (max(v, lowest) for v in (file.sdt.value, file.sdt.low, file.sdt.high))
         drawing.path([(file.size_bytes, low), (file.size_bytes, high)], name)
         drawing.mark(file.size_bytes, sdt, i + 1, name)
-        label = f"{file.label}: {megabytes(file.size_bytes)}, {file.sdt * 100:.2f} %"
+        label = f"{file.label}: {megabytes(file.size_bytes)}, {file.sdt.value * 100:.2f} %"
         legend.append((i + 1, name, label))
     return Chart(
         f"File size against SDT. {'; '.join(label for *_, label in legend)}.",

@@ -60,7 +60,6 @@ def compare(verdicts: Sequence[tuple[Path, VerdictJson]]) -> dict[str, Any]:
 
 def _row(name: str, v: VerdictJson) -> dict[str, Any]:
     """One verdict under a name that no other has. None where it was not measured."""
-    kernels, performance = v["kernels"], v["performance"]
     sdt, other_argmaxes = (
         None if v[against]["sdt"] is None else v[against]["sdt"]["value"]
         for against in ("against_original", "against_host")
@@ -69,40 +68,31 @@ def _row(name: str, v: VerdictJson) -> dict[str, Any]:
         "file": name,
         "device": device_name(v),
         "build": v["runtime"]["llama_cpp_python"],
-        "passed": v["passed"],
         "diagnosis": v["diagnosis"]["code"],
-        "mode": v["mode"],
-        "sequences": v["sequences"],
         "sdt": sdt,
         "fdt": v["against_original"]["fdt"]["value"],
-        "kl_vs_host_nats": v["kl_vs_host_nats"],
         "other_argmaxes_vs_host": other_argmaxes,
-        "decided_sdt_vs_host": v["decided_sdt_vs_host"],
-        "kernels": len(kernels),
-        "wrong_kernels": sum(not k["ok"] for k in kernels),
-        "decode_tokens_per_s": performance["decode_tokens_per_s"],
-        "peak_rss_bytes": performance["peak_rss_bytes"],
+        "kernels": len(v["kernels"]),
+        "wrong_kernels": sum(not k["ok"] for k in v["kernels"]),
+        **{k: v[k] for k in ("passed", "mode", "sequences")},
+        **{k: v[k] for k in ("kl_vs_host_nats", "decided_sdt_vs_host")},
+        **{k: v["performance"][k] for k in ("decode_tokens_per_s", "peak_rss_bytes")},
     }
 
 
 def _odd(rows: Sequence[VerdictJson], max_kl: float) -> list[dict[str, str]]:
     """One entry a verdict, with its most telling figure."""
-    telling = {}
-    for key, room, words in (
-        (
-            "other_argmaxes_vs_host",
-            ARGMAX_ROOM,
-            "the share of other tokens than the host's is {:.2%}, the median is {:.2%}",
-        ),
-        (
-            "kl_vs_host_nats",
-            KL_ROOM * max_kl,
-            "KL from the host is {:.2g} nats, the median is {:.2g} nats",
-        ),
-    ):
-        for file, x, median in outliers([(r["file"], r[key]) for r in rows], room):
-            telling[file] = f"{file}: {words.format(x, median)}"
-    return [{"file": r["file"], "words": telling[r["file"]]} for r in rows if r["file"] in telling]
+    by_argmax = outliers([(r["file"], r["other_argmaxes_vs_host"]) for r in rows], ARGMAX_ROOM)
+    by_kl = outliers([(r["file"], r["kl_vs_host_nats"]) for r in rows], KL_ROOM * max_kl)
+    telling = {
+        file: f"the share of other tokens than the host's is {x:.2%}, the median is {median:.2%}"
+        for file, x, median in by_argmax
+    } | {
+        file: f"KL from the host is {x:.2g} nats, the median is {median:.2g} nats"
+        for file, x, median in by_kl
+    }
+    odd = [r["file"] for r in rows if r["file"] in telling]
+    return [{"file": file, "words": f"{file}: {telling[file]}"} for file in odd]
 
 
 def outliers(

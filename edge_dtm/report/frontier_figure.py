@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from edge_dtm.report.plan_file import FrontierPoint, Prediction
@@ -19,39 +19,16 @@ def draw_frontier(
         ("predicted frontier", "C0-", [(p.size_bytes, p.sdt, p.fdt) for p in points]),
         ("this plan, predicted", "C3o", [(chosen_bytes, chosen.sdt, chosen.fdt)]),
     ]
-    _draw([("", curves, None)], path)
+    draw([("", curves, None)], path)
 
 
-def draw_comparison(
-    models: Sequence[tuple[str, Mapping[str, Sequence[Point]], tuple[float, float]]], path: Path
-) -> None:
-    """File size against measured SDT (log scale) and mean FDT, a row of two panels a model.
-
-    models: name, points of up to three kinds of file by label, the last one ours, and SDT and
-    mean FDT of the noise floor.
-    """
-    _draw(
-        [
-            (
-                name,
-                [
-                    (label, style, sorted(points))
-                    for style, (label, points) in zip(
-                        ("C7s", "C1^", "C0o-"), kinds.items(), strict=False
-                    )
-                ],
-                floor,
-            )
-            for name, kinds, floor in models
-        ],
-        path,
-    )
-
-
-def _draw(
+def draw(
     models: Sequence[tuple[str, Sequence[Curve], tuple[float, float] | None]], path: Path
 ) -> None:
-    """A row of two panels, SDT and FDT, a model: name, curves, noise floor."""
+    """File size against SDT (log scale) and mean FDT, a row of two panels a model.
+
+    models: name, curves, and SDT and mean FDT of the noise floor.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

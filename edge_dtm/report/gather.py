@@ -147,9 +147,7 @@ def gather(
             *(Series(m.name, m.first_divergent_tokens, m.lengths) for m in measured),
             *_floor_series(floor, reference),
         ],
-        files=[
-            MeasuredFile(m.name, m.size_bytes, m.sdt.value, m.sdt.low, m.sdt.high) for m in measured
-        ],
+        files=[MeasuredFile(m.name, m.size_bytes, m.sdt) for m in measured],
         plan=plan,
         choice=choice,
         examples=examples.chosen(

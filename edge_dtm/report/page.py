@@ -12,17 +12,7 @@ from edge_dtm.report import charts, numbers
 from edge_dtm.report.charts import Chart, MeasuredFile
 from edge_dtm.report.gather import Report
 from edge_dtm.report.layer_map import PARTS, chosen_costs, cost_cells, layer_map, treatment_cells
-from edge_dtm.report.numbers import (
-    NOTHING,
-    SPEEDS,
-    between,
-    interval,
-    number,
-    plain,
-    share,
-    short,
-    spelled,
-)
+from edge_dtm.report.numbers import NOTHING, SPEEDS, interval, number, plain, share, short, spelled
 
 # Control characters, surrogates, and those that turn the direction of what follows.
 _UNSEEN = re.compile(
@@ -40,15 +30,14 @@ def page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (between, interval, numbers.megabytes, number, plain, numbers.plural, share, short)
-    environment.filters |= {f.__name__: f for f in (*filters, spelled)}
+    filters = (numbers.between, numbers.megabytes, numbers.plural, interval, number, plain, share)
+    environment.filters |= {f.__name__: f for f in (*filters, short, spelled)}
     plan, costs = report.plan, {}
     if plan is not None:
         costs = chosen_costs(plan, {c.name: c.costs for c in report.choice.costs})
     document = environment.get_template("report.html").render(
         report=report,
         version=__version__,
-        title=_title(report),
         survival=_survival(report),
         histogram=_histogram(report),
         frontier=_frontier(report),
@@ -60,14 +49,6 @@ def page(report: Report) -> str:
         total_cost=sum(costs.values()),
     )
     return _UNSEEN.sub("\ufffd", document)
-
-
-def _title(report: Report) -> str:
-    details = report.manifest.provenance
-    model, profile = details.get("model"), details.get("profile")
-    if not isinstance(model, str):
-        return report.name
-    return f"{model} for {profile}" if isinstance(profile, str) else model
 
 
 def _survival(report: Report) -> Chart:
@@ -95,7 +76,7 @@ def _frontier(report: Report) -> Chart | None:
     return charts.frontier(
         [(p.size_bytes, p.sdt) for p in choice.frontier],
         None if choice.predicted is None else choice.predicted.sdt,
-        [MeasuredFile("this file, measured", size, sdt.value, sdt.low, sdt.high), *report.files],
+        [MeasuredFile("this file, measured", size, sdt), *report.files],
         number(report.noise_floor, "sdt", "value"),
     )
 

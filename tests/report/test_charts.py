@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_dtm.core.metrics import Interval
 from edge_dtm.report import charts
 
 
@@ -51,6 +52,6 @@ def test_log_ticks() -> None:
 
 
 def test_the_frontier_without_divergence() -> None:
-    ours = charts.MeasuredFile("ours", 1e8, 0.0, 0.0, 0.0)
+    ours = charts.MeasuredFile("ours", 1e8, Interval(0.0, 0.0, 0.0))
     drawn = charts.frontier([(1e8, 0.0)], 0.0, [ours], 0.0).drawing
     assert 'class="dot"' in drawn and "nan" not in drawn
