@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.formats.reference import CALIBRATION, HELD_OUT, PADDING, TOP_K, Reference
+from edge_dtm.formats.reference import PADDING, TOP_K, Reference
 from edge_dtm.host.trajectory.prompts import Prompt
 
 BATCH_SEQUENCES = 64
@@ -25,13 +25,6 @@ def check_lengths(prompts: Sequence[Prompt], tokens: int, context_length: int) -
             f"generated (first: number {long[0] + 1} with {len(prompts[long[0]].ids)} tokens): "
             "shorten them or lower --tokens"
         )
-
-
-def split_rows(count: int, held_out: int, seed: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """uint8 (count,): held_out rows drawn by seed, the rest for calibration."""
-    split = np.full(count, CALIBRATION, dtype=np.uint8)
-    split[np.random.default_rng([seed, 1]).permutation(count)[:held_out]] = HELD_OUT
-    return split
 
 
 def generate_reference(
@@ -51,41 +44,43 @@ def generate_reference(
     already, so a killed run goes on with the next one. progress: called with tokens generated.
     """
     parts.mkdir(parents=True, exist_ok=True)
+    lengths = np.array([len(p.ids) for p in prompts], dtype=np.int32)
+    prompt_ids = np.full((len(prompts), lengths.max()), PADDING, dtype=np.int32)
+    for row, p in zip(prompt_ids, prompts, strict=True):
+        row[: len(p.ids)] = p.ids
+    arrays = _empty(len(prompts), tokens)
     # Equal lengths side by side need the least padding, which is the least disturbance.
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
-    width = max(len(p.ids) for p in prompts)
-    s, n = len(prompts), tokens
-    prompt_ids = np.full((s, width), PADDING, dtype=np.int32)
-    arrays: dict[str, Any] = {
-        "generated_ids": np.full((s, n), PADDING, dtype=np.int32),
-        "generated_lengths": np.zeros(s, dtype=np.int32),
-        "top_ids": np.full((s, n, TOP_K), PADDING, dtype=np.int32),
-        "top_logits": np.zeros((s, n, TOP_K), dtype=np.float32),
-        "log_normalizers": np.zeros((s, n), dtype=np.float32),
-    }
-    for start in range(0, s, BATCH_SEQUENCES):
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, len(prompts), BATCH_SEQUENCES):
         rows = order[start : start + BATCH_SEQUENCES]
         file = parts / f"{start:06d}.npz"
-        if file.is_file():
-            with np.load(file, allow_pickle=False) as data:
-                done = {k: data[k] for k in arrays}
-        else:
-            done = _decode(model, [prompts[i].ids for i in rows], n, eos_ids, progress)
+        if not file.is_file():
+            batch = _decode(model, [prompts[i].ids for i in rows], tokens, eos_ids, progress)
             temporary = file.with_suffix(".tmp.npz")
-            np.savez(temporary, allow_pickle=False, **done)
+            np.savez(temporary, allow_pickle=False, **batch)
             temporary.replace(file)
-        for key, value in done.items():
-            arrays[key][rows] = value
-    for i, p in enumerate(prompts):
-        prompt_ids[i, : len(p.ids)] = p.ids
+        with np.load(file, allow_pickle=False) as batch:
+            for key, array in arrays.items():
+                array[rows] = batch[key]
     return Reference(
         prompt_ids=prompt_ids,
-        prompt_lengths=np.array([len(p.ids) for p in prompts], dtype=np.int32),
+        prompt_lengths=lengths,
         split=split,
         texts=np.array([p.text for p in prompts]),
         provenance=dict(provenance),
         **arrays,
     )
+
+
+def _empty(count: int, tokens: int) -> dict[str, np.ndarray[Any, Any]]:
+    """What a Reference holds of `count` answers, none of which has begun."""
+    return {
+        "generated_ids": np.full((count, tokens), PADDING, dtype=np.int32),
+        "generated_lengths": np.full(count, tokens, dtype=np.int32),
+        "top_ids": np.full((count, tokens, TOP_K), PADDING, dtype=np.int32),
+        "top_logits": np.zeros((count, tokens, TOP_K), dtype=np.float32),
+        "log_normalizers": np.zeros((count, tokens), dtype=np.float32),
+    }
 
 
 @torch.no_grad()
@@ -98,20 +93,14 @@ def _decode(
 ) -> dict[str, np.ndarray[Any, Any]]:
     device = next(model.parameters()).device
     count, width = len(prompts), max(map(len, prompts))
-    ids = torch.zeros((count, width), dtype=torch.long)
-    mask = torch.zeros((count, width), dtype=torch.long)
+    step = torch.zeros((count, width), dtype=torch.long, device=device)
+    mask = torch.zeros_like(step)
     for row, p in enumerate(prompts):
-        ids[row, width - len(p) :] = torch.tensor(p)
+        step[row, width - len(p) :] = torch.tensor(p)
         mask[row, width - len(p) :] = 1
-    step, mask = ids.to(device), mask.to(device)
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    stop = torch.tensor(sorted(eos_ids), dtype=torch.long)
-    out_ids = np.full((count, tokens), PADDING, dtype=np.int32)
-    top_ids = np.full((count, tokens, TOP_K), PADDING, dtype=np.int32)
-    top_logits = np.zeros((count, tokens, TOP_K), dtype=np.float32)
-    normalizers = np.zeros((count, tokens), dtype=np.float32)
-    lengths = np.full(count, tokens, dtype=np.int32)
-    alive = torch.ones(count, dtype=torch.bool)
+    arrays = _empty(count, tokens)
+    alive = np.ones(count, dtype=bool)
     past = None
     for t in range(tokens):
         out = model(
@@ -124,30 +113,25 @@ def _decode(
         )
         past = out.past_key_values
         logits = out.logits[:, -1].float()
-        values, indices = logits.topk(TOP_K)
-        chosen = indices[:, 0]
-        keep = alive.numpy()
-        out_ids[keep, t] = chosen.cpu().numpy()[keep]
-        top_ids[keep, t] = indices.cpu().numpy()[keep]
-        top_logits[keep, t] = values.cpu().numpy()[keep]
-        normalizers[keep, t] = logits.logsumexp(-1).cpu().numpy()[keep]
+        top = logits.topk(TOP_K)
+        step = top.indices[:, :1]
+        for key, value in (
+            ("generated_ids", step[:, 0]),
+            ("top_ids", top.indices),
+            ("top_logits", top.values),
+            ("log_normalizers", logits.logsumexp(-1)),
+        ):
+            arrays[key][alive, t] = value.cpu().numpy()[alive]
         if progress:
-            progress(int(keep.sum()))
-        ended = alive & torch.isin(chosen.cpu(), stop)
-        lengths[ended.numpy()] = t + 1
+            progress(int(alive.sum()))
+        ended = alive & np.isin(arrays["generated_ids"][:, t], eos_ids)
+        arrays["generated_lengths"][ended] = t + 1
         alive &= ~ended
         if not alive.any():
             break
-        step = chosen[:, None]
-        mask = torch.cat([mask, torch.ones((count, 1), dtype=mask.dtype, device=device)], dim=1)
+        mask = torch.cat([mask, mask.new_ones((count, 1))], dim=1)
         position = position[:, -1:] + 1
-    return {
-        "generated_ids": out_ids,
-        "generated_lengths": lengths,
-        "top_ids": top_ids,
-        "top_logits": top_logits,
-        "log_normalizers": normalizers,
-    }
+    return arrays
 
 
 @torch.no_grad()

@@ -35,8 +35,6 @@ def read_prompts(path: Path, tokenizer: Tokenizer) -> list[Prompt]:
     try:
         # Not splitlines: JSON strings may hold what that takes for line ends, such as U+2028.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise EdgeDtmError(f"{path} does not exist: give a file of prompts, one a line") from None
     except (OSError, UnicodeDecodeError) as error:
         raise EdgeDtmError(f"{path} cannot be read as UTF-8 text ({error})") from None
     as_json = path.suffix in (".jsonl", ".json")

@@ -11,12 +11,20 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_dtm.core.work import Kind
-from edge_dtm.formats.reference import CALIBRATION, EXTRA, PACKAGED, Reference, load_npz, save_npz
+from edge_dtm.formats.reference import (
+    CALIBRATION,
+    EXTRA,
+    HELD_OUT,
+    PACKAGED,
+    Reference,
+    load_npz,
+    save_npz,
+)
 from edge_dtm.host import export
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
 from edge_dtm.host.checkpoint.model import load_model
 from edge_dtm.host.settings import Source
-from edge_dtm.host.trajectory.generate import generate_reference, signed_margins, split_rows
+from edge_dtm.host.trajectory.generate import generate_reference, signed_margins
 from edge_dtm.host.trajectory.prompts import Prompt, packaged_prompts, sample_prefixes
 from edge_dtm.host.values import Base, Run
 from edge_dtm.search.predictor import Predictor
@@ -57,51 +65,53 @@ def greedy_reference(run: Run) -> Reference:
     """The original's greedy tokens on all prompts, from the work folder or made now."""
     source, checkpoint = run.settings.source, run.checkpoint
     tokenizer = checkpoint.tokenizer
+    inputs = reference_inputs(checkpoint, source, run.prompts)
+    parts = run.work.path_of(REFERENCE, inputs).with_suffix(".parts")
 
-    def make(path: Path) -> Reference:
+    def make(_: Path) -> Reference:
         with run.stages("Loading the model", 1):
             model = load_model(checkpoint, run.device)
         with run.stages("Sampling prompts", 1):
             sampled = sample_prefixes(model, tokenizer, run.prompts, SAMPLED_PROMPTS, source.seed)
             extra = sample_prefixes(model, tokenizer, run.prompts, EXTRA_PROMPTS, source.seed + 1)
         packaged = packaged_prompts(tokenizer)[:PACKAGED_PROMPTS] if source.prompts else []
-        prompts, split = _split([*run.prompts, *sampled], extra, packaged, source.seed)
-        parts = path.with_suffix(".parts")
+        measured = [*run.prompts, *sampled]
+        prompts, split = split_prompts(measured, extra, packaged, source.seed)
+        provenance = {
+            **export.provenance(checkpoint),
+            "seed": source.seed,
+            "tokens": source.tokens,
+            "device": str(run.device),
+        }
         with run.stages("Greedy reference", len(prompts) * source.tokens) as advance:
-            reference = generate_reference(
+            return generate_reference(
                 model,
                 prompts,
                 tokens=source.tokens,
                 eos_ids=tokenizer.eos_ids,
                 split=split,
-                provenance={
-                    **export.provenance(checkpoint),
-                    "seed": source.seed,
-                    "tokens": source.tokens,
-                    "device": str(run.device),
-                },
+                provenance=provenance,
                 parts=parts,
                 progress=advance,
             )
-        return reference
 
-    inputs = reference_inputs(checkpoint, source, run.prompts)
     reference = run.work.load_or_make(REFERENCE, inputs, make)
-    parts = run.work.path_of(REFERENCE, inputs).with_suffix(".parts")
     shutil.rmtree(parts, ignore_errors=True)
     return reference
 
 
-def _split(
+def split_prompts(
     measured: Sequence[Prompt], extra: Sequence[Prompt], packaged: Sequence[Prompt], seed: int
 ) -> tuple[list[Prompt], npt.NDArray[np.uint8]]:
-    """All prompts without repetition, and for each its part: uint8 (prompts,)."""
-    base = list(dict.fromkeys(measured))
-    fitted = list(dict.fromkeys([*base, *extra]))
-    prompts = list(dict.fromkeys([*fitted, *packaged]))
+    """All prompts without repetition, and for each its part: uint8 (prompts,). seed: draws the
+    HELD_OUT_SHARE of the measured ones."""
+    prompts = list(dict.fromkeys([*measured, *extra, *packaged]))
+    count = len(set(measured))
     split = np.full(len(prompts), PACKAGED, dtype=np.uint8)
-    split[: len(base)] = split_rows(len(base), round(len(base) * HELD_OUT_SHARE), seed)
-    split[len(base) : len(fitted)] = EXTRA
+    split[: len({*measured, *extra})] = EXTRA
+    split[:count] = CALIBRATION
+    drawn = np.random.default_rng([seed, 1]).permutation(count)
+    split[drawn[: round(count * HELD_OUT_SHARE)]] = HELD_OUT
     return prompts, split
 
 
