@@ -1,13 +1,11 @@
-"""What bench_quality measured, as tables for the terminal and as a page of Markdown."""
+"""What bench_quality measured, as Markdown."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.report.frontier_figure import Curve
@@ -25,9 +23,7 @@ def load_other(path: Path) -> dict[str, Any]:
             raise ValueError(f"schema {data['schema_version']}, not {SCHEMA_VERSION}")
         section(data)
         return dict(data)
-    except OSError as error:
-        raise EdgeDtmError(f"--with: {path} cannot be read ({error.strerror or error})") from None
-    except (ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise EdgeDtmError(
             f"--with: {path} is not what --json writes ({error!r}): measure that model again"
         ) from None
@@ -35,10 +31,6 @@ def load_other(path: Path) -> dict[str, Any]:
 
 FILES = (("plain", "preset"), ("imatrix", "preset + im"), ("ours", "ours"))
 SMALLEST = "†"  # marks a file of ours that is larger than asked for
-HEAD = (
-    "size of", "bytes", "best preset", "its SDT", "FDT", "our bytes", "our SDT", "FDT",
-    "predicted SDT", "ratio above the floor", "FDT ratio", "fewer bytes at equal SDT",
-)  # fmt: skip
 
 
 def name_of(best: Mapping[str, Any]) -> str:
@@ -58,88 +50,8 @@ def fewer_text(r: Mapping[str, Any]) -> str:
     return "-" if ours is None else f"{at_least}{size - ours:,} ({(size - ours) / size:.1%})"
 
 
-def ours_bytes(data: Mapping[str, Any]) -> str:
-    return f"{data['size_bytes']:,}{SMALLEST if data['smallest'] else ''}"
-
-
-def rows(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    return [
-        (
-            r["preset"],
-            f"{r['limit_bytes']:,}",
-            name_of(r["best"]),
-            f"{r['best']['sdt']['value']:.2%}",
-            f"{r['best']['fdt']['value']:.1f}",
-            ours_bytes(r["ours"]),
-            f"{r['ours']['sdt']['value']:.2%}",
-            f"{r['ours']['fdt']['value']:.1f}",
-            f"{r['predicted']['sdt']:.2%}",
-            ratio_text(r["sdt_ratio"]),
-            ratio_text(r["fdt_ratio"]),
-            fewer_text(r),
-        )
-        for r in data["presets"]
-    ]
-
-
-def terminal_tables(data: Mapping[str, Any]) -> list[Table]:
-    """A line a file, then a line a size, then a line a variant, so that each fits 80 columns."""
-
-    def table(title: str, heads: Sequence[str], left: int) -> Table:
-        out = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False)
-        for i, head in enumerate(heads):
-            out.add_column(head, justify="right" if i >= left else "left", no_wrap=True)
-        return out
-
-    files = table("Files", ("size of", "file", "bytes", "SDT", "FDT", "predicted\nSDT"), 2)
-    sizes = table(
-        "Ours against the best preset of that size or smaller",
-        ("size of", "best preset", "SDT ratio\nabove the floor", "FDT\nratio", "fewer bytes\nat equal SDT"),
-        2,
-    )  # fmt: skip
-    for r in data["presets"]:
-        for key, title in FILES:
-            f = r[key]
-            files.add_row(
-                r["preset"] if key == "plain" else "",
-                title,
-                ours_bytes(f) if key == "ours" else f"{f['size_bytes']:,}",
-                f"{f['sdt']['value']:.2%}",
-                f"{f['fdt']['value']:.1f}",
-                f"{r['predicted']['sdt']:.2%}" if key == "ours" else "",
-                end_section=key == "ours",
-            )
-        fdt = r["fdt_ratio"]["value"]
-        sizes.add_row(
-            r["preset"], name_of(r["best"]), ratio_text(r["sdt_ratio"]),
-            "inf" if fdt is None else f"{fdt:.2f}", fewer_text(r),
-        )  # fmt: skip
-    left_out = table(
-        "Ablations", ("size of", "variant", "bytes", "SDT", "FDT", "SDT ratio to full\nabove the floor"), 2
-    )  # fmt: skip
-    for cells in ablation_rows(data, interval_of=lambda f, k: _short(f, k)):
-        left_out.add_row(*cells)
-    return [files, sizes, *([left_out] if data["ablations"] else [])]
-
-
-def _short(data: Mapping[str, Any], key: str) -> str:
-    return f"{data[key]['value']:.2%}" if key == "sdt" else f"{data[key]['value']:.1f}"
-
-
-def ablation_rows(
-    data: Mapping[str, Any], interval_of: Callable[[Mapping[str, Any], str], str]
-) -> list[tuple[str, ...]]:
-    return [
-        (
-            a["preset"],
-            a["variant"],
-            ours_bytes(a),
-            interval_of(a, "sdt"),
-            interval_of(a, "fdt"),
-            ratio_text(a["sdt_ratio_to_full"]),
-        )
-        for a in data["ablations"]
-    ]
+def size_text(data: Mapping[str, Any]) -> str:
+    return f"{data['size_bytes']:,}{SMALLEST if data.get('smallest') else ''}"
 
 
 def too_few(sequences: int) -> list[str]:
@@ -181,61 +93,86 @@ INTRODUCTION = (
     "log SDT between our measured points; at least: our smallest file diverges less; - : no figure."
 )
 ABLATION_TEXT = (
-    "Ablations. Each variant searches its own plan for the same size; ratio: (its SDT - noise floor) "
-    "/ (full method's SDT - noise floor), above 1 means more divergent tokens than the full method. "
-    "Without activations: plain rounding without importance, costs as if inputs were not rounded "
-    "(except the head's), not equalized. Weight error as cost: the squared error of the plainly "
-    "rounded weights decides the types. As cost: blocks of the full method, types "
-    "from those it has blocks for. Equalized: the same preset made from our equalized checkpoint, "
-    "the importance matrix scaled likewise."
+    "Ablations. Each variant searches its own plan for the same size. Ratio: (its SDT - noise floor) "
+    "/ (full method's SDT - noise floor); above 1 means more divergent tokens than the full method. "
+    "Weight error as cost: the squared error of the plainly rounded weights decides the types; the "
+    "blocks are those of the full method. Equalized: the same preset made from our equalized "
+    "checkpoint, the importance matrix scaled likewise."
 )
+
+
+def _table(heads: Sequence[str], left: int, rows: Sequence[Sequence[str]]) -> list[str]:
+    """left: how many columns, from the first, are text."""
+    return [
+        f"| {' | '.join(heads)} |",
+        f"|{'---|' * left}{'---:|' * (len(heads) - left)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+    ]
+
+
+def _sizes(data: Mapping[str, Any]) -> list[str]:
+    heads = (
+        "size of", "best preset", "bytes", "its SDT", "FDT", "our bytes", "our SDT", "FDT",
+        "predicted SDT", "ratio above the floor", "FDT ratio", "fewer bytes at equal SDT",
+    )  # fmt: skip
+    rows = [
+        (
+            r["preset"],
+            name_of(r["best"]),
+            f"{r['limit_bytes']:,}",
+            f"{r['best']['sdt']['value']:.2%}",
+            f"{r['best']['fdt']['value']:.1f}",
+            size_text(r["ours"]),
+            f"{r['ours']['sdt']['value']:.2%}",
+            f"{r['ours']['fdt']['value']:.1f}",
+            f"{r['predicted']['sdt']:.2%}",
+            ratio_text(r["sdt_ratio"]),
+            ratio_text(r["fdt_ratio"]),
+            fewer_text(r),
+        )
+        for r in data["presets"]
+    ]
+    return _table(heads, 2, rows)
+
+
+def _measured(f: Mapping[str, Any]) -> tuple[str, str, str]:
+    return size_text(f), interval(f["sdt"], True), interval(f["fdt"], False)
+
+
+def _ablations(data: Mapping[str, Any]) -> list[str]:
+    heads = ("size of", "variant", "bytes", "SDT", "mean FDT", "ratio to full, above the floor")
+    rows = [
+        (a["preset"], a["variant"], *_measured(a), ratio_text(a["sdt_ratio_to_full"]))
+        for a in data["ablations"]
+    ]
+    return [ABLATION_TEXT, "", *_table(heads, 2, rows)] if rows else []
+
+
+def _files(data: Mapping[str, Any]) -> list[str]:
+    heads = ("size of", "file", "tensors of each type", "bytes", "SDT", "mean FDT")
+    rows = []
+    for r in data["presets"]:
+        for key, title in FILES:
+            kinds = sorted(r[key]["tensors_of_type"].items(), key=lambda i: (-i[1], i[0]))
+            types = ", ".join(f"{n} {t}" for t, n in kinds)
+            rows.append((r["preset"], title, types, *_measured(r[key])))
+    return ["Every file, with intervals of its SDT and mean FDT:", "", *_table(heads, 3, rows)]
 
 
 def section(data: Mapping[str, Any]) -> list[str]:
     """The Markdown lines about one model."""
     packages = ", ".join(f"{k} {v}" for k, v in data["packages"].items())
-    lines = [
+    return [
         f"## {data['model']}",
         "",
-        f"| {' | '.join(HEAD)} |",
-        f"|---|---:|---|{'---:|' * (len(HEAD) - 3)}",
-        *(f"| {' | '.join(row)} |" for row in rows(data)),
-        "",
+        *_sizes(data),
         *(line for note in notes(data) for line in (note, "")),
-    ]
-    if data["ablations"]:
-        lines += [
-            ABLATION_TEXT,
-            "",
-            "| size of | variant | bytes | SDT | mean FDT | ratio to full, above the floor |",
-            "|---|---|---:|---:|---:|---:|",
-            *(
-                f"| {' | '.join(cells)} |"
-                for cells in ablation_rows(data, lambda f, k: interval(f[k], k == "sdt"))
-            ),
-            "",
-        ]
-    lines += [
-        "Every file, with intervals of its SDT and mean FDT:",
-        "",
-        "| size of | file | bytes | SDT | mean FDT | tensors of each type |",
-        "|---|---|---:|---:|---:|---|",
-    ]
-    for r in data["presets"]:
-        for key, title in FILES:
-            kinds = sorted(r[key]["tensors_of_type"].items(), key=lambda i: (-i[1], i[0]))
-            size = ours_bytes(r[key]) if key == "ours" else f"{r[key]['size_bytes']:,}"
-            lines.append(
-                f"| {r['preset']} | {title} | {size} | {interval(r[key]['sdt'], True)} | "
-                f"{interval(r[key]['fdt'], False)} | {', '.join(f'{n} {t}' for t, n in kinds)} |"
-            )
-    commands = data["commands"]
-    return [
-        *lines,
-        "",
+        *_ablations(data),
+        *_files(data),
         f"Versions: {packages}. Made with:",
         "",
-        *(f"    {c}" for c in commands),
+        *(f"    {c}" for c in data["commands"]),
         "",
     ]
 

@@ -24,8 +24,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
-from rich.table import Table
 
 # The script also runs from a checkout where the package is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,7 +39,7 @@ from edge_dtm.host.blocks.costs import measure_costs
 from edge_dtm.host.checkpoint.model import load_model, module_name
 from edge_dtm.host.prepare import reopen_run
 from edge_dtm.host.quantize.activations import activation_kind, round_activations
-from edge_dtm.host.settings import Goal, Method, Settings, Source
+from edge_dtm.host.settings import Goal, Settings, Source
 from edge_dtm.host.trajectory.reference import calibration_rows
 from edge_dtm.host.values import Costs
 from edge_dtm.llamacpp import ggml
@@ -160,16 +158,10 @@ def bench(
     count: int,
     types: Sequence[str],
     sequences: int,
-    device: str,
     stages: Stages,
 ) -> dict[str, Any]:
     """Everything, as what --json writes."""
-    settings = Settings(
-        out=bundle,
-        source=Source(model_path),
-        goal=Goal(load_profile("raspberrypi")),
-        method=Method(device=device),
-    )
+    settings = Settings(bundle, Source(model_path), Goal(load_profile("raspberrypi")))
     run, base, reference = reopen_run(settings, stages)
     costs = measure_costs(run, base, reference)
     table = costs.table
@@ -263,30 +255,29 @@ def _text(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def show(data: Mapping[str, Any], console: Console) -> None:
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
-
-    say(
-        f"{data['model']}: {data['components']} of {data['block_components']} block matrices, "
-        f"{len(data['pairs'])} pairs of matrix and type ({data['pairs_left_out']} more are never in a "
-        f"plan), {data['sequences']} sequences, "
-        f"{data['positions']:,} positions; torch on {data['device']}"
-    )
-    title = f"Cost table ({data['stage_sequences']} sequences) against direct measurement"
-    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False)
-    heads = ("type", "pairs", "Spearman", "median\nratio", "\n(quartiles)", "median\ndirect",
-             "median\nSDT", "Spearman\nwith SDT")  # fmt: skip
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i else "left", no_wrap=True)
+def table(data: Mapping[str, Any]) -> str:
+    """Markdown."""
+    rows = [
+        ["type", "pairs", "Spearman", "median ratio", "quartiles", "median direct", "median SDT",
+         "Spearman with SDT"],
+        ["---", *["---:"] * 7],
+    ]  # fmt: skip
     for a in data["agreement"]:
-        low, high = a["ratio_quartiles"]
-        table.add_row(
-            a["type"], str(a["pairs"]), _text(a["spearman"], 3), _text(a["ratio_median"]),
-            f"{_text(low)}-{_text(high)}", f"{a['direct_median']:.2e}",
-            f"{a['direct_sdt_median']:.2%}", _text(a["spearman_sdt"], 3),
-        )  # fmt: skip
-    console.print(table)
+        low, high = map(_text, a["ratio_quartiles"])
+        rows.append([a["type"], str(a["pairs"]), _text(a["spearman"], 3), _text(a["ratio_median"])])
+        rows[-1] += [f"{low} to {high}", f"{a['direct_median']:.2e}"]
+        rows[-1] += [f"{a['direct_sdt_median']:.2%}", _text(a["spearman_sdt"], 3)]
+    return "\n".join(
+        [
+            f"{data['model']}: {data['components']} of {data['block_components']} block matrices, "
+            f"{len(data['pairs'])} pairs of matrix and type ({data['pairs_left_out']} more are never "
+            f"in a plan), {data['sequences']} sequences, {data['positions']:,} positions; torch on "
+            f"{data['device']}. Cost table ({data['stage_sequences']} sequences) against direct "
+            "measurement:",
+            "",
+            *(f"| {' | '.join(row)} |" for row in rows),
+        ]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -298,7 +289,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--components", type=int, default=40, help="[default: 40]")
     parser.add_argument("--types", default="Q8_0,Q5_0,Q4_0", help="[default: Q8_0,Q5_0,Q4_0]")
     parser.add_argument("--sequences", type=int, default=16, help="[default: 16]")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", type=Path, help="also write every figure as JSON")
     args = parser.parse_args(argv)
     types = list(dict.fromkeys(t.strip() for t in args.types.split(",") if t.strip()))
@@ -311,13 +301,12 @@ def main(argv: list[str] | None = None) -> int:
             args.components,
             types,
             args.sequences,
-            args.device,
             Stages(),
         )
     except EdgeDtmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    show(data, Console())
+    print(table(data))
     if args.json is not None:
         args.json.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_quality as quality
+import bench_quality_files as files_of
 import bench_quality_text as text_of
 import bench_sensitivity as sensitivity
 import numpy as np
@@ -19,15 +20,15 @@ pytest.importorskip("transformers")
 
 import torch
 
-from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.metrics import BOOTSTRAP_RESAMPLES
 from edge_dtm.core.progress import Stages
-from edge_dtm.formats.plan import Component, Plan, Treatment
+from edge_dtm.formats.plan import Component, Plan, Treatment, uniform
 from edge_dtm.formats.profile import load_profile
 from edge_dtm.formats.reference import CALIBRATION, load_imatrix
 from edge_dtm.host.blocks.costs import measure_costs
 from edge_dtm.host.checkpoint.model import load_model, module_name
 from edge_dtm.host.compress import compress
+from edge_dtm.host.export import export_gguf
 from edge_dtm.host.prepare import reopen_run
 from edge_dtm.host.settings import Goal, Method, Settings, Source
 from edge_dtm.host.trajectory import reference as trajectory
@@ -72,7 +73,7 @@ def _reopened(made: tuple[Path, Path]) -> tuple[Run, Base, Any]:
 
 VARIANTS = [
     "full method", "without feedback", "without equalization", "without both",
-    "without activations", "weight error as cost",
+    "weight error as cost",
 ]  # fmt: skip
 
 
@@ -91,27 +92,56 @@ def test_quality(
         "--figure", str(figure),
     ]  # fmt: skip
     assert quality.main(arguments) == 0
-    printed = capsys.readouterr().out
     data = json.loads(result.read_text())
-    files = ("plain", "imatrix", "ours")
+    _check_sizes(data)
+    _check_ablations(data)
+
+    text = out.read_text()
+    assert "python tools/bench_quality.py bundle --model tiny" in text
+    assert "(quality.png)" in text
+    assert "warning: only" in text
+    assert text_of.SMALLEST in text
+    assert str(tmp_path.parent) not in text
+    assert str(tmp_path.parent) not in result.read_text()
+    work = bundle / "work"
+    assert not list((work / "bench").glob("*.gguf"))
+    assert not [*work.glob("activations-*"), *work.glob("calibration-*")]
+
+    # A second run replays nothing. Another model's figures stand in the same file.
+    monkeypatch.delattr(files_of, "replay")
+    other = tmp_path / "other.json"
+    shutil.copy(result, other)
+    assert quality.main([*arguments, "--with", str(other)]) == 0
+    assert out.read_text().count("## tiny") == 2
+    # What llama.cpp would not make as its name says is left out, and that is said.
+    real = quality.why_skipped
+    monkeypatch.setattr(
+        quality, "why_skipped", lambda n, c: "odd rows" if n == "Q3_K_M" else real(n, c)
+    )
+    assert quality.main(arguments) == 0
+    assert [r["preset"] for r in json.loads(result.read_text())["presets"]] == ["Q4_K_M", "Q8_0"]
+    assert "Q3_K_M was skipped: odd rows." in out.read_text()
+    other.write_text(json.dumps({"schema_version": 1}))
+    assert quality.main([*arguments, "--with", str(other)]) == 1
+    assert "other.json" in capsys.readouterr().err
+
+
+def _check_sizes(data: dict[str, Any]) -> None:
+    kinds = ("plain", "imatrix", "ours")
     assert [r["preset"] for r in data["presets"]] == ["Q3_K_M", "Q4_K_M", "Q8_0"]
-    every = [(r[k]["size_bytes"], r[k]["sdt"]["value"]) for r in data["presets"] for k in files[:2]]
+    every = [(r[k]["size_bytes"], r[k]["sdt"]["value"]) for r in data["presets"] for k in kinds[:2]]
+    floor = data["noise_floor"]["sdt"]["value"]
     for r in data["presets"]:
-        assert r["preset"] in printed
-        limit = min(r[k]["size_bytes"] for k in files[:2])
-        assert all(r[k]["sequences"] == data["sequences"] for k in files)
-        assert all(0 <= r[k]["sdt"]["value"] < 0.5 for k in files)
+        limit = min(r[k]["size_bytes"] for k in kinds[:2])
+        assert all(r[k]["sequences"] == data["sequences"] for k in kinds)
         # The comparison is with the best of all files that are no larger.
         assert r["best"]["size_bytes"] <= limit
         assert r["best"]["sdt"]["value"] == min(sdt for size, sdt in every if size <= limit)
-        floor = data["noise_floor"]["sdt"]["value"]
         ours, best = (r[k]["sdt"]["value"] - floor for k in ("ours", "best"))
         # A file as good as the noise floor leaves nothing to compare with.
-        wanted = pytest.approx(ours / best) if best > 0 else None
-        assert r["sdt_ratio"]["value"] == wanted
-        assert r["fdt_ratio"]["value"] == pytest.approx(
-            r["ours"]["fdt"]["value"] / r["best"]["fdt"]["value"]
-        )
+        assert r["sdt_ratio"]["value"] == (pytest.approx(ours / best) if best > 0 else None)
+        fdt = r["ours"]["fdt"]["value"] / r["best"]["fdt"]["value"]
+        assert r["fdt_ratio"]["value"] == pytest.approx(fdt)
     three, four, eight = data["presets"]
     # We have no type of 3 bits, and say so.
     assert three["ours"]["smallest"] and three["ours"]["size_bytes"] > three["limit_bytes"]
@@ -123,6 +153,9 @@ def test_quality(
     assert eight["plain"]["gguf_sha256"] == eight["imatrix"]["gguf_sha256"]
     assert eight["imatrix"]["sdt"]["value"] < four["plain"]["sdt"]["value"]
 
+
+def _check_ablations(data: dict[str, Any]) -> None:
+    four = data["presets"][1]
     name = four["best_imatrix"]
     variants = {a["variant"]: a for a in data["ablations"]}
     assert list(variants) == [*VARIANTS, f"{name} + im", f"{name} + im, equalized"]
@@ -130,66 +163,14 @@ def test_quality(
     assert all(a["size_bytes"] <= four["limit_bytes"] for a in data["ablations"])
     full = variants["full method"]
     assert full["gguf_sha256"] == four["ours"]["gguf_sha256"]
-    assert full["sdt"]["value"] >= data["noise_floor"]["sdt"]["value"]
     # On this model the full method may reach the floor, and then a ratio above it is none.
     reached = full["sdt"]["value"] == data["noise_floor"]["sdt"]["value"]
     assert full["sdt_ratio_to_full"]["value"] == (None if reached else 1)
     # Other blocks make another file; other costs with the same blocks may find the same plan.
-    files_made = {a["gguf_sha256"] for n, a in variants.items() if not n.endswith("as cost")}
-    assert len(files_made) == len(variants) - 1
-    assert (
-        variants[f"{name} + im"]["tensors_of_type"]
-        == (variants[f"{name} + im, equalized"]["tensors_of_type"])
-    )
-
-    text = out.read_text()
-    assert "python tools/bench_quality.py bundle --model tiny" in text
-    assert "(quality.png)" in text
-    assert "warning: only" in text and "warning: only" in printed
-    assert text_of.SMALLEST in text and text_of.SMALLEST in printed
-    assert str(tmp_path.parent) not in text
-    assert str(tmp_path.parent) not in result.read_text()
-    assert max(map(len, printed.split("warning: only")[0].splitlines()[:10])) <= 80
-    work = bundle / "work"
-    assert not list((work / "bench").glob("*.gguf"))
-    assert not [*work.glob("activations-*"), *work.glob("calibration-*")]
-
-    # A second run makes and measures nothing, and draws the same picture.
-    def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("made again")
-
-    for owner, method in (
-        (quality.Bench, "_quantize"),
-        (quality, "replay"),
-        (quality, "load_model"),
-        (quality.export, "export_gguf"),
-        (quality, "treated_values"),
-    ):
-        monkeypatch.setattr(owner, method, never)
-    other = tmp_path / "other.json"
-    shutil.copy(result, other)
-    drawn = figure.read_bytes()
-    assert quality.main(arguments) == 0
-    assert json.loads(result.read_text()) == data
-    assert figure.read_bytes() == drawn
-    # Another model's figures stand in the same file.
-    assert quality.main([*arguments, "--with", str(other)]) == 0
-    both = out.read_text()
-    sections = text.split("## tiny")
-    assert both.count("## tiny") == 2 and both.endswith(sections[1])
-    # What llama.cpp would not make as its name says is left out, and that is said.
-    real = quality.why_skipped
-    monkeypatch.setattr(
-        quality, "why_skipped", lambda n, c: "odd rows" if n == "Q3_K_M" else real(n, c)
-    )
-    capsys.readouterr()
-    assert quality.main(arguments) == 0
-    assert [r["preset"] for r in json.loads(result.read_text())["presets"]] == ["Q4_K_M", "Q8_0"]
-    for said in (out.read_text(), capsys.readouterr().out):
-        assert "Q3_K_M was skipped: odd rows." in said
-    other.write_text(json.dumps({"schema_version": 1}))
-    assert quality.main([*arguments, "--with", str(other)]) == 1
-    assert "other.json" in capsys.readouterr().err
+    shas = {a["gguf_sha256"] for n, a in variants.items() if not n.endswith("as cost")}
+    assert len(shas) == len(variants) - 1
+    plain, equalized = (variants[f"{name} + im{end}"] for end in ("", ", equalized"))
+    assert plain["tensors_of_type"] == equalized["tensors_of_type"]
 
 
 @pytest.mark.slow
@@ -199,59 +180,19 @@ def test_imatrix_gives_our_bytes(made: tuple[Path, Path], tmp_path: Path) -> Non
 
     from edge_dtm.host.quantize.treat import treat
 
-    run, base, reference = _reopened(made)
+    run, base, _ = _reopened(made)
     vectors, _ = load_imatrix(run.work.folder / f"imatrix-{run.key}.npz")
-    work = quality.Bench(run, base, reference)
-    work._quantize("Q4_K_M", vectors, run.checkpoint, "Q4_K_M", tmp_path / "preset.gguf")
-    work.close()
-    tensors = gguf.GGUFReader(tmp_path / "preset.gguf").tensors
+    source, preset = tmp_path / "f32.gguf", tmp_path / "preset.gguf"
+    plan = uniform(base.components, "F32", base.fixed_bytes)
+    export_gguf(run.checkpoint, plan, source, {}, lambda _: None)
+    files_of.quantize(source, preset, "Q4_K_M", vectors, threads=1)
+    tensors = gguf.GGUFReader(preset).tensors
     matrices = [t for t in tensors if t.tensor_type.name == "Q4_K"]
     assert matrices
     for t in matrices:
         name = t.name.removesuffix(".weight")
         ours = treat(run.checkpoint.tensor(t.name), Treatment("Q4_K"), vectors.get(name))
         assert np.array_equal(np.asarray(t.data).reshape(ours.shape), ours), name
-
-
-@pytest.mark.slow
-def test_ours_holds_the_shipped_blocks(
-    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import gguf
-
-    run, base, reference = _reopened(made)
-    costs = measure_costs(run, base, reference)
-    work = quality.Bench(run, base, reference)
-    plan, smallest = quality.best_plan(costs.table, 1_400_000)
-    assert not smallest
-    kept = tmp_path / "ours.gguf"
-
-    class Copied(Exception):
-        pass
-
-    def copy(_: Any, path: Path, *__: Any) -> None:
-        shutil.copy(path, kept)
-        raise Copied
-
-    monkeypatch.setattr(quality, "replay", copy)
-    with pytest.raises(Copied):
-        # A name of its own: the file may have been made by another test.
-        work.ours("ours", plan, costs.equalized, costs.encoded.encoded, "test")
-    assert kept.stat().st_size == plan.size_bytes <= 1_400_000
-    assert not (work.folder / "candidate.gguf").exists()
-    compensated = 0
-    for t in gguf.GGUFReader(kept).tensors:
-        name = t.name.removesuffix(".weight")
-        if name not in plan.by_name():
-            continue
-        assert t.tensor_type.name == plan[name].type
-        # Read without EncodedStore, which export used.
-        file = costs.encoded.folder / f"{name}.{plan[name].type}.npy"
-        if file.is_file():
-            blocks = np.load(file)
-            assert np.array_equal(np.asarray(t.data).reshape(blocks.shape), blocks), name
-            compensated += 1
-    assert compensated
 
 
 @pytest.mark.slow
@@ -278,7 +219,7 @@ def test_equalized_imatrix(made: tuple[Path, Path]) -> None:
         return out
 
     original, equalized = squares(run.checkpoint), squares(new)
-    changed = quality.equalized_imatrix(original, new)
+    changed = files_of.equalized_imatrix(original, new)
     for n in names:
         # Float32 rounding through the layers.
         np.testing.assert_allclose(changed[n], equalized[n], rtol=1e-2, atol=1e-9, err_msg=n)
@@ -293,7 +234,7 @@ def test_sensitivity(
     result = tmp_path / "sensitivity.json"
     arguments = [
         str(bundle), "--model", str(model), "--components", "7", "--types", "Q8_0,IQ4_NL,Q4_0",
-        "--sequences", "4", "--device", "cpu", "--json", str(result),
+        "--sequences", "4", "--json", str(result),
     ]  # fmt: skip
     assert sensitivity.main(arguments) == 0
     assert "Spearman" in capsys.readouterr().out
@@ -356,12 +297,12 @@ def test_ratio_above_floor_against_a_slow_loop() -> None:
         return sum(first(ours, i) for i in draw) / sum(first(theirs, i) for i in draw)
 
     everything = list(range(17))
-    for found, slow in (
+    for ratio, slow in (
         (quality.above_floor(ours, theirs, floor), sdt_ratio),
         (quality.fdt_ratio(ours, theirs, lengths), fdt_ratio),
     ):
-        assert found.value == pytest.approx(slow(everything))
-        assert [found.low, found.high] == pytest.approx(interval(slow))
+        assert ratio.value == pytest.approx(slow(everything))
+        assert [ratio.low, ratio.high] == pytest.approx(interval(slow))
     none = quality.ratio_json(quality.above_floor(ours, floor, floor))
     assert none["value"] is None
     assert text_of.ratio_text(none) == "inf (inf to inf)"
@@ -372,8 +313,7 @@ def test_bytes_at_equal_sdt() -> None:
     curve = {size: 0.5 * 2 ** (-size / 100) for size in (100, 150, 300)}
     points = [*curve.items()]
     for size in (100, 120, 150, 222, 300):
-        found = quality.bytes_at(points[::-1], 0.5 * 2 ** (-size / 100))
-        assert found == pytest.approx(size)
+        assert quality.bytes_at(points[::-1], 0.5 * 2 ** (-size / 100)) == pytest.approx(size)
     assert quality.bytes_at(points, 0.26) is None
     assert quality.bytes_at(points, 0.06) is None
     # A curve that goes up in between: the smallest size.
@@ -382,9 +322,9 @@ def test_bytes_at_equal_sdt() -> None:
 
 def test_presets_that_would_fall_back_are_skipped() -> None:
     whole, part = Component("blk.0.ffn_up", 8, 512), Component("blk.0.attn_q", 8, 576)
-    assert quality.why_skipped("Q3_K_M", [whole]) is None
-    assert "1 of 2" in (quality.why_skipped("Q3_K_M", [whole, part]) or "")
-    assert quality.why_skipped("Q4_K_M", [whole, part]) is None
+    assert files_of.why_skipped("Q3_K_M", [whole]) is None
+    assert "1 of 2" in (files_of.why_skipped("Q3_K_M", [whole, part]) or "")
+    assert files_of.why_skipped("Q4_K_M", [whole, part]) is None
 
 
 def test_smallest_plan_is_marked() -> None:
@@ -392,22 +332,26 @@ def test_smallest_plan_is_marked() -> None:
     treatments = (Treatment("Q8_0"), Treatment("Q4_0"))
     table = CostTable((c,), (treatments,), ((0.1, 1.0),), 100)
     sizes = [100 + c.size_bytes(t) for t in treatments]
-    assert quality.best_plan(table, sizes[0]) == (Plan((c,), treatments[:1], 100), False)
+    assert files_of.best_plan(table, sizes[0]) == (Plan((c,), treatments[:1], 100), False)
     for limit, marked in ((sizes[1], False), (sizes[1] - 1, True)):
-        assert quality.best_plan(table, limit) == (Plan((c,), treatments[1:], 100), marked)
+        assert files_of.best_plan(table, limit) == (Plan((c,), treatments[1:], 100), marked)
 
 
-def test_ablations_need_their_preset(tmp_path: Path) -> None:
-    with pytest.raises(EdgeDtmError, match="Q6_K must be among"):
-        quality.bench(tmp_path, tmp_path, ["Q4_K_M"], ["Q6_K"], None, Stages())
-
-
-def test_errors_take_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for main in (quality.main, sensitivity.main):
-        assert main([str(tmp_path), "--model", str(tmp_path / "none")]) == 1
-        assert capsys.readouterr().err.startswith("error: ")
-    assert quality.main([str(tmp_path), "--model", str(tmp_path), "--presets", "Q9_9"]) == 1
-    assert "Q9_9" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("main", "options", "offender"),
+    [
+        (quality.main, [], "none"),
+        (quality.main, ["--presets", "Q9_9"], "Q9_9"),
+        (quality.main, ["--presets", "Q4_K_M", "--ablations", "Q6_K"], "Q6_K"),
+        (sensitivity.main, [], "none"),
+    ],
+)
+def test_errors_take_one_line(
+    main: Any, options: list[str], offender: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path), "--model", str(tmp_path / "none"), *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and offender in error
 
 
 def test_sample_covers_kinds_and_layers() -> None:
