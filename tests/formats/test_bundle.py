@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import THRESHOLDS
 from fixtures.bundle_folder import FILES, contents, make_folder
+from fixtures.tiny_bundle import THRESHOLDS
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats import bundle as bundles
