@@ -162,9 +162,8 @@ def size_to_measure(
 
     EdgeDtmError when memory or the disk at place do not suffice.
     """
-    wanted = max(MODEL_BYTES, CACHES * cache_size_bytes)
     # llama.cpp keeps repacked weights beside the file.
-    size = min(wanted, free_memory_bytes // 3)
+    size = min(max(MODEL_BYTES, CACHES * cache_size_bytes), free_memory_bytes // 3)
     if size < 2 * cache_size_bytes or size < MODEL_BYTES // 8:
         raise EdgeDtmError(
             f"{free_memory_bytes / 1e6:,.0f} MB of free memory are too few to measure its "

@@ -93,11 +93,6 @@ class Build:
     features: frozenset[str]
     version: str = ""
 
-    @property
-    def repacks(self) -> bool:
-        """Whether weights may be stored in another layout, for which there are faster kernels."""
-        return "REPACK" in self.features
-
 
 def parse_system_info(text: str, version: str = "") -> Build:
     """The CPU's part of llama_print_system_info's "CPU : NEON = 1 | DOTPROD = 1 | "; other
@@ -182,7 +177,8 @@ def repacked_types(features: Collection[str]) -> dict[str, int]:
 def rebuild_command(version: str = "", *options: str) -> str:
     """A shell command that compiles llama-cpp-python for the machine it is run on.
 
-    options: more of CMake's, such as -DGGML_CPU_REPACK=ON. Without --no-cache-dir pip would take a wheel it compiled before, with other flags.
+    options: more of CMake's, such as -DGGML_CPU_REPACK=ON. Without --no-cache-dir pip would take a
+    wheel that it compiled before, with other flags.
     """
     package = f"llama-cpp-python=={version}" if version else "llama-cpp-python"
     return (

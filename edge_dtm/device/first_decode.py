@@ -42,7 +42,7 @@ def try_first_decode() -> tuple[Build | None, str]:
     child could not say it, and the reason empty where all is well.
     """
     try:
-        done = subprocess.run(
+        child = subprocess.run(
             [sys.executable, "-m", "edge_dtm.device.first_decode"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -57,7 +57,7 @@ def try_first_decode() -> tuple[Build | None, str]:
             f"keeps the CPU busy, or rebuild it here: {rebuild_command()}"
         )
     build = None
-    for line in done.stdout.splitlines():
+    for line in child.stdout.splitlines():
         if line.startswith('{"system_info"'):
             answer = json.loads(line)
             build = parse_system_info(answer["system_info"], answer["version"])
@@ -67,16 +67,16 @@ def try_first_decode() -> tuple[Build | None, str]:
             f"llama.cpp was built with {', '.join(missing)}, which this CPU ({cpu.name}) does not "
             f"have: rebuild it here: {rebuild_command(build.version)}"
         )
-    return build, _reason_of_end(done.returncode, done.stderr, build)
+    return build, _reason_of_end(child.returncode, child.stderr, build)
 
 
 def _reason_of_end(returncode: int, stderr: str, build: Build | None) -> str:
     """Why the child did not do what it was asked, empty where it did."""
     if returncode == 0 and build is not None:
         return ""
-    last = " ".join((stderr.strip().splitlines() or [""])[-1].split())
-    if last.startswith("error: "):
-        return last.removeprefix("error: ")
+    last_line = " ".join((stderr.strip().splitlines() or [""])[-1].split())
+    if last_line.startswith("error: "):
+        return last_line.removeprefix("error: ")
     when = "when it was loaded" if build is None else "in its first decode"
     rebuild = f"rebuild it here: {rebuild_command(build.version if build else '')}"
     # A shell between us and the child turns the signal into 128 and its number.
@@ -84,7 +84,7 @@ def _reason_of_end(returncode: int, stderr: str, build: Build | None) -> str:
     try:
         name = signal.Signals(number).name
     except ValueError:
-        return f"llama.cpp failed {when} ({last or f'exit status {returncode}'}): {rebuild}"
+        return f"llama.cpp failed {when} ({last_line or f'exit status {returncode}'}): {rebuild}"
     if name not in _CRASHES:
         return (
             f"llama.cpp was ended {when} by {name}, which comes from outside, or from the system "
@@ -93,7 +93,7 @@ def _reason_of_end(returncode: int, stderr: str, build: Build | None) -> str:
     why = "it was built for another CPU" if name == "SIGILL" else "the build is broken"
     return (
         f"llama.cpp died of {name} {when} on this machine ({read_cpu().name}): {why}"
-        f"{f' ({last})' if last else ''}; {rebuild}"
+        f"{f' ({last_line})' if last_line else ''}; {rebuild}"
     )
 
 

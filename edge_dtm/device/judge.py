@@ -72,43 +72,32 @@ class ThresholdCheck:
     of_host: bool = True
 
 
-def _at_most(
-    name: str,
-    what: str,
-    value: float,
-    limit: float,
-    form: str = "{:.2g} nats",
-    of_host: bool = True,
-) -> ThresholdCheck:
-    met = value <= limit
-    wanted = "wanted" if met else "but wanted is"
-    limit_text = form.removesuffix(" nats").format(limit)
-    text = f"{what} is {form.format(value)}, {wanted} at most {limit_text}."
-    return ThresholdCheck(name, met, text, of_host)
+def _check(name: str, met: bool, value: str, limit: str, of_host: bool = True) -> ThresholdCheck:
+    relation = "wanted" if met else "but wanted is"
+    return ThresholdCheck(name, met, f"{value}, {relation} {limit}.", of_host)
 
 
 def _threshold_checks(e: Evidence, t: Thresholds) -> list[ThresholdCheck]:
-    fdt = e.against_original.fdt.value
-    met = fdt >= t.min_fdt
-    wanted = "wanted" if met else "but wanted is"
-    text = f"FDT against the original is {fdt:.2f} tokens, {wanted} at least {t.min_fdt:.2f}."
-    checks = [ThresholdCheck("fdt", met, text, of_host=False)]
+    fdt, sdt = e.against_original.fdt.value, e.against_original.sdt.value
+    value = f"FDT against the original is {fdt:.2f} tokens"
+    limit = f"at least {t.min_fdt:.2f}"
+    checks = [_check("fdt", fdt >= t.min_fdt, value, limit, of_host=False)]
     if e.mode == "teacher_forced":
-        sdt = e.against_original.sdt.value
-        checks.append(
-            _at_most("sdt", "SDT against the original", sdt, t.max_sdt, "{:.3%}", of_host=False)
-        )
+        value, limit = f"SDT against the original is {sdt:.3%}", f"at most {t.max_sdt:.3%}"
+        checks.append(_check("sdt", sdt <= t.max_sdt, value, limit, of_host=False))
     if e.host is not None:
-        decided = f"The share of other tokens where the host was sure ({t.decided_margin:g} logits)"
-        checks += [
-            _at_most(
-                "kl", "KL against the host's run of this file", e.host.kl_nats, t.max_kl_vs_host
-            ),
-            _at_most("decided", decided, e.host.decided_sdt, t.max_decided_sdt_vs_host, "{:.3%}"),
-        ]
+        kl, most = e.host.kl_nats, t.max_kl_vs_host
+        value = f"KL against the host's run of this file is {kl:.2g} nats"
+        checks.append(_check("kl", kl <= most, value, f"at most {most:.2g}"))
+        share, most = e.host.decided_sdt, t.max_decided_sdt_vs_host
+        value = f"The share of other tokens where the host was sure ({t.decided_margin:g} logits)"
+        checks.append(
+            _check("decided", share <= most, f"{value} is {share:.3%}", f"at most {most:.3%}")
+        )
     if e.kl_probe_nats is not None:
-        what = "KL of the small F16 model against the host's"
-        checks.append(_at_most("probe", what, e.kl_probe_nats, t.max_kl_probe))
+        kl, most = e.kl_probe_nats, t.max_kl_probe
+        value = f"KL of the small F16 model against the host's is {kl:.2g} nats"
+        checks.append(_check("probe", kl <= most, value, f"at most {most:.2g}"))
     if e.kernels:
         checks.append(_kernels_check(e.kernels))
     return checks
@@ -131,9 +120,7 @@ def _kernels_check(kernels: Sequence[KernelCheck]) -> ThresholdCheck:
 
 
 def judge(
-    evidence: Evidence,
-    thresholds: Thresholds,
-    host_meets: bool,
+    evidence: Evidence, thresholds: Thresholds, host_meets: bool
 ) -> tuple[bool, list[str], Diagnosis]:
     """(passed, reasons, diagnosis). host_meets: whether the host's own run of this file meets the
     thresholds against the original."""

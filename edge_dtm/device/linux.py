@@ -56,8 +56,8 @@ def cache_bytes(root: Path) -> int:
         level, size, shared = (read_text(folder / name).strip() for name in names)
         if level.isdigit() and size.endswith("K"):
             sizes[int(level), shared] = 1024 * int(size.removesuffix("K"))
-    last = max((level for level, _ in sizes), default=0)
-    return sum(size for (level, _), size in sizes.items() if level == last)
+    last_level = max((level for level, _ in sizes), default=0)
+    return sum(size for (level, _), size in sizes.items() if level == last_level)
 
 
 def total_bytes(meminfo: str) -> int:

@@ -95,9 +95,9 @@ def measure(
     sampler = Sampler(sensor, root)
     with LlamaRunner(path, settings, CONTEXT_TOKENS) as runner:
         runner.time_decoding(16, 2)  # the first touch of the weights
-        tried = tuple(_thread_speed(runner, n) for n in sweep)
-        if tried:
-            settings = replace(settings, threads=_fastest(tried).threads)
+        speeds = tuple(_thread_speed(runner, n) for n in sweep)
+        if speeds:
+            settings = replace(settings, threads=_fastest(speeds).threads)
             runner.set_threads(settings.threads)
         timings = _rounds(runner, seconds, sampler)
     after = condition(root)
@@ -123,7 +123,7 @@ def measure(
         decode_ms_p50=float(np.percentile(each_s, 50)) * 1e3,
         decode_ms_p95=float(np.percentile(each_s, 95)) * 1e3,
         peak_rss_bytes=peak_rss_bytes(),
-        sweep=tried,
+        sweep=speeds,
         power_sensor=None if sensor is None or joules is None else sensor.name,
         energy_j_per_token=None if joules is None else joules / len(each_s),
         mean_power_w=None if joules is None else joules / sampler.seconds,
@@ -201,8 +201,8 @@ def in_words(performance: Performance, profile: DeviceProfile | None) -> list[st
     if p.throttle_events:
         out.append(f"Its cores were throttled for heat {p.throttle_events} times during the run.")
     if p.sweep:
-        tried = ", ".join(str(s.threads) for s in p.sweep)
-        out.append(f"{_fastest(p.sweep).threads} of {tried} threads decode fastest.")
+        numbers = ", ".join(str(s.threads) for s in p.sweep)
+        out.append(f"{_fastest(p.sweep).threads} of {numbers} threads decode fastest.")
     return out + [f"Absent: {each}." for each in p.absent]
 
 

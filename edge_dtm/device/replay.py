@@ -46,13 +46,13 @@ def teacher_forced(
     advance: Advance,
 ) -> Replayed:
     """This run's record, and the KL, other || this run, at each position."""
-    there = np.zeros_like(other.top_logits)
+    logits_of_top = np.zeros_like(other.top_logits)
 
     def observe(row: int, position: int, logits: npt.NDArray[np.float32]) -> None:
-        there[row, position] = logits[other.top_ids[row, position]]
+        logits_of_top[row, position] = logits[other.top_ids[row, position]]
 
     record = llama.teacher_forced(reference, advance, observe)
-    return Replayed(record, top_kl(other.top_logits, there))
+    return Replayed(record, top_kl(other.top_logits, logits_of_top))
 
 
 def compare_repacking(

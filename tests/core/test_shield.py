@@ -51,10 +51,10 @@ def _words(body: str) -> list[str]:
 def test_how_the_child_ends(body: str, code: int, words: str) -> None:
     if "fork" in body:
         body = "os.close(1); os.close(2) if not os.fork() else os._exit(1); time.sleep(3)"
-    done = _run(body)
-    assert done.returncode == code, done.stderr
-    assert words in done.stderr
-    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == bool(words)
+    child = _run(body)
+    assert child.returncode == code, child.stderr
+    assert words in child.stderr
+    assert sum(line.startswith("error: ") for line in child.stderr.splitlines()) == bool(words)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells the child")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fixtures.boards import NATIVE, PI4, PI5, UNKNOWN
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,14 +35,12 @@ X86_INFO = (
     "CPU : SSE3 = 1 | SSSE3 = 1 | AVX = 1 | AVX2 = 1 | F16C = 1 | FMA = 1 | BMI2 = 1 | "
     "LLAMAFILE = 1 | OPENMP = 1 | REPACK = 1 | "
 )
-PI5_INFO = "CPU : NEON = 1 | ARM_FMA = 1 | FP16_VA = 1 | DOTPROD = 1 | OPENMP = 1 | REPACK = 1 | "
 # AT_HWCAP and AT_HWCAP2 as QEMU 10 gives them to a program on these CPUs.
 HWCAPS = {
     "cortex-a72": (0x8FB, 0),
     "cortex-a76": (0x119FFB, 0),
     "neoverse-v1": (0xCFFFFFFB, 0x17201),
 }
-PI4 = Cpu("aarch64", "Cortex-A72", arm_features(*HWCAPS["cortex-a72"]), frozenset(ARM_BITS))
 
 
 @pytest.mark.parametrize(
@@ -58,17 +57,16 @@ def test_system_info(text: str, features: set[str]) -> None:
 
 
 def test_arm_features_of_boards() -> None:
-    assert PI4.features == {"NEON", "ARM_FMA"}
-    pi5 = {"NEON", "ARM_FMA", "FP16_VA", "DOTPROD"}
-    assert arm_features(*HWCAPS["cortex-a76"]) == pi5
-    assert arm_features(*HWCAPS["neoverse-v1"]) == pi5 | {"SVE", "MATMUL_INT8", "BF16"}
+    assert arm_features(*HWCAPS["cortex-a72"]) == PI4.features
+    assert arm_features(*HWCAPS["cortex-a76"]) == PI5.features
+    assert arm_features(*HWCAPS["neoverse-v1"]) == PI5.features | {"SVE", "MATMUL_INT8", "BF16"}
     assert "FP16_VA" not in arm_features(1 << 10 | 1 << 1, 0)  # half of it is none
 
 
 def test_x86_flags() -> None:
     flags = "fpu sse2 pni ssse3 avx avx2 fma f16c bmi2 avx512f avx512cd avx512bw avx512dq"
-    found = x86_features(flags.split())
-    assert {"AVX2", "FMA", "F16C"} <= found and "AVX512" not in found
+    features = x86_features(flags.split())
+    assert {"AVX2", "FMA", "F16C"} <= features and "AVX512" not in features
     assert "AVX512" in x86_features([*flags.split(), "avx512vl"])
 
 
@@ -95,7 +93,7 @@ def test_this_cpu_as_the_kernel_has_it() -> None:
 def test_a_machine_that_tells_nothing_lacks_nothing(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(module.platform, "machine", lambda: "riscv64")
     cpu = read_cpu(tmp_path)
-    assert cpu == Cpu("riscv64", "riscv64", frozenset(), frozenset())
+    assert cpu == UNKNOWN
     assert missing_on_cpu(parse_system_info(X86_INFO), cpu) == []
 
 
@@ -130,8 +128,8 @@ def test_missing_and_unused(build: frozenset[str], features: frozenset[str]) -> 
 def test_the_command_is_one_that_a_shell_and_pip_take() -> None:
     command = rebuild_command("0.3.36", "-DGGML_CPU_REPACK=ON")
     shown = command.replace("pip install", "printenv CMAKE_ARGS #")
-    done = subprocess.run(["sh", "-c", shown], capture_output=True, text=True, check=True)
-    assert done.stdout == "-DGGML_NATIVE=ON -DGGML_CPU_REPACK=ON\n"
+    printed = subprocess.run(["sh", "-c", shown], capture_output=True, text=True, check=True)
+    assert printed.stdout == "-DGGML_NATIVE=ON -DGGML_CPU_REPACK=ON\n"
     assert command.endswith(" llama-cpp-python==0.3.36")
     assert rebuild_command().endswith(" llama-cpp-python")
 
@@ -139,8 +137,9 @@ def test_the_command_is_one_that_a_shell_and_pip_take() -> None:
 def test_repacked_types_as_in_the_packaged_profiles() -> None:
     from edge_dtm.formats.profile import load_profile
 
-    for name, info in (("raspberrypi", PI5_INFO), ("laptop-avx2", X86_INFO)):
-        table = repacked_types(parse_system_info(info).features)
+    laptop = parse_system_info(X86_INFO)
+    for name, build in (("raspberrypi", NATIVE), ("laptop-avx2", laptop)):
+        table = repacked_types(build.features)
         # Profiles leave out MXFP4, which edge-dtm does not make.
         assert set(table) - {"MXFP4"} == set(load_profile(name).fast_types)
     assert repacked_types({"NEON", "ARM_FMA", "REPACK"}) == {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from fixtures.boards import NATIVE, PI5, UNKNOWN, put
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,27 +20,18 @@ from edge_dtm.core.machine import Room
 from edge_dtm.device import bandwidth
 from edge_dtm.device import detect as module
 from edge_dtm.device.bandwidth import Bandwidth, Rate, write_model
-from edge_dtm.device.cpu import ARM_BITS, Build, Cpu, parse_system_info
+from edge_dtm.device.cpu import Build, Cpu, parse_system_info
 from edge_dtm.device.detect import (
     MachineFacts,
     check_name,
     default_name,
     detect,
     profile_of,
-    save,
     to_toml,
 )
 from edge_dtm.formats.profile import DeviceProfile, load_profile
 from edge_dtm.llamacpp.llama import runtime_info
-from edge_dtm.search.budget import byte_budget
 
-PI5 = Cpu(
-    "aarch64",
-    "Cortex-A76",
-    frozenset({"NEON", "ARM_FMA", "FP16_VA", "DOTPROD"}),
-    frozenset(ARM_BITS),
-)
-NATIVE = Build(PI5.features | {"REPACK"}, "0.3.36")
 MEASURED = Bandwidth(
     threads=3,
     by_type={"Q4_0": Rate(3, (9e9, 9.5e9, 8e9)), "Q8_0": Rate(3, (10e9, 10e9, 11e9))},
@@ -81,36 +73,18 @@ def test_the_profile_says_what_was_measured(tmp_path: Path) -> None:
     assert "3 %" in profile.sources["threads"]
 
 
-def test_it_is_read_back_as_it_was(tmp_path: Path) -> None:
-    path = tmp_path / "pi.toml"
-    profile = pi_profile()
-    save(profile, path)
-    assert load_profile(str(path)) == profile and load_profile(str(path)).sources == profile.sources
-    assert [p.name for p in tmp_path.iterdir()] == ["pi.toml"]
-    budget = byte_budget(
-        profile, kv_bytes_per_token=23040, compute_buffer_bytes=10**8, f16_file_bytes=3 * 10**8
-    )
-    assert budget.bytes == 150_000_000
-
-
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_is_a_toml_string(text: str) -> None:
     profile = pi_profile(board=f"Odd {text}".splitlines()[0])
     assert tomllib.loads(to_toml(profile))["description"] == profile.description
 
 
-def test_a_machine_without_repacking_or_known_features(tmp_path: Path) -> None:
-    cpu = Cpu("riscv64", "riscv64", frozenset(), frozenset())
-    profile = pi_profile(cpu=cpu, build=Build(frozenset()), board="")
+def test_a_machine_without_repacking_known_features_or_taken_memory() -> None:
+    room = Room(9_000_000_000, "free memory")
+    profile = pi_profile(cpu=UNKNOWN, build=Build(frozenset()), board="", room=room)
     assert profile.isa_features == ("riscv64",) and set(profile.fast_types) == {"Q4_0", "Q8_0"}
     assert "repacks no type" in profile.sources["fast_types"]
-    save(profile, tmp_path / "p.toml")
-
-
-def test_no_memory_is_taken(tmp_path: Path) -> None:
-    profile = pi_profile(room=Room(9_000_000_000, "free memory"))
-    assert profile.reserve_bytes == 1  # load_profile wants more than 0
-    save(profile, tmp_path / "p.toml")
+    assert profile.reserve_bytes == 1  # a profile wants more than 0
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "-o", ".x", "ä", "a" * 101, 'a"', "a\nb"])
@@ -146,8 +120,7 @@ def test_nothing_is_measured_with_a_build_that_crashes(
     def crash() -> Build:
         raise EdgeDtmError("llama.cpp died of SIGILL")
 
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 8000000 kB\nMemAvailable: 7000000 kB\n")
+    put(tmp_path, "proc/meminfo", "MemTotal: 8000000 kB\nMemAvailable: 7000000 kB")
     monkeypatch.setattr(module, "first_decode_in_child", crash)
     monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(EdgeDtmError, match="SIGILL"):

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from fixtures.boards import GENERIC, NATIVE, PI4, PI5, put
 
 from edge_dtm.cli import main
 from edge_dtm.core import machine
@@ -20,26 +21,15 @@ from edge_dtm.core.machine import Room
 from edge_dtm.device import checks
 from edge_dtm.device import doctor as module
 from edge_dtm.device.checks import Finding
-from edge_dtm.device.cpu import ARM_BITS, X86_FLAGS, Build, Cpu
+from edge_dtm.device.cpu import X86_FLAGS, Build, Cpu
 from edge_dtm.device.doctor import errors, examine, matrices_of
 from edge_dtm.formats.archive import pack
 from edge_dtm.formats.ggml_types import ALLOWED_TYPES
 from edge_dtm.llamacpp.gguf_header import TensorInfo
 from edge_dtm.llamacpp.memory import Need
 
-PI5_FEATURES = frozenset({"NEON", "ARM_FMA", "FP16_VA", "DOTPROD"})
-PI5 = Cpu("aarch64", "Cortex-A76", PI5_FEATURES, frozenset(ARM_BITS))
-PI4 = Cpu("aarch64", "Cortex-A72", frozenset({"NEON", "ARM_FMA"}), frozenset(ARM_BITS))
 AVX2 = frozenset({"AVX", "AVX2", "FMA", "F16C"})
 LAPTOP = Cpu("x86_64", "laptop", AVX2, frozenset(X86_FLAGS))
-NATIVE = Build(PI5_FEATURES | {"REPACK", "OPENMP"}, "0.3.36")
-GENERIC = Build(frozenset({"NEON", "ARM_FMA", "REPACK"}), "0.3.36")
-
-
-def write(root: Path, name: str, text: str) -> None:
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
 
 
 def matrix(type_name: str, rows: int, size_bytes: int) -> TensorInfo:
@@ -65,7 +55,7 @@ def only(findings: Iterable[Finding]) -> Finding:
         # A ready-made wheel; on a Pi 4 there is nothing to gain.
         (GENERIC, PI5, "warning", "FP16_VA, DOTPROD", "llama-cpp-python==0.3.36"),
         (GENERIC, PI4, "ok", "Cortex-A72", ""),
-        (Build(PI5_FEATURES), PI5, "warning", "REPACK", "-DGGML_CPU_REPACK=ON"),
+        (Build(PI5.features), PI5, "warning", "REPACK", "-DGGML_CPU_REPACK=ON"),
         (Build(frozenset()), PI5, "warning", "does not say", "-DGGML_NATIVE=ON"),
     ],
 )
@@ -153,9 +143,9 @@ def test_memory(free: int, limit: str, level: str, command: str) -> None:
 def test_each_limit_of_memory_has_its_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path, "proc/self/cgroup", "0::/box\n")
-    for name, text in (("max", "1000\n"), ("current", "900\n"), ("stat", "active_file 0\n")):
-        write(tmp_path, f"sys/fs/cgroup/box/memory.{name}", text)
+    put(tmp_path, "proc/self/cgroup", "0::/box")
+    for name, text in (("max", 1000), ("current", 900), ("stat", "active_file 0")):
+        put(tmp_path, f"sys/fs/cgroup/box/memory.{name}", text)
     room = machine.room(tmp_path)
     assert room.free_bytes == 100
     assert only(checks.fits(Need(90, 9, 2), room)).command == "cat /proc/self/cgroup"
@@ -210,12 +200,12 @@ def test_cores(
         folder = f"sys/devices/system/cpu/cpu{n}"
         if siblings:
             text = siblings.format(n=n if siblings == "{n}" else n % 4 + 4, half=n % 4)
-            write(tmp_path, f"{folder}/topology/thread_siblings_list", text + "\n")
+            put(tmp_path, f"{folder}/topology/thread_siblings_list", text + "")
         if capacities:
-            write(tmp_path, f"{folder}/cpu_capacity", f"{capacities[n]}\n")
+            put(tmp_path, f"{folder}/cpu_capacity", capacities[n])
     if quota:
-        write(tmp_path, "proc/self/cgroup", "0::/a/b\n")
-        write(tmp_path, "sys/fs/cgroup/a/cpu.max", quota + "\n")
+        put(tmp_path, "proc/self/cgroup", "0::/a/b")
+        put(tmp_path, "sys/fs/cgroup/a/cpu.max", quota + "")
     finding = only(checks.cores(tmp_path, 8))
     assert finding.level == level and what in finding.what
     assert finding.command.partition("--threads ")[2] == threads
@@ -224,13 +214,13 @@ def test_cores(
 def test_governors(tmp_path: Path) -> None:
     folder = "sys/devices/system/cpu/cpu1/cpufreq"
     assert levels(checks.governor(tmp_path)) == []
-    write(tmp_path, f"{folder}/scaling_governor", "ondemand\n")
+    put(tmp_path, f"{folder}/scaling_governor", "ondemand")
     assert levels(checks.governor(tmp_path)) == []
-    write(tmp_path, f"{folder}/scaling_governor", "powersave\n")
+    put(tmp_path, f"{folder}/scaling_governor", "powersave")
     finding = only(checks.governor(tmp_path))
     assert finding.level == "warning" and "powersave" in finding.what
     assert "tee" in finding.command and "scaling_governor" in finding.command
-    write(tmp_path, f"{folder}/scaling_driver", "intel_pstate\n")
+    put(tmp_path, f"{folder}/scaling_driver", "intel_pstate")
     assert levels(checks.governor(tmp_path)) == []
 
 
@@ -267,7 +257,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_worst_comes_first(
     tmp_path: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path, "proc/meminfo", "MemTotal: 100 kB\nMemAvailable: 50 kB\nSwapTotal: 90 kB\n")
+    put(tmp_path, "proc/meminfo", "MemTotal: 100 kB\nMemAvailable: 50 kB\nSwapTotal: 90 kB")
     monkeypatch.setattr(module, "vcgencmd", lambda what: "throttled=0x10000")
     findings = examine(tiny_gguf, 2048, tmp_path)
     assert levels(findings) == ["error", "warning", "note", "ok", "ok", "ok", "ok"]

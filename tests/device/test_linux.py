@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from fixtures.boards import put
 
 from edge_dtm.device import linux as module
 from edge_dtm.device.linux import (
@@ -14,12 +15,6 @@ from edge_dtm.device.linux import (
     total_bytes,
     usable_cores,
 )
-
-
-def _write(root: Path, name: str, text: str) -> None:
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
 
 
 def test_caches(tmp_path: Path) -> None:
@@ -33,7 +28,7 @@ def test_caches(tmp_path: Path) -> None:
         for index, (level, size, shared) in caches.items():
             folder = f"sys/devices/system/cpu/cpu{n}/cache/index{index}"
             for name, text in (("level", level), ("size", size), ("shared_cpu_list", shared)):
-                _write(tmp_path, f"{folder}/{name}", text + "\n")
+                put(tmp_path, f"{folder}/{name}", text + "")
     assert cache_bytes(tmp_path) == 2 * 8 * 2**20  # two chips with a cache each
 
 
@@ -41,15 +36,15 @@ def test_cores_that_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module, "usable_cpus", lambda: [0, 1, 2, 3])
     assert usable_cores(tmp_path) == 4
     for n in range(4):
-        _write(tmp_path, f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list", f"{n % 2}")
+        put(tmp_path, f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list", f"{n % 2}")
     assert usable_cores(tmp_path) == 2
-    _write(tmp_path, "proc/self/cgroup", "0::/\n")
-    _write(tmp_path, "sys/fs/cgroup/cpu.max", "50000 100000\n")
+    put(tmp_path, "proc/self/cgroup", "0::/")
+    put(tmp_path, "sys/fs/cgroup/cpu.max", "50000 100000")
     assert usable_cores(tmp_path) == 1
 
 
 def test_memory_of_the_machine() -> None:
-    assert total_bytes("MemTotal:        8245032 kB\nMemFree: 1 kB\n") == 8245032 * 1024
+    assert total_bytes("MemTotal:        8245032 kB\nMemFree: 1 kB") == 8245032 * 1024
     assert total_bytes("") == 0
 
 
@@ -64,13 +59,13 @@ def test_file_systems() -> None:
 
 
 def test_quotas(tmp_path: Path) -> None:
-    _write(tmp_path, "proc/self/cgroup", "4:memory:/x\n3:cpu,cpuacct:/x\n0::/a/b\n")
-    _write(tmp_path, "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "-1\n")
-    _write(tmp_path, "sys/fs/cgroup/cpu/x/cpu.cfs_period_us", "100000\n")
-    _write(tmp_path, "sys/fs/cgroup/a/b/cpu.max", "max 100000\n")
+    put(tmp_path, "proc/self/cgroup", "4:memory:/x\n3:cpu,cpuacct:/x\n0::/a/b")
+    put(tmp_path, "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "-1")
+    put(tmp_path, "sys/fs/cgroup/cpu/x/cpu.cfs_period_us", "100000")
+    put(tmp_path, "sys/fs/cgroup/a/b/cpu.max", "max 100000")
     assert cpu_quota(tmp_path) is None
-    _write(tmp_path, "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "200000\n")
+    put(tmp_path, "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "200000")
     assert cpu_quota(tmp_path) == 2
-    _write(tmp_path, "sys/fs/cgroup/a/cpu.max", "150000 100000\n")
+    put(tmp_path, "sys/fs/cgroup/a/cpu.max", "150000 100000")
     assert cpu_quota(tmp_path) == 1.5
     assert cpu_quota(tmp_path / "none") is None

@@ -22,7 +22,7 @@ SETTINGS = RunSettings(threads=1, parallel_sequences=1)
 
 
 @pytest.fixture
-def found() -> Performance:
+def performance() -> Performance:
     """Of a Raspberry Pi 5 that is as fast as estimated: 9.8e9 / (98e6 + 160 x 12,500) = 98."""
     return Performance(
         model_bytes=98_000_000,
@@ -56,16 +56,16 @@ def pi() -> DeviceProfile:
     return load_profile("raspberrypi")
 
 
-def test_the_estimate_is_bandwidth_over_bytes(found: Performance, pi: DeviceProfile) -> None:
-    assert estimated_tokens_per_s(found, pi) == pytest.approx(9.8e9 / 100e6)
-    (sentence,) = in_words(found, pi)
+def test_the_estimate_is_bandwidth_over_bytes(performance: Performance, pi: DeviceProfile) -> None:
+    assert estimated_tokens_per_s(performance, pi) == pytest.approx(9.8e9 / 100e6)
+    (sentence,) = in_words(performance, pi)
     assert "as estimated" in sentence and "98.0 tokens/s, estimated 98.0 (100%)" in sentence
-    assert in_words(found, None) == []
+    assert in_words(performance, None) == []
 
 
-def test_why_it_may_be_slower(found: Performance, pi: DeviceProfile) -> None:
+def test_why_it_may_be_slower(performance: Performance, pi: DeviceProfile) -> None:
     slow = dataclasses.replace(
-        found,
+        performance,
         decode_tokens_per_s=4.9,
         bytes_by_type={"Q4_1": 60, "Q8_0": 40},
         threads=2,
@@ -129,14 +129,16 @@ def test_a_sweep_measures_the_fastest(
 
 
 @pytest.fixture
-def fake_measure(monkeypatch: pytest.MonkeyPatch, found: Performance) -> list[tuple[object, ...]]:
-    """The command without its child; the calls to it."""
+def fake_measure(
+    monkeypatch: pytest.MonkeyPatch, performance: Performance
+) -> list[tuple[object, ...]]:
+    """The command without its measuring; the calls to it."""
     asked: list[tuple[object, ...]] = []
 
     def measure(path: Path, *args: object) -> Performance:
         assert read_header(path).tensors
         asked.append(args)
-        return dataclasses.replace(found, sweep=(ThreadSpeed(1, 8.0, 7.0),))
+        return dataclasses.replace(performance, sweep=(ThreadSpeed(1, 8.0, 7.0),))
 
     monkeypatch.setattr(module, "measure", measure)
     monkeypatch.setattr("edge_dtm.device.first_decode.first_decode_in_child", lambda: None)
@@ -153,12 +155,12 @@ def test_bench_takes_a_model_in_any_form(
         pack(tiny_bundle, source)
     out = tmp_path / "out.json"
     words = ["bench", str(source), "--profile", "raspberrypi", "--seconds", "3", "--threads", "2"]
-    done = CliRunner().invoke(main, [*words, "--threads-sweep", "--json", str(out)])
-    assert done.exit_code == 0, done.output
+    result = CliRunner().invoke(main, [*words, "--threads-sweep", "--json", str(out)])
+    assert result.exit_code == 0, result.output
     settings, seconds, sweep = fake_measure[0]
     assert settings == dataclasses.replace(SETTINGS, threads=2)
     assert seconds == 3 and sweep == range(1, 3)
-    assert "98.0" in done.output and "as estimated" in " ".join(done.output.split())
+    assert "98.0" in result.output and "as estimated" in " ".join(result.output.split())
     data = json.loads(out.read_text())
     assert data["profile"] == "raspberrypi"
     assert data["estimated_decode_tokens_per_s"] == pytest.approx(98)
@@ -173,9 +175,9 @@ def test_bench_takes_the_bundles_own_profile(
     for name, shown in [("rk3588", True), ("../rk3588", False), (["x"], False)]:
         data["provenance"]["profile"] = name
         manifest.write_text(json.dumps(data))
-        done = CliRunner().invoke(main, ["bench", str(tiny_bundle)])
-        assert done.exit_code == 0, done.output
-        assert ("rk3588" in done.output) is shown
+        result = CliRunner().invoke(main, ["bench", str(tiny_bundle)])
+        assert result.exit_code == 0, result.output
+        assert ("rk3588" in result.output) is shown
     assert fake_measure[0][2] == ()
 
 
@@ -188,9 +190,9 @@ def test_bench_refuses_in_one_line(tiny_gguf: Path, tiny_bundle: Path, tmp_path:
         [str(tiny_gguf), "--json", str(tmp_path / "no" / "folder.json")],
         [str(tiny_bundle)],
     ):
-        done = CliRunner().invoke(main, ["bench", *words])
-        assert done.exit_code == 1
-        assert done.output.count("\n") == 1 and done.output.startswith("error: ")
+        result = CliRunner().invoke(main, ["bench", *words])
+        assert result.exit_code == 1
+        assert result.output.count("\n") == 1 and result.output.startswith("error: ")
 
 
 def test_kv_bytes(tiny_gguf: Path) -> None:

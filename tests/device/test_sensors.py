@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fixtures.boards import put
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,12 +23,6 @@ PMIC = """\
      EXT5V_V volt(24)=5.14744000V
      BATT_V volt(25)=0.00000000V
 """
-
-
-def put(root: Path, name: str, text: object) -> None:
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{text}\n")
 
 
 Answer = Callable[[str], None]

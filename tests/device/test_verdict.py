@@ -7,23 +7,15 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from fixtures.tiny_bundle import THRESHOLDS
+from fixtures.tiny_bundle import THRESHOLDS, verdict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_dtm.core.metrics import Divergence, Interval, compare, divergent_mask
+from edge_dtm.core.metrics import Divergence, Interval, compare
 from edge_dtm.device.judge import against_host, divergences, judge, limits_of_part
-from edge_dtm.formats.record import RunSettings
 from edge_dtm.formats.thresholds import EXACT, Tolerance, thresholds_from
-from edge_dtm.formats.verdict import (
-    AgainstHost,
-    Evidence,
-    KernelCheck,
-    KernelsCompared,
-    Verdict,
-)
+from edge_dtm.formats.verdict import AgainstHost, Evidence, KernelCheck, KernelsCompared
 from edge_dtm.formats.verdict_file import VerdictFile
-from edge_dtm.llamacpp.llama import runtime_info
 
 GOOD_KERNEL = KernelCheck("Q8_0", "plain", 1, 2e-3, "blk.0.attn_q", True)
 BAD_KERNEL = KernelCheck("Q4_K", "repacked", 32, 0.7, "blk.1.ffn_down", False)
@@ -36,7 +28,7 @@ def divergence(sdt, fdt, spread=0.0):
         identical_share=0.25,
         sequences=4,
         tokens=400,
-        divergent_tokens=int(400 * sdt),
+        divergent_tokens=8,
         near_tie_share=0.001,
         near_tie_margin=0.01,
     )
@@ -84,24 +76,19 @@ def counted(lengths):
 @given(replays(), st.booleans())
 def test_the_host_meets_the_thresholds_made_from_it(replay, quantized):
     reference, host, _, _, _, lengths = replay
-    there = compare(reference, host, lengths)
-    made = thresholds_from(there, EXACT, quantized)
-    assert min(there.sdt.high, 1) <= made.max_sdt <= 1
-    assert 0 <= made.min_fdt <= there.fdt.low
-    assert made.max_sdt >= there.sdt.value and made.min_fdt <= there.fdt.value
+    divergence = compare(reference, host, lengths)
+    thresholds = thresholds_from(divergence, EXACT, quantized)
+    assert min(divergence.sdt.high, 1) <= thresholds.max_sdt <= 1
+    assert 0 <= thresholds.min_fdt <= divergence.fdt.low
+    assert thresholds.max_sdt >= divergence.sdt.value and thresholds.min_fdt <= divergence.fdt.value
 
 
 def test_the_room_is_one_and_a_half_half_widths():
     host = dataclasses.replace(
         divergence(0, 0), sdt=Interval(0.10, 0.08, 0.14), fdt=Interval(20.0, 16.0, 26.0)
     )
-    made = thresholds_from(host, EXACT, quantized=True)
-    assert made.max_sdt == pytest.approx(0.16) and made.min_fdt == pytest.approx(14.0)
-
-
-def test_a_share_stays_one_and_a_position_not_negative():
-    made = thresholds_from(divergence(0.9, 2.0, spread=0.1), EXACT, quantized=True)
-    assert made.max_sdt == 1 and made.min_fdt == 0
+    thresholds = thresholds_from(host, EXACT, quantized=True)
+    assert thresholds.max_sdt == pytest.approx(0.16) and thresholds.min_fdt == pytest.approx(14.0)
 
 
 @given(st.floats(0, 1), st.floats(0, 1e4), st.booleans())
@@ -117,8 +104,8 @@ def test_the_users_own_thresholds_are_kept(max_sdt, min_fdt, quantized):
 
 def test_no_threshold_is_tighter_than_what_healthy_devices_do():
     host = divergence(0.01, 80.0)  # an interval without width, as that of a file like the original
-    made = thresholds_from(host, Tolerance(0.03, 55.0), quantized=False)
-    assert (made.max_sdt, made.min_fdt) == (0.03, 55.0)
+    thresholds = thresholds_from(host, Tolerance(0.03, 55.0), quantized=False)
+    assert (thresholds.max_sdt, thresholds.min_fdt) == (0.03, 55.0)
     assert thresholds_from(host, Tolerance(0.005, 85.0), False) == thresholds_from(
         host, EXACT, False
     )
@@ -139,14 +126,14 @@ def test_f16_leaves_less_room_than_quantized_types():
 def test_against_host_is_what_loops_count(replay, decided_margin):
     _, host, device, margins, kl, lengths = replay
     top = np.stack([margins + 3, np.full(margins.shape, 3.0), np.zeros(margins.shape)], axis=-1)
-    found = against_host(host, top, device, kl, lengths, decided_margin)
+    result = against_host(host, top, device, kl, lengths, decided_margin)
     places = counted(lengths)
     sure = [at for at in places if margins[at] >= decided_margin]
     other = [at for at in places if host[at] != device[at]]
-    assert found.kl_nats == pytest.approx(sum(min(kl[at], 1) for at in places) / len(places))
-    assert found.decided_positions == len(sure)
-    assert found.decided_sdt == (len(set(sure) & set(other)) / len(sure) if sure else 0)
-    assert found.largest_margin == max((margins[at] for at in other), default=0)
+    assert result.kl_nats == pytest.approx(sum(min(kl[at], 1) for at in places) / len(places))
+    assert result.decided_positions == len(sure)
+    assert result.decided_sdt == (len(set(sure) & set(other)) / len(sure) if sure else 0)
+    assert result.largest_margin == max((margins[at] for at in other), default=0)
 
 
 def test_one_position_cannot_decide_over_thousands():
@@ -309,16 +296,7 @@ def test_a_limit_is_met_up_to_the_last_bit(name, limit, worse):
 
 @pytest.mark.parametrize("name", ["sdt", "fdt", "kl", "decided", "probe"])
 def test_what_is_no_number_fails(name):
-    value = math.nan
-    broken = evidence()
-    if name in ("sdt", "fdt"):
-        changed = dataclasses.replace(
-            broken.against_original, **{name: Interval(value, value, value)}
-        )
-        broken = dataclasses.replace(broken, against_original=changed)
-    else:
-        broken = evidence(**{name: value})
-    passed, reasons, _ = judge(broken, THRESHOLDS, True)
+    passed, reasons, _ = judge(evidence(**{name: math.nan}), THRESHOLDS, True)
     assert not passed and len(reasons) == 1 and "nan" in reasons[0]
 
 
@@ -329,124 +307,41 @@ def test_the_worst_kernel_is_named_even_where_a_right_one_rounds_more():
     )
     _, (reason,), _ = judge(evidence(kernels=[BAD_KERNEL, coarse]), THRESHOLDS, True)
     assert reason.startswith("1 of 2") and "Q4_K repacked, 32 columns, blk.1.ffn_down" in reason
-    found = evidence(kernels=[BAD_KERNEL, coarse, hopeless])
-    passed, reasons, diagnosis = judge(found, THRESHOLDS, True)
-    assert not passed and reasons[0].startswith("2 of 3")
-    assert "Q6_K repacked, 32 columns, blk.7.ffn_up" in reasons[0] and "inf" in reasons[0]
+    kernels = [BAD_KERNEL, coarse, hopeless]
+    _, (reason,), diagnosis = judge(evidence(kernels=kernels), THRESHOLDS, True)
+    assert reason.startswith("2 of 3")
+    assert "Q6_K repacked, 32 columns, blk.7.ffn_up" in reason and "inf" in reason
     assert "Q4_K (repacked), Q6_K (repacked)" in diagnosis.words
 
 
 # --- JSON -----------------------------------------------------------------------------------
 
 
-def verdict(mode="teacher_forced", **changes):
-    found = evidence(mode=mode, kernels=[GOOD_KERNEL, BAD_KERNEL])
-    passed, reasons, diagnosis = judge(found, THRESHOLDS, True)
-    return Verdict(
-        passed=passed,
-        reasons=reasons,
-        diagnosis=diagnosis,
-        evidence=found,
-        sequences=2,
-        sequences_in_bundle=8,
-        thresholds=THRESHOLDS,
-        noise_floor={"near_tie_margin": 0.01, "sdt": 0.002},
-        bundle={
-            "name": "tiny",
-            "manifest_sha256": "0" * 64,
-            "model_sha256": "1" * 64,
-            "key_id": None,
-        },
-        performance={
-            "prefill_tokens_per_s": 31.5,
-            "decode_tokens_per_s": 7.25,
-            "peak_rss_bytes": 123_456_789,
-        },
-        settings=RunSettings(threads=2).to_json(),
-        runtime=runtime_info(),
-        **changes,
-    )
-
-
-FULL = {
-    "kernels_compared": KernelsCompared(128, 3, 0.004),
-    "notes": ("the kernels were not checked by themselves",),
-}
-
-
 @pytest.mark.parametrize("mode", ["teacher_forced", "generate"])
-@pytest.mark.parametrize("changes", [{}, FULL], ids=["plain", "full"])
-def test_a_verdict_is_plain_json(mode, changes):
-    data = verdict(mode, **changes).to_json()
-    assert json.loads(json.dumps(data, allow_nan=False)) == data
-    assert (data["schema_version"], data["kind"]) == (3, "edge-dtm verdict")
-    assert data["passed"] is False and data["diagnosis"]["code"] == "broken_kernels"
-    assert data["mode"] == mode and data["sequences"] == 2 and data["sequences_in_bundle"] == 8
-    assert data["thresholds"] == dataclasses.asdict(THRESHOLDS)
-    assert data["first_divergent_tokens"] == [30, 30] and data["lengths"] == [96, 32]
-    assert [k["ok"] for k in data["kernels"]] == [True, False]
-    assert data["kernels"][1]["type"] == "Q4_K" and data["kernels"][1]["columns"] == 32
-    assert data["against_original"]["fdt"]["value"] == 30.0
-    assert data["kl_probe_nats"] == 1e-5
-    assert data["performance"]["peak_rss_bytes"] == 123_456_789
-    assert (data["kernels_compare"] is None) == (not changes)
-    if changes:
-        assert data["kernels_compare"]["differing_tokens"] == 3 and len(data["notes"]) == 1
-
-
-def test_generation_has_no_sdt_and_no_kl():
-    forced, generated = (verdict(mode).to_json() for mode in ("teacher_forced", "generate"))
-    assert forced["against_original"]["sdt"]["value"] == 0.05
-    assert forced["against_host"]["divergent_tokens"] == 4
-    assert forced["kl_vs_host_nats"] == 0.005 and forced["decided_sdt_vs_host"] == 0.001
-    assert forced["largest_margin_vs_host"] == 0.25
-    for name in ("against_original", "against_host"):
-        for figure in ("sdt", "divergent_tokens", "near_tie_share"):
-            assert generated[name][figure] is None and forced[name][figure] is not None
-    for name in ("kl_vs_host_nats", "decided_sdt_vs_host", "largest_margin_vs_host"):
-        assert generated[name] is None
+def test_generation_has_no_sdt_and_no_kl(mode):
+    data = dataclasses.replace(verdict(), evidence=evidence(mode=mode)).to_json()
+    VerdictFile.model_validate_json(json.dumps(data))
+    figures = [
+        data[name][figure]
+        for name in ("against_original", "against_host")
+        for figure in ("sdt", "divergent_tokens", "near_tie_share")
+    ]
+    names = ("kl_vs_host_nats", "decided_sdt_vs_host", "largest_margin_vs_host")
+    figures += [data[name] for name in names]
+    assert all((figure is None) == (mode == "generate") for figure in figures)
+    assert data["against_original"]["fdt"]["value"] == 30.0 and data["kl_probe_nats"] == 1e-5
 
 
 def test_what_json_cannot_say_is_null():
-    whole = verdict()
     endless = dataclasses.replace(BAD_KERNEL, worst_relative_error=math.inf)
     data = dataclasses.replace(
-        whole,
-        evidence=dataclasses.replace(whole.evidence, kernels=[endless], kl_probe_nats=None),
+        verdict(),
+        evidence=evidence(kernels=[endless], probe=None),
         performance={"prefill_tokens_per_s": math.nan, "decode_tokens_per_s": None},
+        # A token that the other run thinks impossible, which no cap hides divergence.
+        kernels_compared=KernelsCompared(9, 1, math.inf),
     ).to_json()
     assert json.loads(json.dumps(data, allow_nan=False)) == data
     assert data["kernels"][0]["worst_relative_error"] is None and data["kl_probe_nats"] is None
     assert data["performance"] == {"prefill_tokens_per_s": None, "decode_tokens_per_s": None}
-    # A token that the other run thinks impossible, which no cap hides there.
-    data = dataclasses.replace(whole, kernels_compared=KernelsCompared(9, 1, math.inf)).to_json()
     assert data["kernels_compare"]["kl_nats"] is None
-    assert VerdictFile.model_validate_json(json.dumps(data)).kernels_compare.kl_nats == math.inf
-
-
-def test_evidence_from_arrays_is_plain_json_too():
-    """Numbers of numpy are none of json's."""
-    random = np.random.default_rng(0)
-    reference, host, device = random.integers(0, 3, (3, 4, 6))
-    lengths, top = np.array([6, 1, 3, 6]), -np.sort(random.random((4, 6, 8)).astype(np.float32))
-    original, against, first = divergences(
-        reference, host, device, lengths, top[..., 0], 0.5, "teacher_forced"
-    )
-    kl = random.random((4, 6))
-    found = Evidence(
-        "teacher_forced", original, against, against_host(host, top, device, kl, lengths, 0.1),
-        1e-5, [], first, [int(n) for n in lengths],
-    )  # fmt: skip
-    passed, reasons, diagnosis = judge(found, THRESHOLDS, False)
-    data = dataclasses.replace(
-        verdict(), evidence=found, passed=passed, reasons=reasons, diagnosis=diagnosis
-    ).to_json()
-    assert json.loads(json.dumps(data, allow_nan=False)) == data
-    mask = divergent_mask(reference, device, lengths)
-    assert data["against_original"]["divergent_tokens"] == int(mask.sum())
-
-
-@pytest.mark.parametrize("mode", ["teacher_forced", "generate"])
-@pytest.mark.parametrize("changes", [{}, FULL], ids=["plain", "full"])
-def test_its_readers_take_a_verdict(mode, changes):
-    VerdictFile.model_validate_json(json.dumps(verdict(mode, **changes).to_json()))

@@ -274,11 +274,11 @@ def test_too_little_memory(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_device_modules_never_import_torch(tiny_bundle: Path) -> None:
-    done = subprocess.run(
+    child = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tiny_bundle)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert "PASS" in done.stdout
+    assert child.returncode == 0, child.stderr
+    assert "PASS" in child.stdout
