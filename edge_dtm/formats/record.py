@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,38 +14,32 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.validation import STRICT, StrictDataclass, validated
-from edge_dtm.formats.reference import TOP_K, check_arrays, load_npz, save_npz
+from edge_dtm.core.validation import STRICT, StrictDataclass, StrictModel, validated
+from edge_dtm.formats.reference import (
+    TOP_K,
+    ArrayTable,
+    check_arrays,
+    check_shapes,
+    load_npz,
+    save_npz,
+)
 
 Mode = Literal["teacher_forced", "generate"]
 
 
 CACHE_STEP = 256  # llama.cpp rounds the context of a sequence up to a multiple
-
-
 # Settings come with a bundle: what is above these is no use and would only take memory.
 MAX_THREADS, MAX_BATCH_TOKENS = 512, 16_384
-
-
 MAX_SEQUENCES = 64  # LLAMA_MAX_SEQ of the oldest llama.cpp that is supported
 
-
-_ARRAYS = (
-    "ids",
-    "top_ids",
-    "top_logits",
-    "log_normalizers",
-    "reference_log_probabilities",
-    "lengths",
-)
-
-
-_TYPES: dict[str, npt.DTypeLike] = {
-    "ids": np.int32,
-    "top_ids": np.int32,
-    "top_logits": np.float32,
-    "log_normalizers": np.float32,
-    "lengths": np.int32,
+_PROBABILITIES = "reference_log_probabilities"
+_ARRAYS: ArrayTable = {
+    "ids": (np.int32, "SN"),
+    "top_ids": (np.int32, "SNK"),
+    "top_logits": (np.float32, "SNK"),
+    "log_normalizers": (np.float32, "SN"),
+    _PROBABILITIES: (np.float32, "SN"),
+    "lengths": (np.int32, "S"),
 }
 
 
@@ -123,31 +117,14 @@ class Record:
         if self.ids.ndim != 2:
             raise ValueError(f"ids have shape {self.ids.shape}, not (sequences, tokens)")
         s, n = self.ids.shape
-        expected = {
-            "top_ids": (s, n, TOP_K),
-            "top_logits": (s, n, TOP_K),
-            "log_normalizers": (s, n),
-            "reference_log_probabilities": (s, n),
-            "lengths": (s,),
-        }
-        wrong = [k for k, shape in expected.items() if getattr(self, k).shape != shape]
-        if wrong:
-            raise ValueError(f"shapes do not fit {s} sequences of {n} tokens: {', '.join(wrong)}")
+        check_shapes(self, _ARRAYS, S=s, N=n, K=TOP_K)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def rows(self, index: npt.NDArray[Any]) -> Record:
         """The record of some sequences only (an index or boolean array over sequences)."""
-        arrays = {name: getattr(self, name)[index] for name in _ARRAYS}
-        return Record(
-            mode=self.mode,
-            prefill_tokens_per_s=self.prefill_tokens_per_s,
-            decode_tokens_per_s=self.decode_tokens_per_s,
-            settings=self.settings,
-            meta=self.meta,
-            **arrays,
-        )
+        return replace(self, **{name: getattr(self, name)[index] for name in _ARRAYS})
 
     def save(self, path: Path, meta: Mapping[str, Any] | None = None) -> None:
         """Write an npz file of kind "record"; meta: anything JSON can hold, e.g. provenance."""
@@ -164,30 +141,34 @@ class Record:
     @classmethod
     def load(cls, path: Path) -> Record:
         """EdgeDtmError when the file is no whole record of this schema."""
-        arrays, head = load_npz(path, list(_ARRAYS), "record")
+        arrays, meta = load_npz(path, list(_ARRAYS), "record")
+        head = validated(_Head, meta, str(path), "make it again")
         try:
-            mode = head["mode"]
-            if mode not in ("teacher_forced", "generate"):
-                raise ValueError(f"unknown mode {mode!r}")
             # Of the reference's tokens some have no probability: those beyond a row's length.
-            check_arrays(arrays, _TYPES)
-            if arrays["reference_log_probabilities"].dtype != np.float32:
-                raise ValueError("wrong type of reference_log_probabilities")
+            check_arrays(arrays, _ARRAYS, may_be_nan=_PROBABILITIES)
             lengths = arrays["lengths"]
             if lengths.size and not 0 <= lengths.min() <= lengths.max() <= arrays["ids"].shape[-1]:
                 raise ValueError("a length lies outside its row")
             return cls(
-                mode=mode,
-                prefill_tokens_per_s=_none_to_nan(head["prefill_tokens_per_s"]),
-                decode_tokens_per_s=_none_to_nan(head["decode_tokens_per_s"]),
-                settings=dict(head["settings"]),
-                meta=dict(head["meta"]),
+                mode=head.mode,
+                prefill_tokens_per_s=_none_to_nan(head.prefill_tokens_per_s),
+                decode_tokens_per_s=_none_to_nan(head.decode_tokens_per_s),
+                settings=head.settings,
+                meta=head.meta,
                 **arrays,
             )
-        except (IndexError, KeyError, TypeError, ValueError) as error:
+        except (IndexError, ValueError) as error:
             raise EdgeDtmError(
                 f"{path} is no readable record file ({error}): make it again"
             ) from None
+
+
+class _Head(StrictModel, extra="ignore"):
+    mode: Mode
+    prefill_tokens_per_s: float | None
+    decode_tokens_per_s: float | None
+    settings: dict[str, Any]
+    meta: dict[str, Any]
 
 
 def _number_or_none(value: float) -> float | None:
@@ -195,4 +176,4 @@ def _number_or_none(value: float) -> float | None:
 
 
 def _none_to_nan(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+    return math.nan if value is None else value

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
-import sys
 import zipfile
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +20,8 @@ import numpy.typing as npt
 
 from edge_dtm.core import strict_json
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.files import write_whole
+from edge_dtm.core.validation import StrictModel, check_version, validated
 
 SCHEMA_VERSION = 1
 PADDING = -1
@@ -41,6 +41,8 @@ DAMAGED = (
     NotImplementedError,
     RuntimeError,
     AttributeError,
+    TypeError,
+    ArithmeticError,
 )
 
 # Of all arrays that are read from one file, unpacked: ten times a reference of 10,000 sequences of
@@ -51,20 +53,20 @@ _CONTENTS_LIMIT_BYTES = 2**20
 _END = b"PK\x05\x06"  # of a zip's last record, PKWARE's APPNOTE 4.3.16
 _END64 = b"PK\x06\x07"  # of the record before it that has the sizes above 32 bits, 4.3.15
 _END_BYTES, _END64_BYTES = 22, 20
-_SHOWN = 60  # characters of a value from a file in a message
 
+ArrayTable = Mapping[str, tuple[npt.DTypeLike, str]]
+"""Name of an array -> its type (str: text of any length) and a letter a dimension."""
 
-# Of the arrays in a file.
-_TYPES: dict[str, npt.DTypeLike] = {
-    "prompt_ids": np.int32,
-    "prompt_lengths": np.int32,
-    "generated_ids": np.int32,
-    "generated_lengths": np.int32,
-    "top_ids": np.int32,
-    "top_logits": np.float32,
-    "log_normalizers": np.float32,
-    "split": np.uint8,
-    "texts": str,
+_ARRAYS: ArrayTable = {
+    "prompt_ids": (np.int32, "SP"),
+    "prompt_lengths": (np.int32, "S"),
+    "generated_ids": (np.int32, "SN"),
+    "generated_lengths": (np.int32, "S"),
+    "top_ids": (np.int32, "SNK"),
+    "top_logits": (np.float32, "SNK"),
+    "log_normalizers": (np.float32, "SN"),
+    "split": (np.uint8, "S"),
+    "texts": (str, "S"),
 }
 
 
@@ -92,19 +94,7 @@ class Reference:
 
     def __post_init__(self) -> None:
         s, n = self.generated_ids.shape
-        expected = {
-            "prompt_ids": (s, self.prompt_ids.shape[1]),
-            "prompt_lengths": (s,),
-            "generated_lengths": (s,),
-            "top_ids": (s, n, TOP_K),
-            "top_logits": (s, n, TOP_K),
-            "log_normalizers": (s, n),
-            "split": (s,),
-            "texts": (s,),
-        }
-        wrong = [k for k, shape in expected.items() if getattr(self, k).shape != shape]
-        if wrong:
-            raise ValueError(f"shapes do not fit {s} sequences of {n} tokens: {', '.join(wrong)}")
+        check_shapes(self, _ARRAYS, S=s, N=n, K=TOP_K, P=self.prompt_ids.shape[1])
         if s and (
             self.prompt_lengths.min() < 1
             or self.prompt_lengths.max() > self.prompt_ids.shape[1]
@@ -129,69 +119,63 @@ class Reference:
 
     def rows(self, index: npt.NDArray[Any]) -> Reference:
         """The reference of some sequences only (an index or boolean array over sequences)."""
-        arrays = {
-            f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "provenance"
-        }
-        return Reference(**arrays, provenance=self.provenance)
+        return replace(self, **{name: getattr(self, name)[index] for name in _ARRAYS})
 
     def part(self, split: int) -> Reference:
         return self.rows(self.split == split)
 
     def save(self, path: Path) -> None:
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "provenance"}
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
         save_npz(path, arrays, {"kind": "reference", **self.provenance})
 
     @classmethod
     def load(cls, path: Path) -> Reference:
         """EdgeDtmError when the file is no whole reference of this schema."""
-        names = [f.name for f in fields(cls) if f.name != "provenance"]
-        arrays, provenance = load_npz(path, names, "reference")
+        arrays, provenance = load_npz(path, list(_ARRAYS), "reference")
         try:
-            check_arrays(arrays, _TYPES)
+            check_arrays(arrays, _ARRAYS)
             return cls(**arrays, provenance=provenance)
         except (ValueError, IndexError) as error:
             raise EdgeDtmError(f"{path}: {error}; make it again with edge-dtm compress") from None
 
 
-def check_arrays(
-    arrays: Mapping[str, npt.NDArray[Any]], types: Mapping[str, npt.DTypeLike]
-) -> None:
-    """ValueError unless each array has its type, numbers are finite and characters are some.
-
-    types: of each array that is looked at; str stands for text of any length.
-    """
+def check_shapes(holder: object, table: ArrayTable, **sizes: int) -> None:
+    """ValueError unless the holder's arrays have the shapes of the table; sizes: of its letters."""
     wrong = [
         name
-        for name, wanted in types.items()
-        if arrays[name].dtype != wanted and not (wanted is str and arrays[name].dtype.kind == "U")
+        for name, (_, letters) in table.items()
+        if getattr(holder, name).shape != tuple(sizes[letter] for letter in letters)
     ]
     if wrong:
-        raise ValueError(f"wrong types of {', '.join(wrong)}")
-    for name in types:
+        raise ValueError(f"shapes do not fit {sizes['S']} x {sizes['N']}: {', '.join(wrong)}")
+
+
+def check_arrays(
+    arrays: Mapping[str, npt.NDArray[Any]], table: ArrayTable, may_be_nan: str = ""
+) -> None:
+    """ValueError unless each array has its type, numbers are finite and characters are some."""
+    for name, (wanted, _) in table.items():
         array = arrays[name]
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if array.dtype != wanted and not (wanted is str and array.dtype.kind == "U"):
+            raise ValueError(f"wrong types of {name}")
+        if array.dtype.kind == "f" and name != may_be_nan and not np.isfinite(array).all():
             raise ValueError(f"{name} holds numbers that are not finite")
-        if array.dtype.kind == "U" and array.size:
-            codes = np.frombuffer(array.tobytes(), dtype=np.uint32)
-            # numpy takes any 32 bits for a character, Python and UTF-8 do not.
-            if ((codes > sys.maxunicode) | ((codes >= 0xD800) & (codes <= 0xDFFF))).any():
-                raise ValueError(f"{name} holds what is no character")
+        if array.dtype.kind == "U":
+            # numpy takes any 32 bits for a character. Python and UTF-8 do not: both ValueErrors.
+            "".join(array.ravel().tolist()).encode()
 
 
 def save_npz(path: Path, arrays: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, Any]) -> None:
     """Write arrays and a JSON head without pickle, under a temporary name until complete."""
-    temporary = path.with_name(path.name + ".tmp")
     text = json.dumps({"schema_version": SCHEMA_VERSION, **meta}, sort_keys=True, allow_nan=False)
     head = np.frombuffer(text.encode(), dtype=np.uint8)
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, meta=head, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, meta=head, **arrays)
+    write_whole(path, buffer.getvalue())
 
 
 def load_npz(
-    path: Path, names: list[str], kind: str
+    path: Path, names: Sequence[str], kind: str
 ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     """Read what save_npz wrote. EdgeDtmError, in one line, for anything that is not that.
 
@@ -202,29 +186,17 @@ def load_npz(
         with path.open("rb") as file:
             _check_contents(file)
             with zipfile.ZipFile(file) as members:
-                _check_members(members, ["meta"])
-                meta = strict_json.loads(_array(members, "meta").tobytes())
-                if not isinstance(meta, dict):
-                    raise ValueError("its head is no object")
-                version, found = meta.get("schema_version"), meta.get("kind")
-                if type(version) is not int or version != SCHEMA_VERSION or found != kind:
-                    raise EdgeDtmError(
-                        f"{path} holds a {_shown(found)} of schema {_shown(version)}, not a {kind} "
-                        f"of schema {SCHEMA_VERSION}"
-                    )
-                _check_members(members, names)
-                return {name: _array(members, name) for name in names}, meta
+                meta = strict_json.loads(_read_arrays(members, ["meta"])["meta"].tobytes())
+                if not isinstance(meta, dict) or meta.get("kind") != kind:
+                    raise EdgeDtmError(f"{path} holds no {kind}: give another file")
+                check_version(meta, SCHEMA_VERSION, str(path))
+                return _read_arrays(members, names), meta
     except FileNotFoundError:
         raise EdgeDtmError(f"{path} does not exist") from None
     except MemoryError:
         raise EdgeDtmError(f"{path} does not fit into memory: stop other programs") from None
     except DAMAGED as error:
         raise EdgeDtmError(f"{path} is no readable {kind} file ({error}): make it again") from None
-
-
-def _shown(value: object) -> str:
-    text = value if isinstance(value, str) and value.isprintable() else repr(value)
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
 def _check_contents(file: BinaryIO) -> None:
@@ -241,8 +213,8 @@ def _check_contents(file: BinaryIO) -> None:
         raise ValueError("its table of contents is too long")
 
 
-def _check_members(members: zipfile.ZipFile, names: list[str]) -> None:
-    """ValueError when one is packed in an unusual way or all are too large; KeyError without one."""
+def _read_arrays(members: zipfile.ZipFile, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    """ValueError when one is not whole or packed in an unusual way, or all are too large."""
     infos = [members.getinfo(f"{name}.npy") for name in names]
     # Others ask for memory by themselves: LZMA's dictionary may be 4 GiB.
     if any(i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for i in infos):
@@ -250,45 +222,27 @@ def _check_members(members: zipfile.ZipFile, names: list[str]) -> None:
     size = sum(i.file_size for i in infos)
     if size > ARRAYS_LIMIT_BYTES:
         raise ValueError(f"it unpacks to {size} bytes, the limit is {ARRAYS_LIMIT_BYTES}")
+    arrays = {}
+    for name, info in zip(names, infos, strict=True):
+        with members.open(info) as member:
+            try:
+                np.lib.format.read_magic(member)
+                shape, by_columns, dtype = np.lib.format.read_array_header_1_0(member)
+            except Exception:  # whatever ast, tokenize and numpy.dtype raise at made-up text
+                raise ValueError(f"the head of {name} cannot be read") from None
+            # With a size zipfile unpacks no more than that, and compares the checksum at its end.
+            flat = np.frombuffer(bytearray(member.read(info.file_size)), dtype=dtype)
+        arrays[name] = flat.reshape(shape, order="F" if by_columns else "C")
+    return arrays
 
 
-def _array(members: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
-    """One array of a member whose size is within the limit. ValueError when it is not whole."""
-    info = members.getinfo(f"{name}.npy")
-    with members.open(info) as member:
-        # With a size zipfile unpacks no more than that, and compares the checksum at its end.
-        data = member.read(info.file_size)
-    if len(data) != info.file_size:
-        raise ValueError(f"{name} is cut off")
-    stream = io.BytesIO(data)
-    try:
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise ValueError
-        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
-    except Exception:  # whatever ast, tokenize and numpy.dtype raise at made-up text
-        raise ValueError(f"the head of {name} cannot be read") from None
-    # Python's True and False are whole numbers too, but no sizes.
-    if not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"{name} has an impossible shape")
-    start = stream.tell()
-    if dtype.kind not in "biufU" or not dtype.isnative or not dtype.itemsize:
-        raise ValueError(f"{name} has a type that edge-dtm does not use")
-    if math.prod(shape) * dtype.itemsize != len(data) - start:
-        raise ValueError(f"the shape of {name} does not fit its {len(data) - start} bytes")
-    flat = np.frombuffer(data, dtype=dtype, offset=start)
-    # A copy, which can be written to.
-    return flat.reshape(shape, order="F" if by_columns else "C").copy()
+class _ImatrixHead(StrictModel, extra="ignore"):
+    names: list[str]
+    tokens: int
 
 
 def load_imatrix(path: Path) -> tuple[dict[str, npt.NDArray[np.float32]], int]:
     """Component -> mean square of its inputs, float32 (row_length,), and the number of tokens."""
     _, meta = load_npz(path, [], "imatrix")
-    names, tokens = meta.get("names"), meta.get("tokens")
-    if (
-        not isinstance(names, list)
-        or not all(isinstance(name, str) for name in names)
-        or not isinstance(tokens, int)
-    ):
-        raise EdgeDtmError(f"{path} is no readable imatrix file (its head is wrong): make it again")
-    arrays, _ = load_npz(path, names, "imatrix")
-    return arrays, tokens
+    head = validated(_ImatrixHead, meta, str(path), "make it again")
+    return load_npz(path, head.names, "imatrix")[0], head.tokens
