@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -161,8 +162,10 @@ def check_arrays(
         if array.dtype.kind == "f" and name != may_be_nan and not np.isfinite(array).all():
             raise ValueError(f"{name} holds numbers that are not finite")
         if array.dtype.kind == "U":
-            # numpy takes any 32 bits for a character. Python and UTF-8 do not: both ValueErrors.
-            "".join(array.ravel().tolist()).encode()
+            # numpy takes any 32 bits for a character. Python and UTF-8 do not.
+            codes = np.frombuffer(array.tobytes(), dtype=np.uint32)
+            if ((codes > sys.maxunicode) | ((codes >= 0xD800) & (codes <= 0xDFFF))).any():
+                raise ValueError(f"{name} holds what is no character")
 
 
 def save_npz(path: Path, arrays: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, Any]) -> None:
