@@ -70,7 +70,7 @@ from edge_dtm.formats.reference import CALIBRATION, load_imatrix
 from edge_dtm.host import export
 from edge_dtm.host.blocks.costs import measure_costs
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
-from edge_dtm.host.checkpoint.equalized import EqualizedCheckpoint
+from edge_dtm.host.checkpoint.derived import EqualizedCheckpoint
 from edge_dtm.host.measure import noise_floor
 from edge_dtm.host.prepare import reopen_run
 from edge_dtm.host.quantize.treat import treated_values

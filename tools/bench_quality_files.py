@@ -24,7 +24,7 @@ from edge_dtm.formats.reference import HELD_OUT, Reference
 from edge_dtm.host import export
 from edge_dtm.host.blocks.costs import captures
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
-from edge_dtm.host.checkpoint.equalized import EqualizedCheckpoint
+from edge_dtm.host.checkpoint.derived import EqualizedCheckpoint
 from edge_dtm.host.measure import against, replay
 from edge_dtm.host.quantize.equalize import input_scale
 from edge_dtm.host.values import Base, Measurement, Run

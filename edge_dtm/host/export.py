@@ -6,6 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,8 @@ def fixed_bytes(checkpoint: Checkpoint) -> int:
     plan = uniform(checkpoint.components(), "F32", 0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "head.gguf"
-        writer = _writer(checkpoint, plan, path)
-        write_head(writer)
-        writer.close()
+        with closing(_writer(checkpoint, plan, path)) as writer:
+            write_head(writer)
         head = path.stat().st_size
     head += -head % TENSOR_ALIGNMENT_BYTES
     vectors = (Component(name, 1, length) for name, length in checkpoint.vectors())
@@ -98,8 +98,7 @@ def export_gguf(
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        writer = _writer(checkpoint, plan, temporary)
-        try:
+        with closing(_writer(checkpoint, plan, temporary)) as writer:
             write_head(writer)
             for name, _ in checkpoint.vectors():
                 writer.write_tensor_data(checkpoint.tensor(name))
@@ -115,8 +114,6 @@ def export_gguf(
             writer.flush()
             assert writer.fout is not None
             os.fsync(writer.fout[0].fileno())
-        finally:
-            writer.close()
         compare_with_plan(temporary, plan)
         temporary.replace(path)
     except OSError as error:
@@ -131,10 +128,7 @@ def export_gguf(
 def compare_with_plan(path: Path, plan: Plan) -> None:
     """EdgeDtmError listing every tensor whose type or shape is not the plan's, or a wrong size."""
     reader = gguf.GGUFReader(path)
-    written = {
-        t.name: (t.tensor_type.name, tuple(int(n) for n in reversed(t.shape)))
-        for t in reader.tensors
-    }
+    written = {t.name: (t.tensor_type.name, tuple(t.shape.tolist()[::-1])) for t in reader.tensors}
     wrong = []
     for c, treatment in zip(plan.components, plan.treatments, strict=True):
         found, expected = written.get(c.name + ".weight"), (treatment.type, (c.rows, c.row_length))

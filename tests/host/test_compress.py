@@ -33,7 +33,7 @@ from edge_dtm.host.blocks.encoded import EncodedStore
 from edge_dtm.host.blocks.jobs import read_costs
 from edge_dtm.host.blocks.scales import load_scales
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
-from edge_dtm.host.checkpoint.equalized import EqualizedCheckpoint
+from edge_dtm.host.checkpoint.derived import EqualizedCheckpoint
 from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.measure import RECORD, noise_floor
 from edge_dtm.host.quantize.treat import treat

@@ -15,8 +15,7 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import uniform
 from edge_dtm.host.blocks.scales import find_scales
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
-from edge_dtm.host.checkpoint.edited import EditedCheckpoint, write_edited
-from edge_dtm.host.checkpoint.equalized import EqualizedCheckpoint
+from edge_dtm.host.checkpoint.derived import EditedCheckpoint, EqualizedCheckpoint, write_edited
 from edge_dtm.host.checkpoint.model import load_model, module_name
 from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.export import export_gguf, fixed_bytes

@@ -18,7 +18,7 @@ from edge_dtm.formats.plan import Plan, Treatment
 from edge_dtm.host.blocks.encoded import EncodedStore, takes_feedback
 from edge_dtm.host.blocks.fit import component_importance, edge_feedback
 from edge_dtm.host.blocks.sensitivity import edge_costs
-from edge_dtm.host.checkpoint.equalized import EqualizedCheckpoint
+from edge_dtm.host.checkpoint.derived import EqualizedCheckpoint
 from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.export import export_gguf, fixed_bytes
 from edge_dtm.host.quantize.equalize import sites

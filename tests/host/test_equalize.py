@@ -31,9 +31,8 @@ from edge_dtm.host.blocks.scales import (
     save_scales,
     top_logits,
 )
-from edge_dtm.host.checkpoint.checkpoint import Checkpoint, DerivedCheckpoint
-from edge_dtm.host.checkpoint.config import ModelConfig
-from edge_dtm.host.checkpoint.equalized import EqualizedCheckpoint
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint, ModelConfig
+from edge_dtm.host.checkpoint.derived import DerivedCheckpoint, EqualizedCheckpoint
 from edge_dtm.host.checkpoint.model import load_model
 from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.export import export_gguf, fixed_bytes
@@ -229,7 +228,6 @@ def test_sites_are_those_of_the_model(checkpoints: dict[str, Checkpoint]) -> Non
     equalized = EqualizedCheckpoint(original, _random_scales(original.config, 0))
     for name in ("token_embd.weight", "output_norm.weight"):
         assert np.array_equal(equalized.hf_tensor(name), original.hf_tensor(name))
-    assert equalized.check() == original.check()
     assert equalized.components() == original.components()
     assert equalized.vectors() == original.vectors()
 

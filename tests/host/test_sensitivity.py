@@ -31,7 +31,7 @@ from edge_dtm.host.blocks.jobs import (
     read_costs,
 )
 from edge_dtm.host.blocks.sensitivity import component_costs, edge_costs
-from edge_dtm.host.checkpoint.equalized import EqualizedCheckpoint
+from edge_dtm.host.checkpoint.derived import EqualizedCheckpoint
 from edge_dtm.host.checkpoint.model import module_name
 from edge_dtm.host.quantize.activations import activation_kind, round_activations
 from edge_dtm.host.quantize.equalize import input_scale

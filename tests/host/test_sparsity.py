@@ -22,7 +22,7 @@ from fixtures.killed import Moment, run_killed
 from test_compress import _manifest, _plan, _run, _same, _tensors
 
 from edge_dtm.formats.plan import Plan
-from edge_dtm.host.checkpoint.edited import EditedCheckpoint
+from edge_dtm.host.checkpoint.derived import EditedCheckpoint
 from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.distill.result import Distilled
 

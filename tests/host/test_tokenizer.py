@@ -16,7 +16,7 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.paths import default_model_dir
 from edge_dtm.data import packaged_records
 from edge_dtm.host.checkpoint import pre_tokenizer
-from edge_dtm.host.checkpoint.gguf_tokenizer import GgufTokenizer
+from edge_dtm.host.checkpoint.gguf_checkpoint import GgufTokenizer
 from edge_dtm.host.checkpoint.hf_tokenizer import HfTokenizer
 from edge_dtm.host.checkpoint.pre_tokenizer import (
     PROBE_TEXTS,

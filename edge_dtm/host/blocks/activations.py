@@ -17,7 +17,7 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import Component
 from edge_dtm.formats.reference import Reference
 from edge_dtm.host.blocks.capture import BATCH_SEQUENCES, EMBEDDED, Capture, input_key
-from edge_dtm.host.checkpoint.config import ModelConfig
+from edge_dtm.host.checkpoint.checkpoint import ModelConfig
 from edge_dtm.host.quantize.equalize import Scales, input_scale, output_scale
 
 FloatArray = npt.NDArray[np.float32]

@@ -22,7 +22,7 @@ from edge_dtm.host.blocks.scales import (
     save_scales,
     top_logits,
 )
-from edge_dtm.host.checkpoint.equalized import EqualizedCheckpoint
+from edge_dtm.host.checkpoint.derived import EqualizedCheckpoint
 from edge_dtm.host.checkpoint.model import load_model
 from edge_dtm.host.quantize.equalize import sites
 from edge_dtm.host.settings import Goal

@@ -14,7 +14,7 @@ from edge_dtm.host.blocks.activations import Activations
 from edge_dtm.host.blocks.calibration import Calibration
 from edge_dtm.host.blocks.capture import EMBEDDED
 from edge_dtm.host.blocks.encoded import takes_feedback
-from edge_dtm.host.checkpoint.config import ModelConfig
+from edge_dtm.host.checkpoint.checkpoint import ModelConfig
 from edge_dtm.host.quantize.equalize import Scales, input_scale, output_scale
 from edge_dtm.host.quantize.gptq import gptq_quantize
 from edge_dtm.host.quantize.hessian import (

@@ -25,7 +25,7 @@ from edge_dtm.host.blocks.fit import (
 )
 from edge_dtm.host.blocks.sensitivity import component_costs, edge_costs
 from edge_dtm.host.blocks.workers import in_workers, worker_count
-from edge_dtm.host.checkpoint.config import ModelConfig
+from edge_dtm.host.checkpoint.checkpoint import ModelConfig
 from edge_dtm.host.quantize.equalize import Scales, input_scale
 from edge_dtm.host.quantize.masks import SCORES, fit_masks
 from edge_dtm.search.allocation import convex_hull

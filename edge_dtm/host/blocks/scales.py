@@ -12,8 +12,7 @@ import torch
 
 from edge_dtm.formats.reference import Reference, load_npz, save_npz
 from edge_dtm.host.blocks.calibration import Calibration
-from edge_dtm.host.checkpoint.checkpoint import Checkpoint
-from edge_dtm.host.checkpoint.config import ModelConfig
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint, ModelConfig
 from edge_dtm.host.quantize.equalize import (
     Scales,
     consumers,

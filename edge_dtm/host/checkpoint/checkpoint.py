@@ -10,7 +10,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,43 @@ import numpy.typing as npt
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import Component
-from edge_dtm.host.checkpoint.config import ModelConfig
 from edge_dtm.host.checkpoint.tokenizer import Tokenizer
 
 FloatArray = npt.NDArray[np.float32]
 ROPE_FACTORS = "rope_freqs.weight"  # made from the config, not read
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Llama.
+
+    rope_factors: head_dim / 2 numbers, by which each rotation frequency is divided (Llama-3
+    scaling), or None. rope_linear: position interpolation factor, or None. tied: the head is the
+    embedding.
+    """
+
+    architecture: str
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    rms_epsilon: float
+    rope_theta: float
+    context_length: int
+    tied: bool
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_linear: float | None = None
+    rope_factors: tuple[float, ...] | None = field(default=None, repr=False)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of an F16 KV cache a token takes."""
+        return self.layers * self.kv_heads * 2 * self.head_dim * 2
 
 
 class Checkpoint(ABC):
@@ -156,18 +188,3 @@ class Checkpoint(ABC):
             )
         self._hash = digest.hexdigest()
         return self._hash
-
-
-class DerivedCheckpoint(Checkpoint):
-    """Another checkpoint with other values in some tensors. change: what makes them so."""
-
-    def __init__(self, original: Checkpoint, change: Any) -> None:
-        super().__init__(original.path, original.config, original.names)
-        self.original, self._change = original, change
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.original, self._change)
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.original.tokenizer

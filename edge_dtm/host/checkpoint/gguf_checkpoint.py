@@ -1,19 +1,21 @@
-"""A GGUF file of architecture llama as a checkpoint."""
+"""A GGUF file of architecture llama as a checkpoint, and the tokenizer inside it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+from gguf import GGUFValueType
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.host.checkpoint.checkpoint import Checkpoint, FloatArray
-from edge_dtm.host.checkpoint.config import ModelConfig
-from edge_dtm.host.checkpoint.gguf_tokenizer import GgufTokenizer
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint, FloatArray, ModelConfig
+from edge_dtm.host.checkpoint.tokenizer import SPECIAL, Tokenizer
 from edge_dtm.llamacpp import ggml
+from edge_dtm.llamacpp.vocabulary import LlamaVocab
 
 
 class GgufCheckpoint(Checkpoint):
@@ -41,25 +43,21 @@ class GgufCheckpoint(Checkpoint):
         get = self._value
         architecture = get("general.architecture")
         if architecture != "llama":
-            raise EdgeDtmError(
-                f"{path} is a {architecture} GGUF; supported is the architecture llama"
-            )
+            raise EdgeDtmError(f"{path} is a {architecture} GGUF; supported is llama")
         hidden, heads = get("llama.embedding_length"), get("llama.attention.head_count")
         kv_heads = get("llama.attention.head_count_kv", heads)
         ffn = get("llama.feed_forward_length")
         scaling = get("llama.rope.scaling.type", "none")
-        refusals = {
-            "has layers of different shapes": any(
-                isinstance(v, list) for v in (heads, kv_heads, ffn)
+        for refused, reason in (
+            (list in map(type, (heads, kv_heads, ffn)), "has layers of different shapes"),
+            ("blk.0.ffn_gate_exps.weight" in self._tensors, "is a mixture of experts"),
+            ("token_embd.weight" not in self._tensors, "has no token_embd.weight"),
+            (
+                scaling not in ("none", "linear"),
+                f"has rope scaling {scaling!r}, not none or linear",
             ),
-            "is a mixture of experts": "blk.0.ffn_gate_exps.weight" in self._tensors,
-            "is no whole model: it has no token_embd.weight": "token_embd.weight"
-            not in self._tensors,
-            f"has rope scaling {scaling!r} (none and linear are known)": scaling
-            not in ("none", "linear"),
-        }
-        for reason, applies in refusals.items():
-            if applies:
+        ):
+            if refused:
                 raise EdgeDtmError(f"{path} is not supported: it {reason}")
         factors = self._tensors.get("rope_freqs.weight")
         linear = float(get("llama.rope.scaling.factor", 1.0)) if scaling == "linear" else None
@@ -93,3 +91,53 @@ class GgufCheckpoint(Checkpoint):
         shape = tuple(int(n) for n in reversed(t.shape))
         data = ggml.dequantize(t.tensor_type.name, rows, shape[-1])
         return self.hf_rows(name, data.reshape(shape))
+
+
+_KEYS = {"unk": "unknown", "pad": "padding"}
+
+
+class GgufTokenizer(Tokenizer):
+    """The tokenizer inside a GGUF, run by llama.cpp; its metadata is copied as it is.
+
+    EdgeDtmError when the file holds no tokenizer, or one that llama.cpp refuses.
+    """
+
+    def __init__(self, path: Path, reader: gguf.GGUFReader) -> None:
+        self._vocab = LlamaVocab(path)
+        self._fields = {n: f for n, f in reader.fields.items() if n.startswith("tokenizer.")}
+        self.vocab_size = self._vocab.n_tokens
+        self.eos_ids = self._vocab.eos_ids()
+        template = self._fields.get("tokenizer.chat_template")
+        self.chat_template = template.contents() if template else None
+        self.special = {}
+        for name in SPECIAL:
+            field = self._fields.get(f"tokenizer.ggml.{_KEYS.get(name, name)}_token_id")
+            self.special[f"{name}_token"] = self._token(-1 if field is None else field.contents())
+        self.added_bos = None
+        bos = self._vocab.bos_id
+        if bos is not None and self._vocab.adds_bos:
+            self.special["bos_token"] = self.added_bos = self._token(bos)
+
+    def _token(self, index: int) -> str:
+        known = 0 <= index < self.vocab_size
+        return str(self._fields["tokenizer.ggml.tokens"].contents(index)) if known else ""
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        return self._vocab.encode(text, add_special=add_special)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._vocab.decode(ids)
+
+    def add_metadata(self, writer: gguf.GGUFWriter) -> None:
+        """Copy every tokenizer.* field with its type."""
+        for name, field in self._fields.items():
+            kind, inner = field.types[0], field.types[-1]
+            if inner == GGUFValueType.STRING:  # which need not be UTF-8
+                value: Any = [field.parts[i].tobytes() for i in field.data]
+            else:
+                value = field.contents()
+            if kind == GGUFValueType.STRING:
+                (value,) = value
+            # The writer has no empty arrays; llama.cpp reads none the same.
+            if kind != GGUFValueType.ARRAY or value:
+                writer.add_key_value(name, value, kind, inner)

@@ -9,14 +9,12 @@ from typing import Any
 
 import gguf
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.host.checkpoint.checkpoint import Checkpoint, FloatArray
-from edge_dtm.host.checkpoint.config import ModelConfig
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint, FloatArray, ModelConfig
 from edge_dtm.host.checkpoint.hf_tokenizer import HfTokenizer
 from edge_dtm.host.checkpoint.json_file import read_json
-
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
 
 class HfCheckpoint(Checkpoint):
@@ -32,8 +30,6 @@ class HfCheckpoint(Checkpoint):
         return HfTokenizer(self.path, self.config.vocab)
 
     def _read(self, name: str) -> FloatArray:
-        from safetensors import safe_open
-
         file, key = self._places[name]
         # torch, since numpy knows no bfloat16.
         with safe_open(file, framework="pt") as tensors:
@@ -42,8 +38,6 @@ class HfCheckpoint(Checkpoint):
 
 def _places(path: Path, layers: int) -> dict[str, tuple[Path, str]]:
     """Full GGUF name -> the file that holds the tensor, and its name there."""
-    from safetensors import SafetensorError, safe_open
-
     shards = read_json(path / "model.safetensors.index.json").get("weight_map", {}).values()
     files = sorted({path / name for name in shards} or path.glob("*.safetensors"))
     if not files:
@@ -74,7 +68,7 @@ def _config(path: Path) -> ModelConfig:
     rope: dict[str, Any] = getattr(c, "rope_parameters", None) or {}
     scaling = rope.get("rope_type", "default")
     for what, value, supported in (
-        ("architecture", ", ".join(architectures), SUPPORTED_ARCHITECTURES),
+        ("architecture", ", ".join(architectures), ("LlamaForCausalLM", "MistralForCausalLM")),
         ("rope scaling", scaling, ("default", "linear", "llama3")),
         ("activation", getattr(c, "hidden_act", "silu"), ("silu",)),
     ):

@@ -11,7 +11,7 @@ the class of transformers that takes the file as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +36,18 @@ class HfTokenizer(Tokenizer):
         """
         self.vocab_size = vocab_size
         self._folder = folder
-        config = read_json(folder / "special_tokens_map.json") | read_json(
-            folder / "tokenizer_config.json"
-        )
+        config = read_json(folder / "special_tokens_map.json")
+        config |= read_json(folder / "tokenizer_config.json")
         proto = read_proto(folder / "tokenizer.model")
-        self._backend: SentencePieceModel | TokenizerJson
-        if proto is not None:
-            self._backend = SentencePieceModel(folder, config, proto)
-        else:
-            self._backend = TokenizerJson(folder)
+        self._backend = (
+            SentencePieceModel(folder, config, proto) if proto else TokenizerJson(folder)
+        )
         self._vocabulary = vocabulary = self._backend.vocabulary
         vocabulary.pad_to(vocab_size, folder)
-        self.eos_ids = tuple(
-            dict.fromkeys(
-                [
-                    *([] if vocabulary.eos is None else [vocabulary.eos]),
-                    *self._config_ids("generation_config.json", "eos_token_id"),
-                    *self._config_ids("config.json", "eos_token_id"),
-                ]
-            )
-        )
+        eos = [] if vocabulary.eos is None else [vocabulary.eos]
+        for file in ("generation_config.json", "config.json"):
+            eos += self._config_ids(file, "eos_token_id")
+        self.eos_ids = tuple(dict.fromkeys(eos))
         if not self.eos_ids:
             raise EdgeDtmError(
                 f"{folder} names no end-of-sequence token; add eos_token_id to config.json"
@@ -92,9 +84,8 @@ class HfTokenizer(Tokenizer):
     def _pre(self) -> str | None:
         if self._vocabulary.model != "gpt2":
             return None
-        return find_pre_tokenizer(
-            self._folder, self.encode, lambda writer: self._write(writer, PRE_CANDIDATES[0])
-        )
+        write = partial(self._write, pre=PRE_CANDIDATES[0])
+        return find_pre_tokenizer(self._folder, self.encode, write)
 
     def _write(self, writer: gguf.GGUFWriter, pre: str | None) -> None:
         v = self._vocabulary

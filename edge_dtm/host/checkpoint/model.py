@@ -76,10 +76,10 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
             state[f"{module_name(stem)}.{suffix}"] = data
     if c.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    if c.attention_bias:
-        for layer in range(c.layers):  # GGUFs with q, k, v biases only have none on the output
-            key = f"model.layers.{layer}.self_attn.o_proj.bias"
-            state.setdefault(key, torch.zeros(c.hidden, device=device))
+    for layer in range(c.layers if c.attention_bias else 0):
+        # GGUFs may have biases of q, k and v only.
+        key = f"model.layers.{layer}.self_attn.o_proj.bias"
+        state.setdefault(key, torch.zeros(c.hidden, device=device))
     model.load_state_dict(state, assign=True)
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
     if c.rope_factors is not None:

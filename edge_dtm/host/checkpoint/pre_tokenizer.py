@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from itertools import takewhile
 from pathlib import Path
 
@@ -113,15 +114,18 @@ def find_pre_tokenizer(
     encode: the checkpoint's own; add_metadata: writes its vocabulary with any pre-tokenizer.
     EdgeDtmError when no candidate fits, with the first text that differs.
     """
-    expected = [(text, encode(text)) for text in (*PROBE_TEXTS, *_packaged_texts())]
+    texts = [*PROBE_TEXTS]
+    for record in packaged_records():
+        messages = record.get("messages", [{"content": record.get("prompt")}])
+        texts += [message["content"] for message in messages]
+    expected = [(text, encode(text)) for text in texts]
     wrong: dict[str, list[str]] = {}
     refused = None
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "vocab.gguf"
-        writer = gguf.GGUFWriter(path, "llama")
-        add_metadata(writer)
-        write_head(writer)
-        writer.close()
+        with closing(gguf.GGUFWriter(path, "llama")) as writer:
+            add_metadata(writer)
+            write_head(writer)
         for pre in PRE_CANDIDATES:
             try:
                 vocab = LlamaVocab(path, pre=pre)
@@ -147,11 +151,3 @@ def write_head(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-
-
-def _packaged_texts() -> list[str]:
-    texts = []
-    for record in packaged_records():
-        messages = record.get("messages", [{"content": record.get("prompt")}])
-        texts += [message["content"] for message in messages]
-    return texts

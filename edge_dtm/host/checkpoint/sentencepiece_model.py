@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from gguf import TokenType
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
 from edge_dtm.host.checkpoint.json_file import read_json
-from edge_dtm.host.checkpoint.vocabulary import UNUSED_SCORE, Vocabulary, decode_runs
+from edge_dtm.host.checkpoint.tokenizer import UNUSED_SCORE, Vocabulary, decode_runs
 
 
 class SentencePieceModel:
@@ -21,8 +22,6 @@ class SentencePieceModel:
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], proto: Any) -> None:
-        from sentencepiece import SentencePieceProcessor
-
         self._prefix = bool(
             proto.normalizer_spec.add_dummy_prefix and config.get("add_prefix_space") is not False
         )
@@ -111,10 +110,7 @@ def read_proto(path: Path) -> Any:
     """The parsed SentencePiece model, or None: Llama 3 has another format under that name."""
     if not path.is_file():
         return None
-    from sentencepiece import sentencepiece_model_pb2
-
-    module: Any = sentencepiece_model_pb2
-    proto = module.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(path.read_bytes())
     except Exception:  # protobuf's DecodeError, which has no type stubs

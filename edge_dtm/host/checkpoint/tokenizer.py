@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import gguf
+from gguf import TokenType
 
 from edge_dtm.core.errors import EdgeDtmError
 
-Message = dict[str, str]
+UNUSED_SCORE = -1000.0
 SPECIAL = ("bos", "eos", "unk", "pad")
 
 
@@ -37,7 +41,7 @@ class Tokenizer(ABC):
     def add_metadata(self, writer: gguf.GGUFWriter) -> None:
         """Write tokenizer.ggml.* and tokenizer.chat_template."""
 
-    def encode_chat(self, messages: list[Message]) -> tuple[list[int], str]:
+    def encode_chat(self, messages: list[dict[str, str]]) -> tuple[list[int], str]:
         """Ids of the conversation with the generation prompt, and the text that encodes to them.
 
         EdgeDtmError when the template refuses the messages, or no text encodes to its ids.
@@ -66,3 +70,46 @@ class Tokenizer(ABC):
                 f"instead of messages, or mend the template or add_bos_token / add_eos_token"
             )
         return ids, text
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """tokens, types, scores: by id. scores: for model "llama", merges: for "gpt2". bos, eos, unk,
+    pad: ids, None without one. add_bos, add_eos: whether they are added to every text."""
+
+    model: str
+    tokens: list[str]
+    types: list[int]
+    bos: int | None
+    eos: int | None
+    unk: int | None
+    pad: int | None
+    add_bos: bool
+    add_eos: bool
+    scores: list[float] | None = None
+    merges: list[str] | None = None
+    add_space_prefix: bool | None = None
+
+    def pad_to(self, vocab_size: int, folder: Path) -> None:
+        """Add unused tokens. EdgeDtmError when there are more than vocab_size already."""
+        if len(self.tokens) > vocab_size:
+            raise EdgeDtmError(
+                f"{folder}: the tokenizer has {len(self.tokens)} tokens, but the model only "
+                f"{vocab_size}; take tokenizer files that belong to the model"
+            )
+        missing = range(len(self.tokens), vocab_size)
+        self.tokens.extend(f"[PAD{i}]" for i in missing)
+        self.types.extend([TokenType.UNUSED] * len(missing))
+        if self.scores is not None:
+            self.scores.extend([UNUSED_SCORE] * len(missing))
+
+
+def decode_runs(
+    ids: Sequence[int], special: Mapping[int, str], decode_run: Callable[[list[int]], str]
+) -> str:
+    """Runs between special tokens decoded one by one: each may have a space prefix to drop."""
+    parts = []
+    for is_special, group in groupby(ids, key=special.__contains__):
+        run = list(group)
+        parts += [special[i] for i in run] if is_special else [decode_run(run)]
+    return "".join(parts)

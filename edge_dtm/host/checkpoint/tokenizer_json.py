@@ -12,7 +12,7 @@ import gguf
 from gguf import TokenType
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.host.checkpoint.vocabulary import Vocabulary, decode_runs
+from edge_dtm.host.checkpoint.tokenizer import Vocabulary, decode_runs
 
 
 class TokenizerJson:
@@ -50,16 +50,24 @@ class TokenizerJson:
         self._added = {
             i: added.content for i, added in self._backend.get_added_tokens_decoder().items()
         }
+        tokens, types = self._tokens(model)
         scores = merges = add_space_prefix = None
         if model.get("byte_fallback"):  # as in SentencePiece
-            scores = self._scores(model["merges"])
+            # llama.cpp merges the pair whose result scores highest, so the rank of a merge is its
+            # score; gguf.vocab.LlamaHfVocab writes one for all, which merges in the wrong order.
+            ranks: dict[str, int] = {}
+            for rank, pair in enumerate(model["merges"]):
+                merged = pair.replace(" ", "", 1) if isinstance(pair, str) else "".join(pair)
+                ranks.setdefault(merged, rank)
+            scores = [-float(ranks.get(token, 1e6)) for token in tokens]
             pieces = self._backend.encode("a", add_special_tokens=False).tokens
             add_space_prefix = "".join(pieces).startswith("▁")
         else:
             merges = gguf.SpecialVocab(folder, load_merges=True).merges
         self.vocabulary = Vocabulary(
             "gpt2" if scores is None else "llama",
-            *self._tokens(model),
+            tokens,
+            types,
             hf.bos_token_id,
             hf.eos_token_id,
             hf.unk_token_id,
@@ -73,7 +81,7 @@ class TokenizerJson:
 
     def _tokens(self, model: Mapping[str, Any]) -> tuple[list[str], list[int]]:
         """Texts and types by id."""
-        vocab = self._ids()
+        vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         size = max(vocab.values()) + 1
         tokens, types = [f"[PAD{i}]" for i in range(size)], [int(TokenType.UNUSED)] * size
         for token, i in vocab.items():
@@ -85,21 +93,6 @@ class TokenizerJson:
         if model.get("byte_fallback") and model.get("unk_token") in vocab:
             types[vocab[model["unk_token"]]] = TokenType.UNKNOWN
         return tokens, types
-
-    def _scores(self, merges: Sequence[Any]) -> list[float]:
-        """llama.cpp merges the pair whose result scores highest, so the rank of a merge is its
-        score; gguf.vocab.LlamaHfVocab writes one score for all, which merges in the wrong order."""
-        vocab = self._ids()
-        scores = [-1e6] * (max(vocab.values()) + 1)
-        for rank, pair in enumerate(merges):
-            left, right = pair.split(" ") if isinstance(pair, str) else pair
-            index = vocab.get(left + right)
-            if index is not None:
-                scores[index] = max(scores[index], -float(rank))
-        return scores
-
-    def _ids(self) -> dict[str, int]:
-        return dict(self._backend.get_vocab(with_added_tokens=True))
 
     def encode(self, text: str, *, add_special: bool) -> list[int]:
         return list(self._backend.encode(text, add_special_tokens=add_special).ids)

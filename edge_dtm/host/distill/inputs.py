@@ -13,7 +13,7 @@ from edge_dtm.formats.ggml_types import facts
 from edge_dtm.formats.plan import Component, Plan, Treatment
 from edge_dtm.formats.reference import HELD_OUT, PACKAGED, Reference
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
-from edge_dtm.host.checkpoint.edited import EditedCheckpoint, write_edited
+from edge_dtm.host.checkpoint.derived import EditedCheckpoint, write_edited
 from edge_dtm.host.checkpoint.model import load_model
 from edge_dtm.host.distill.result import Distilled
 from edge_dtm.host.distill.teacher import TeacherText, reference_sequences, sample_texts

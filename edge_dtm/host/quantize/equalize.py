@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from edge_dtm.host.checkpoint.config import ModelConfig
+from edge_dtm.host.checkpoint.checkpoint import ModelConfig
 from edge_dtm.host.quantize.activations import round_activations
 from edge_dtm.llamacpp import ggml
 

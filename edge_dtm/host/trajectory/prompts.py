@@ -43,10 +43,9 @@ def read_prompts(path: Path, tokenizer: Tokenizer) -> list[Prompt]:
         if not line.strip():
             continue
         try:
-            prompts.append(
-                _from_json(json.loads(line), tokenizer) if as_json else _plain(line, tokenizer)
-            )
-        except (ValueError, KeyError, TypeError, EdgeDtmError) as error:
+            record = json.loads(line) if as_json else {"prompt": line}
+            prompts.append(_prompt(record, tokenizer))
+        except (ValueError, EdgeDtmError) as error:
             bad.append(f"line {number}: {error}")
     if bad:
         raise EdgeDtmError(f"{path} has {len(bad)} bad prompts: {'; '.join(bad[:3])}")
@@ -61,35 +60,29 @@ def read_prompts(path: Path, tokenizer: Tokenizer) -> list[Prompt]:
 
 def packaged_prompts(tokenizer: Tokenizer) -> list[Prompt]:
     """The set that comes with edge-dtm; chats as plain text where the model has no template."""
-    out = []
+    prompts = []
     for record in packaged_records():
         if "messages" in record and not tokenizer.chat_template:
             record = {"prompt": record["messages"][-1]["content"]}
-        out.append(_from_json(record, tokenizer))
-    return list(dict.fromkeys(out))
+        prompts.append(_prompt(record, tokenizer))
+    return list(dict.fromkeys(prompts))
 
 
-def _from_json(record: Any, tokenizer: Tokenizer) -> Prompt:
-    if not isinstance(record, dict):
-        raise ValueError("is no JSON object with `prompt` or `messages`")
-    if isinstance(record.get("prompt"), str):
-        return _plain(record["prompt"], tokenizer)
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not all(
+def _prompt(record: Any, tokenizer: Tokenizer) -> Prompt:
+    """ValueError or EdgeDtmError when the record is no prompt for this tokenizer."""
+    fields = record if isinstance(record, dict) else {}
+    text, messages = fields.get("prompt"), fields.get("messages")
+    if isinstance(text, str):
+        if any("\ud800" <= c <= "\udfff" for c in text):  # JSON can spell these out
+            raise ValueError("has half of a surrogate pair, which is no text")
+        ids = tokenizer.encode(text)
+    elif isinstance(messages, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
         for m in messages
     ):
+        ids, text = tokenizer.encode_chat(messages)
+    else:
         raise ValueError("needs `prompt` (text) or `messages` (role and content of each)")
-    if not tokenizer.chat_template:
-        raise ValueError("has `messages`, but this model has no chat template: use `prompt`")
-    ids, text = tokenizer.encode_chat(messages)
-    return Prompt(tuple(ids), text)
-
-
-def _plain(text: str, tokenizer: Tokenizer) -> Prompt:
-    if any("\ud800" <= c <= "\udfff" for c in text):  # JSON can spell these out
-        raise ValueError("has half of a surrogate pair, which is no text")
-    ids = tokenizer.encode(text)
     if not ids:
         raise ValueError("is empty")
     return Prompt(tuple(ids), text)
@@ -104,17 +97,16 @@ def sample_prefixes(
     The sampled ids are turned into text and encoded again, so that a device that only has the
     text gets the very same ids.
     """
+    if not starts:
+        return []
     device = next(model.parameters()).device
     rng = np.random.default_rng(seed)
     chosen = rng.choice(len(starts), size=min(count, len(starts)), replace=False)
-    heads = [list(starts[i].ids[:4]) for i in chosen]
-    width = min(len(h) for h in heads) if heads else 0
-    if not width:
-        return []
+    heads = [starts[i].ids[:4] for i in chosen]
+    width = min(map(len, heads))
     generator = torch.Generator(device="cpu").manual_seed(seed)
     ids = torch.tensor([h[:width] for h in heads], device=device)
-    past = None
-    step = ids
+    step, past = ids, None
     for _ in range(SAMPLED_TOKENS):
         out = model(input_ids=step, past_key_values=past, use_cache=True)
         past = out.past_key_values
@@ -122,11 +114,7 @@ def sample_prefixes(
         logits[:, list(tokenizer.eos_ids)] = -torch.inf
         step = torch.multinomial(logits.softmax(-1), 1, generator=generator).to(device)
         ids = torch.cat([ids, step], dim=1)
-    prompts = []
-    for row in ids.tolist():
-        text = tokenizer.decode(row)
-        again = tokenizer.encode(text)
-        # A cut inside a multi-byte character decodes to a replacement sign; leave those out.
-        if again and "�" not in text and "\0" not in text:
-            prompts.append(Prompt(tuple(again), text))
-    return list(dict.fromkeys(prompts))
+    # A cut inside a multi-byte character decodes to a replacement sign; leave those out.
+    texts = [t for t in map(tokenizer.decode, ids.tolist()) if not {"�", "\0"} & set(t)]
+    prompts = dict.fromkeys(Prompt(tuple(tokenizer.encode(text)), text) for text in texts)
+    return [prompt for prompt in prompts if prompt.ids]
