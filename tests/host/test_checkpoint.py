@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,25 @@ from edge_dtm.host.checkpoint.gguf_checkpoint import GgufCheckpoint
 from edge_dtm.host.checkpoint.hf_checkpoint import HfCheckpoint
 from edge_dtm.host.checkpoint.model import load_model, module_name
 from edge_dtm.host.checkpoint.open import open_checkpoint
-from edge_dtm.host.export import export_gguf, f16_plan, fixed_bytes
+from edge_dtm.host.checkpoint.pre_tokenizer import write_head
+from edge_dtm.host.export import export_gguf, fixed_bytes
 from edge_dtm.llamacpp.runner import LlamaRunner
 
 CPU = torch.device("cpu")
 SEQUENCES, TOKENS, PROMPT = 3, 200, 4
+UP = "model.layers.1.mlp.up_proj.weight"
 
 
-def _edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def _edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         tensors = load_file(file)
         change(tensors)
         save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _edit_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def _sharpen(tensors: dict[str, torch.Tensor]) -> None:
@@ -137,16 +146,11 @@ def test_logits_are_those_of_transformers(variant: Path, ids: torch.Tensor) -> N
 def test_every_weight_is_the_files(variant: Path) -> None:
     checkpoint = open_checkpoint(variant)
     state = _transformers(variant).state_dict()
-    for component in checkpoint.components():
-        name = module_name(component.name) + ".weight"
-        found = checkpoint.hf_tensor(component.name + ".weight")
-        assert found.shape == (component.rows, component.row_length)
-        assert np.array_equal(found, state.pop(name).numpy())
-    for name, length in checkpoint.vectors():
+    for name, shape in checkpoint.shapes().items():
         if name != "rope_freqs.weight":
             stem, _, suffix = name.rpartition(".")
             data = state.pop(f"{module_name(stem)}.{suffix}").numpy()
-            assert data.shape == (length,)
+            assert data.shape == shape
             assert np.array_equal(checkpoint.hf_tensor(name), data)
     assert set(state) <= {"lm_head.weight"}  # of a tied one
 
@@ -168,26 +172,20 @@ def test_llama_cpp_computes_nearly_the_same_with_f16(
     variant: Path, ids: torch.Tensor, tmp_path: Path
 ) -> None:
     checkpoint = open_checkpoint(variant)
-    path = tmp_path / "f16.gguf"
-    export_gguf(checkpoint, f16_plan(checkpoint, fixed_bytes(checkpoint)), path, {})
+    path = _export(checkpoint, tmp_path / "f16.gguf", "F16")
     theirs = _logits(_transformers(variant), ids)[:, PROMPT - 1 : -1].numpy()
     found = _llama_cpp_logits(path, ids, "F16")
     top = np.sort(theirs, axis=-1)
     clear = top[..., -1] - top[..., -2] > 0.05
     assert np.array_equal(found.argmax(-1)[clear], theirs.argmax(-1)[clear])
     # And the GGUF is itself a checkpoint.
-    opened = open_checkpoint(path)
-    back = pickle.loads(pickle.dumps(opened))  # as it goes to another process
+    back = pickle.loads(pickle.dumps(open_checkpoint(path)))  # as it goes to another process
     assert isinstance(back, GgufCheckpoint) and back.on_grid is None
-    assert back.components() == checkpoint.components()
-    assert back.vectors() == checkpoint.vectors()
-    for component in checkpoint.components():
-        name = component.name + ".weight"
-        half = checkpoint.hf_tensor(name).astype(np.float16).astype(np.float32)
-        assert np.array_equal(back.hf_tensor(name), half), name
-        assert np.array_equal(back.tensor(name), checkpoint.tensor(name).astype(np.float16)), name
-    for name, _ in checkpoint.vectors():
-        assert np.array_equal(back.tensor(name), checkpoint.tensor(name)), name
+    assert back.shapes() == checkpoint.shapes()
+    for name, shape in checkpoint.shapes().items():
+        kind = np.float16 if len(shape) == 2 else np.float32
+        assert np.array_equal(back.hf_tensor(name), checkpoint.hf_tensor(name).astype(kind)), name
+        assert np.array_equal(back.tensor(name), checkpoint.tensor(name).astype(kind)), name
     again = _logits(load_model(back, CPU), ids)[:, PROMPT - 1 : -1].numpy()
     # Training ends elsewhere on every CPU, and with it how much F16 rounds; a matrix in the wrong
     # place makes differences of several logits.
@@ -205,20 +203,9 @@ def test_without_the_permutation_llama_cpp_disagrees(
     assert (found.argmax(-1) != theirs.argmax(-1)).mean() > 0.05
 
 
-def test_llama3_factors_matter(folders: dict[str, Path], ids: torch.Tensor, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(folders["bias_rope"], tmp_path / "hf"))
-    config = json.loads((folder / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
-    (folder / "config.json").write_text(json.dumps(config))
-    without = _logits(load_model(open_checkpoint(folder), CPU), ids)
-    scaled = _logits(load_model(open_checkpoint(folders["bias_rope"]), CPU), ids)
-    assert (without - scaled).abs().max() > 0.1
-
-
 def test_linear_rope_scaling(folder: Path, ids: torch.Tensor, tmp_path: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-    (folder / "config.json").write_text(json.dumps(config))
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    _edit_config(folder, rope_parameters=rope)
     checkpoint = open_checkpoint(folder)
     theirs = _logits(_transformers(folder), ids)
     torch.testing.assert_close(_logits(load_model(checkpoint, CPU), ids), theirs, atol=1e-4, rtol=0)
@@ -243,48 +230,35 @@ def test_quantized_gguf_is_on_a_grid(folder: Path, tmp_path: Path) -> None:
 def test_hash_names_the_weights(folder: Path) -> None:
     first = HfCheckpoint(folder).check()
     read: list[int] = []
-    assert HfCheckpoint(folder).check(read.append) == first
     checkpoint = HfCheckpoint(folder)
-    assert sum(read) == sum(c.weights for c in checkpoint.components()) + sum(
-        n for _, n in checkpoint.vectors()
-    )
-
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] += 1e-3
-
-    _edit_weights(folder, change)
+    assert checkpoint.check(read.append) == first
+    assert sum(read) == sum(map(math.prod, checkpoint.shapes().values()))
+    _edit_weights(folder, lambda tensors: tensors[UP][3, 5].add_(1e-3))
     assert HfCheckpoint(folder).check() != first
 
 
-def _refused(path: Path, *words: str) -> None:
+def _refused(path: Path, words: str) -> None:
     with pytest.raises(EdgeDtmError) as caught:
-        checkpoint = open_checkpoint(path)
-        checkpoint.check()
-    text = str(caught.value)
-    assert "\n" not in text
-    for word in words:
-        assert word in text, text
+        open_checkpoint(path).check()
+    assert "\n" not in str(caught.value)
+    assert words in str(caught.value)
 
 
-def test_truncated_safetensors(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-    _refused(folder, "model.safetensors cannot be read")
-    file.write_bytes(b"")
-    _refused(folder, "model.safetensors cannot be read")
-
-
-def test_missing_shard(sharded: Path) -> None:
-    (sharded / "model-00002-of-00002.safetensors").unlink()
-    _refused(sharded, "model-00002-of-00002.safetensors")
+@pytest.mark.parametrize("kept", [None, 0, -1000])
+def test_spoilt_safetensors(sharded: Path, kept: int | None) -> None:
+    file = sharded / "model-00002-of-00002.safetensors"
+    data = file.read_bytes()
+    file.unlink()
+    if kept is not None:
+        file.write_bytes(data[:kept])
+    _refused(sharded, f"{file.name} cannot be read")
 
 
 def test_missing_files(folder: Path, tmp_path: Path) -> None:
-    (folder / "config.json").rename(tmp_path / "config.json")
-    _refused(folder, "config.json")
-    (tmp_path / "config.json").rename(folder / "config.json")
     (folder / "model.safetensors").unlink()
     _refused(folder, "no .safetensors file")
+    (folder / "config.json").unlink()
+    _refused(folder, "config.json")
     _refused(tmp_path / "nothing", "does not exist")
 
 
@@ -303,51 +277,38 @@ def test_broken_config(folder: Path, text: str) -> None:
     ],
 )
 def test_unsupported_config(folder: Path, change: dict[str, Any], word: str) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | change))
-    _refused(folder, "supported", word)
+    _edit_config(folder, **change)
+    _refused(folder, word)
 
 
-UP = "model.layers.1.mlp.up_proj.weight"
-SPOILT: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
-    "nan": (lambda t: t[UP][0, :3].fill_(torch.nan), "blk.1.ffn_up.weight has 3 NaN"),
-    "infinite": (
-        lambda t: t["model.norm.weight"][7].fill_(torch.inf), "output_norm.weight has 1 NaN"
-    ),
-    "missing": (lambda t: t.pop(UP), "lacks 1 tensors (blk.1.ffn_up.weight)"),
-    "headless": (lambda t: t.pop("lm_head.weight"), "output.weight"),
-    "short": (
-        lambda t: t.update({UP: t[UP][:-1].clone()}),
-        "blk.1.ffn_up.weight has shape (511, 256), not (512, 256)",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("how", SPOILT)
-def test_spoilt_weights_are_named(folder: Path, how: str) -> None:
-    change, words = SPOILT[how]
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t[UP][0, :3].fill_(torch.nan), "blk.1.ffn_up.weight has 3 NaN"),
+        (lambda t: t["model.norm.weight"][7].fill_(torch.inf), "output_norm.weight has 1 NaN"),
+        (lambda t: t.pop(UP), "lacks 1 tensors (blk.1.ffn_up.weight)"),
+        (lambda t: t.pop("lm_head.weight"), "output.weight"),
+        (lambda t: t.update({UP: t[UP][:-1].clone()}), "blk.1.ffn_up.weight has shape (511, 256)"),
+    ],
+)
+def test_spoilt_weights_are_named(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], words: str
+) -> None:
     _edit_weights(folder, change)
     _refused(folder, words)
 
 
-@pytest.mark.parametrize("kept", [0, 3, 100, 5000, -1000])
+@pytest.mark.parametrize("kept", [0, 3, 100, 5000, -1000, -1])
 def test_truncated_gguf(tiny_gguf: Path, tmp_path: Path, kept: int) -> None:
     path = tmp_path / "cut.gguf"
     path.write_bytes(tiny_gguf.read_bytes()[:kept])
-    _refused(path, "cut.gguf")
+    _refused(path, "cut.gguf is no readable GGUF")
 
 
 @pytest.mark.parametrize(
     ("architecture", "words"), [("gpt2", "gpt2 GGUF"), ("llama", "has no llama.embedding_length")]
 )
 def test_other_ggufs(tmp_path: Path, architecture: str, words: str) -> None:
-    path = tmp_path / "other.gguf"
-    path.write_bytes(b"not a GGUF at all, but long enough to be read\n" * 20)
-    _refused(path, "no readable GGUF")
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    _refused(path, words)
+    with closing(gguf.GGUFWriter(tmp_path / "other.gguf", architecture)) as writer:
+        write_head(writer)
+    _refused(tmp_path / "other.gguf", words)
