@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from edge_dtm.host.checkpoint.pre_tokenizer import (
     tokenization_mismatches,
     write_head,
 )
-from edge_dtm.host.checkpoint.tokenizer import Tokenizer
 from edge_dtm.llamacpp.vocabulary import LlamaVocab
 
 VOCAB_SIZE = 768
@@ -79,56 +78,46 @@ def folder(
     return _copied(tiny_llamas(name), tmp_path / "hf", *ignored)
 
 
-def _same(first: Tokenizer, second: Tokenizer, texts: list[str]) -> None:
-    for text in texts:
-        assert first.encode(text) == second.encode(text), repr(text)
+def _fits(tokenizer: HfTokenizer, folder: Path, texts: Iterable[str]) -> Path:
+    """The vocabulary as a GGUF, in which llama.cpp tokenizes the texts as the checkpoint does."""
+    path = _write(folder / "vocab.gguf", tokenizer.add_metadata)
+    assert tokenization_mismatches(tokenizer, path, [*PROBE_TEXTS, *texts]) == []
+    with LlamaVocab(path) as vocab:
+        assert vocab.n_tokens == tokenizer.vocab_size
+        assert set(tokenizer.eos_ids) <= set(vocab.eos_ids())
+    return path
+
+
+def _chats_fit(tokenizer: HfTokenizer, folder: Path) -> Path:
+    chats = [tokenizer.encode_chat(messages) for messages in [CHAT, *CHATS]]
+    path = _fits(tokenizer, folder, [*PROMPTS, *(text for _, text in chats)])
+    from_gguf = _from_gguf(path)
+    assert [from_gguf.encode_chat(messages) for messages in [CHAT, *CHATS]] == chats
+    assert [tokenizer.encode(text) for _, text in chats] == [ids for ids, _ in chats]
+    assert not any(text.startswith("<s>") for _, text in chats)
+    return path
 
 
 @pytest.mark.parametrize("rows", [VOCAB_SIZE, VOCAB_SIZE + 32])
 def test_llama_cpp_agrees_on_everything(folder: Path, tmp_path: Path, rows: int) -> None:
     tokenizer = HfTokenizer(folder, rows)
-    path = _write(tmp_path / "vocab.gguf", tokenizer.add_metadata)
-    chats = [tokenizer.encode_chat(messages)[1] for messages in CHATS if len(messages) < 2]
-    assert chats
-    texts = [*PROBE_TEXTS, *PROMPTS, *chats]
-    assert tokenization_mismatches(tokenizer, path, texts) == []
-    with LlamaVocab(path) as vocab:
-        assert vocab.n_tokens == rows == tokenizer.vocab_size
-        assert set(tokenizer.eos_ids) <= set(vocab.eos_ids())
+    path = _chats_fit(tokenizer, tmp_path)
     from_gguf = _from_gguf(path)
-    _same(tokenizer, from_gguf, texts)
-    for text in texts[: -len(chats)]:
+    for text in [*PROBE_TEXTS, *PROMPTS]:
         if "▁" not in text:  # SentencePiece cannot tell it from a space
             assert tokenizer.decode(tokenizer.encode(text)) == text
             assert from_gguf.decode(from_gguf.encode(text)) == text
     assert _write(tmp_path / "again.gguf", from_gguf.add_metadata).read_bytes() == path.read_bytes()
 
 
-def test_chat_text_encodes_to_the_same_ids(folder: Path, tmp_path: Path) -> None:
+def test_chat_text_is_what_transformers_renders(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     rendered = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         CHAT, tokenize=False, add_generation_prompt=True
     )
-    tokenizer = HfTokenizer(folder, VOCAB_SIZE)
-    path = _write(tmp_path / "vocab.gguf", tokenizer.add_metadata)
-    from_gguf = _from_gguf(path)
-    for messages in [CHAT, *CHATS]:
-        ids, text = tokenizer.encode_chat(messages)
-        assert tokenizer.encode(text) == ids
-        assert not text.startswith("<s>")
-        assert messages is not CHAT or text == rendered.removeprefix("<s>")
-        assert from_gguf.encode_chat(messages) == (ids, text)
-
-
-def test_wrong_pre_tokenizer_is_a_mismatch(bpe_folder: Path, tmp_path: Path) -> None:
-    tokenizer = HfTokenizer(bpe_folder, VOCAB_SIZE)
-
-    def add(writer: gguf.GGUFWriter) -> None:
-        tokenizer.add_metadata(writer)
-        writer.add_tokenizer_pre("deepseek-coder")
-
-    assert tokenization_mismatches(tokenizer, _write(tmp_path / "v.gguf", add), PROBE_TEXTS)
+    _, text = HfTokenizer(folder, VOCAB_SIZE).encode_chat(CHAT)
+    assert rendered.removeprefix("<s>") == text
 
 
 def test_no_fitting_pre_tokenizer_names_the_text(
@@ -154,8 +143,7 @@ def test_class_named_in_the_config_does_not_change_tokenizer_json(
     _edit(folder, "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
     tokenizer = HfTokenizer(folder, VOCAB_SIZE)
     assert len(tokenizer.encode("20242024")) == 8
-    path = _write(tmp_path / "v.gguf", tokenizer.add_metadata)
-    assert tokenization_mismatches(tokenizer, path, [*PROBE_TEXTS, *PROMPTS]) == []
+    _fits(tokenizer, tmp_path, PROMPTS)
 
 
 def test_added_tokens_of_a_sentencepiece_folder(sentencepiece_folder: Path, tmp_path: Path) -> None:
@@ -172,10 +160,7 @@ def test_added_tokens_of_a_sentencepiece_folder(sentencepiece_folder: Path, tmp_
     text = "one <tool> two<|im_end|>\n<|im_end|><tool>  x"
     assert {VOCAB_SIZE, VOCAB_SIZE + 1} <= set(tokenizer.encode(text))
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    path = _write(tmp_path / "v.gguf", tokenizer.add_metadata)
-    assert tokenization_mismatches(tokenizer, path, [text, *PROBE_TEXTS]) == []
-    with LlamaVocab(path) as vocab:
-        assert set(tokenizer.eos_ids) <= set(vocab.eos_ids())
+    _fits(tokenizer, tmp_path, [text])
 
 
 @pytest.mark.parametrize("adds", [True, False])
@@ -183,12 +168,8 @@ def test_bos_as_the_config_says(sentencepiece_folder: Path, tmp_path: Path, adds
     folder = sentencepiece_folder
     _edit(folder, "tokenizer_config.json", add_bos_token=adds)
     tokenizer = HfTokenizer(folder, VOCAB_SIZE)
-    path = _write(tmp_path / "v.gguf", tokenizer.add_metadata)
-    with LlamaVocab(path) as vocab:
-        assert vocab.adds_bos is adds
-        assert vocab.bos_id == 1
+    path = _fits(tokenizer, tmp_path, [])
     assert (tokenizer.encode("a")[0] == 1) is adds
-    assert tokenization_mismatches(tokenizer, path, PROBE_TEXTS) == []
     # Either way the template's own BOS is there exactly once.
     ids, text = tokenizer.encode_chat(CHAT)
     assert ids.count(1) == 1
@@ -218,9 +199,8 @@ def test_template_errors_are_named(sentencepiece_folder: Path, tmp_path: Path) -
         HfTokenizer(folder, VOCAB_SIZE).encode_chat(CHAT)
     template.unlink()
     _edit(folder, "tokenizer_config.json", chat_template=None)
-    tokenizer = HfTokenizer(folder, VOCAB_SIZE)
     with pytest.raises(EdgeDtmError, match="no chat template"):
-        tokenizer.encode_chat(CHAT)
+        HfTokenizer(folder, VOCAB_SIZE).encode_chat(CHAT)
 
 
 def test_folders_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
@@ -260,12 +240,5 @@ def test_smollm2(tmp_path: Path) -> None:
         assert make_smollm2.main([]) == 0
     rows = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
     tokenizer = HfTokenizer(folder, rows)
-    path = _write(tmp_path / "v.gguf", tokenizer.add_metadata)
+    path = _chats_fit(tokenizer, tmp_path)
     assert gguf.GGUFReader(path).fields["tokenizer.ggml.pre"].contents() == "smollm"
-    chats = [tokenizer.encode_chat(messages) for messages in CHATS]
-    texts = [*PROBE_TEXTS, *PROMPTS, *(text for _, text in chats)]
-    assert tokenization_mismatches(tokenizer, path, texts) == []
-    from_gguf = _from_gguf(path)
-    _same(tokenizer, from_gguf, texts)
-    assert [from_gguf.encode_chat(messages) for messages in CHATS] == chats
-    assert [tokenizer.encode(text) for _, text in chats] == [ids for ids, _ in chats]
