@@ -22,9 +22,10 @@ from fixtures.killed import Moment, run_killed
 from test_compress import _manifest, _plan, _run, _same, _tensors
 
 from edge_dtm.formats.plan import Plan
+from edge_dtm.host.blocks.prune import SEQUENTIAL
 from edge_dtm.host.checkpoint.derived import EditedCheckpoint
 from edge_dtm.host.checkpoint.open import open_checkpoint
-from edge_dtm.host.distill.result import Distilled
+from edge_dtm.host.distill.stage import DISTILLED
 
 TOKENS, HEAD_DIM = 24, 64
 LEVELS = (0.25, 0.5, 0.75, 0.9)
@@ -34,9 +35,9 @@ SMALL: dict[str, Any] = {
     "edge_dtm.host.blocks.costs.SPARSE_LEVELS": LEVELS,
     "edge_dtm.formats.plan.SPARSE_LEVELS": LEVELS,
     "edge_dtm.host.distill.teacher.BATCH_SEQUENCES": 4,
-    "edge_dtm.host.distill.inputs.SAMPLED_TEXTS": 8,
-    "edge_dtm.host.distill.inputs.FEWEST_TEXTS": 8,
-    "edge_dtm.host.distill.inputs.SAMPLED_TOKENS": 32,
+    "edge_dtm.host.distill.teacher.SAMPLED_TEXTS": 8,
+    "edge_dtm.host.distill.teacher.FEWEST_TEXTS": 8,
+    "edge_dtm.host.distill.teacher.SAMPLED_TOKENS": 32,
 }
 
 
@@ -72,37 +73,27 @@ class Runs:
         out = self.folder / f"run-{self.count}"
         return Path(shutil.copytree(self.folder / "plain", out))
 
-    def __call__(self, *options: str, status: int = 0) -> tuple[Path, str]:
-        """The folder, and what was said."""
-        out = self.new()
-        return out, _run(*self.arguments(out, *options), status=status).stderr
-
 
 @pytest.fixture(scope="module")
 def runs(
     trained_folder: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Runs:
-    found = Runs(trained_folder, prompts_file, tmp_path_factory.mktemp("sparsity"))
-    _run(*found.arguments(found.folder / "plain"))
-    return found
+    runs = Runs(trained_folder, prompts_file, tmp_path_factory.mktemp("sparsity"))
+    _run(*runs.arguments(runs.folder / "plain"))
+    return runs
 
 
-SPARSE = ("--sparsity", "0.85", "--distill", "6")
+SPARSE = ("--sparsity", "0.85", "--sparsity-steps", "2", "--distill", "6")
 
 
 @pytest.fixture(scope="module")
 def sparse(runs: Runs) -> Path:
-    out, text = runs(*SPARSE)
+    out = runs.new()
+    text = _run(*runs.arguments(out, *SPARSE)).stderr
     # Costs of zeros were not measured before, hence all are measured again.
     assert "reference: taken from the work folder" in text
     assert "costs: taken from the work folder" not in text
-    assert len(list((out / "work").glob("costs-*.jsonl"))) == 2
     return out
-
-
-@pytest.fixture(scope="module")
-def stepped(runs: Runs) -> Path:
-    return runs("--sparsity", "0.8", "--sparsity-steps", "2", "--distill", "4")[0]
 
 
 def _strict(path: Path) -> Any:
@@ -123,48 +114,12 @@ def _values(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def _least_zeros(plan: Plan) -> dict[str, int]:
-    """Zeros that masks put into a row of each component."""
-    by_name = plan.by_name()
-    return {
-        c.name: round(c.row_length * by_name[c.name].zero_share)
-        for c in plan.components
-        if by_name[c.name].zero_share
+def _masked(plan: Plan) -> dict[str, int]:
+    """Zeros that masks put into a row of each component that has some."""
+    shares = {
+        c.name: (c, t.zero_share) for c, t in zip(plan.components, plan.treatments, strict=True)
     }
-
-
-def _zeros_are_the_plans(folder: Path, share: float) -> None:
-    plan, values = _plan(folder), _values(folder)
-    assert plan.zero_share == pytest.approx(share, abs=1e-3)
-    zeros = 0
-    for name, count in _least_zeros(plan).items():
-        found = (values[name] == 0).sum(1)
-        assert name.startswith("blk.")
-        assert (found >= count).all(), name
-        # Half precision loses no weight, eight bits some that are small.
-        more = 0.002 if plan[name].type == "F16" else 0.03
-        assert found.mean() <= count + more * values[name].shape[1], name
-        zeros += int(found.sum())
-    total = sum(v.size for n, v in values.items() if n.startswith("blk."))
-    assert zeros / total == pytest.approx(share, abs=0.02)
-
-
-def _sections(folder: Path) -> set[str]:
-    lines = (folder / "report.md").read_text().splitlines()
-    return {line[3:] for line in lines if line.startswith("## ")}
-
-
-def _distilled(folder: Path, curve: list[dict[str, Any]]) -> Distilled:
-    """The one in the work folder with that curve."""
-    found = []
-    for path in (folder / "work").glob("distilled-*"):
-        result = Distilled.load(path)
-        if [p["sdt"] for p in result.curve] == [p["sdt"] for p in curve] and [
-            p["perplexity"] for p in result.curve
-        ] == [p["perplexity"] for p in curve]:
-            found.append(result)
-    assert len(found) == 1
-    return found[0]
+    return {n: round(c.row_length * share) for n, (c, share) in shares.items() if share}
 
 
 def _gguf_order(name: str, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -175,40 +130,48 @@ def _gguf_order(name: str, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return rows.reshape(heads, 2, HEAD_DIM // 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _exported_is_distilled(runs: Runs, folder: Path) -> None:
-    """Of the last distillation: blocks and norm gains."""
-    story = _manifest(folder)["measured"]["distillation"]["of the plan"]
-    result = _distilled(folder, story["curve"])
-    assert result.best_step == story["best_step"] > 0
-    tensors, plan = _tensors(folder / "model.gguf"), _plan(folder)
-    assert set(result.blocks) == {c.name for c in plan.components if c.in_block}
-    for name, blocks in result.blocks.items():
-        assert np.array_equal(tensors[name], _gguf_order(name, blocks)), name
-    gains = {
-        t.name: t.data for t in gguf.GGUFReader(folder / "model.gguf").tensors if len(t.shape) == 1
-    }
-    assert set(gains) <= set(result.vectors)
-    for name, gain in gains.items():
-        assert np.array_equal(gain, result.vectors[name]), name
-    name = "output_norm.weight"
-    assert not np.array_equal(gains[name], open_checkpoint(runs.model).tensor(name))
-
-
 # --- zeros and distillation ------------------------------------------------------------------
 
 
 def test_zeros_of_the_file_are_the_plans(sparse: Path) -> None:
-    _zeros_are_the_plans(sparse, 0.85)
-    assert _plan(sparse).size_bytes == (sparse / "model.gguf").stat().st_size
+    plan, values = _plan(sparse), _values(sparse)
+    assert plan.size_bytes == (sparse / "model.gguf").stat().st_size
+    assert plan.zero_share == pytest.approx(0.85, abs=1e-3)
+    by_name, zeros = plan.by_name(), 0
+    for name, count in _masked(plan).items():
+        in_rows = (values[name] == 0).sum(1)
+        assert name.startswith("blk.")
+        assert (in_rows >= count).all(), name
+        # Half precision loses no weight, eight bits some that are small.
+        more = 0.002 if by_name[name].type == "F16" else 0.03
+        assert in_rows.mean() <= count + more * values[name].shape[1], name
+        zeros += int(in_rows.sum())
+    total = sum(v.size for n, v in values.items() if n.startswith("blk."))
+    assert zeros / total == pytest.approx(0.85, abs=0.02)
     _run("verify", "--threads", "1", sparse)
 
 
+def test_zeros_of_the_first_step_stay(runs: Runs, sparse: Path) -> None:
+    (file,) = (sparse / "work").glob("base-*.safetensors")
+    base, values = EditedCheckpoint(open_checkpoint(runs.model), file), _values(sparse)
+    zeros, total = 0, 0
+    for component in base.components():
+        if not component.in_block:
+            continue
+        weights = base.hf_tensor(component.name + ".weight")
+        held = _gguf_order(component.name, weights) == 0
+        assert not values[component.name][held].any(), component.name
+        zeros, total = zeros + int(held.sum()), total + held.size
+    assert zeros / total == pytest.approx(1 - (1 - 0.85) ** 0.5, abs=0.005)
+
+
 def test_report_and_manifest_tell_it(sparse: Path) -> None:
-    assert {"Zeros", "Distillation"} <= _sections(sparse)
+    report = (sparse / "report.md").read_text()
+    assert "\n## Zeros\n" in report and "\n## Distillation\n" in report
     for path in sparse.glob("*.json"):
         _strict(path)
     measured = _manifest(sparse)["measured"]
-    assert set(measured["distillation"]) == {"of the plan"}
+    assert set(measured["distillation"]) == {"at 61.3% zeros", "of the plan"}
     stage = measured["distillation"]["of the plan"]
     assert [p["step"] for p in stage["curve"]] == list(range(7)) and stage["steps"] == 6
     assert stage["curve"][0]["loss"] is None and stage["curve"][1]["loss"] > 0
@@ -218,67 +181,42 @@ def test_report_and_manifest_tell_it(sparse: Path) -> None:
     assert before["perplexity"] > measured["perplexity"]
     assert before["sdt"]["value"] >= measured["sdt"]["value"] - 0.02
     provenance = _manifest(sparse)["provenance"]
-    assert provenance["distill_steps"] == 6 and provenance["sparsity_steps"] == 1
+    assert provenance["distill_steps"] == 6 and provenance["sparsity_steps"] == 2
 
 
 def test_what_was_trained_is_what_is_exported(runs: Runs, sparse: Path) -> None:
-    _exported_is_distilled(runs, sparse)
+    """Of the last distillation: blocks and norm gains."""
+    curve = _manifest(sparse)["measured"]["distillation"]["of the plan"]["curve"]
+    results = map(DISTILLED.load, (sparse / "work").glob("distilled-*"))
+    (result,) = (r for r in results if r.curve == curve)
+    assert result.best_step > 0
+    tensors, plan = _tensors(sparse / "model.gguf"), _plan(sparse)
+    assert set(result.blocks) == {c.name for c in plan.components if c.in_block}
+    for name, blocks in result.blocks.items():
+        assert np.array_equal(tensors[name], _gguf_order(name, blocks.numpy())), name
+    gains = {
+        t.name: t.data for t in gguf.GGUFReader(sparse / "model.gguf").tensors if len(t.shape) == 1
+    }
+    assert set(gains) == set(result.vectors)
+    for name, gain in gains.items():
+        assert np.array_equal(gain, result.vectors[name]), name
+    name = "output_norm.weight"
+    assert not np.array_equal(gains[name], open_checkpoint(runs.model).tensor(name))
 
 
 def test_zeros_were_fitted_in_order(sparse: Path) -> None:
-    """All that has zeros was, and it was decided whether that is better."""
-    (folder,) = (sparse / "work").glob("sequential-pruning-*")
-    assert (folder / "judged").read_text() in ("better", "worse")
-    stored = {p.name.rsplit(".", 2)[0] for p in folder.glob("*.npy")}
-    assert stored == set(_least_zeros(_plan(sparse)))
-
-
-@pytest.mark.slow
-def test_the_same_again_elsewhere(runs: Runs, sparse: Path) -> None:
-    other, text = runs(*SPARSE)
-    assert "costs: taken" not in text
-    _same(sparse, other)
-    # And in the same folder, where all is there already.
-    again = _run(*runs.arguments(other, *SPARSE)).stderr
-    for done in ("Distillation of the plan: ", "Sampling texts", "Sequential pruning: "):
-        assert done in text and done not in again, done
-    _same(sparse, other)
-
-
-def test_zeros_of_the_first_step_stay(runs: Runs, stepped: Path) -> None:
-    _zeros_are_the_plans(stepped, 0.8)
-    (file,) = (stepped / "work").glob("base-*.safetensors")
-    base, values = EditedCheckpoint(open_checkpoint(runs.model), file), _values(stepped)
-    zeros, total = 0, 0
-    for component in base.components():
-        if not component.in_block:
-            continue
-        weights = base.hf_tensor(component.name + ".weight")
-        held = _gguf_order(component.name, weights) == 0
-        assert not values[component.name][held].any(), component.name
-        zeros, total = zeros + int(held.sum()), total + held.size
-    assert zeros / total == pytest.approx(1 - (1 - 0.8) ** 0.5, abs=0.005)
-    measured = _manifest(stepped)["measured"]
-    assert set(measured["distillation"]) == {"at 55.3% zeros", "of the plan"}
-    assert measured["sparsity_steps"] == 2
-    _run("verify", "--threads", "1", stepped)
-
-
-@pytest.mark.slow
-def test_the_papers_sparse_experiment(runs: Runs) -> None:
-    options = ("--preset", "paper-sparse", "--sparsity", "0.7", "--sparsity-steps", "2")
-    out, _ = runs(*options, "--distill", "4")
-    _zeros_are_the_plans(out, 0.7)
-    assert {t.type for t in _plan(out).treatments} == {"F16"}
-    assert "Budget: none" in (out / "report.md").read_text()
-    assert set(_manifest(out)["measured"]["distillation"]) == {"at 45.2% zeros", "of the plan"}
+    """In both steps it was decided whether that is better; all that has zeros was fitted."""
+    stored = [SEQUENTIAL.load(p) for p in (sparse / "work").glob("sequential-pruning-*.pt")]
+    assert len(stored) == 2
+    assert all(not blocks or set(blocks) >= set(_masked(_plan(sparse))) for blocks in stored)
 
 
 # --- the paper's int8 -----------------------------------------------------------------------
 
 
 def test_a_share_of_the_components_in_int8(runs: Runs) -> None:
-    out, _ = runs("--preset", "paper-int8", "--int8-share", "0.5")
+    out = runs.new()
+    _run(*runs.arguments(out, "--preset", "paper-int8", "--int8-share", "0.5"))
     plan = _plan(out)
     data = json.loads((out / "plan.json").read_text())
     costs = {c["name"]: c["costs"]["Q8_0"] for c in data["costs"]}
@@ -296,23 +234,24 @@ def test_a_share_of_the_components_in_int8(runs: Runs) -> None:
 # --- errors ---------------------------------------------------------------------------------
 
 
-def test_errors_before_the_long_run(runs: Runs) -> None:
-    for options, said in (
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
         (("--sparsity", "0.5", "--types", "Q4_0,Q5_0"), "zeros are put into Q8_0 and F16 only"),
         (("--sparsity", "0.85", "--types", "Q4_0,Q8_0", "--max-bytes", "1500K"), "takes about"),
         # The highest level is 0.9, which is 230 of 256 weights: a little less.
         (("--sparsity", "0.9"), "or lower --sparsity"),
         (("--preset", "paper-int8", "--max-bytes", "2M"), "raise --max-bytes"),
-    ):
-        out = runs.new()
-        shutil.rmtree(out / "work")
-        before = {p.name: p.read_bytes() for p in out.iterdir()}
-        result = _run(*runs.arguments(out, *options), status=1)
-        lines = [line for line in result.stderr.splitlines() if line]
-        assert sum("error" in line for line in lines) == 1
-        assert lines[-1].startswith("error: ") and said in lines[-1], lines[-1]
-        assert not (out / "work").exists()
-        assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    ],
+)
+def test_errors_before_the_long_run(runs: Runs, options: tuple[str, ...], remedy: str) -> None:
+    out = runs.new()
+    shutil.rmtree(out / "work")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    lines = _run(*runs.arguments(out, *options), status=1).stderr.split("\n")
+    (error,) = (line for line in lines if "error" in line)
+    assert error.startswith("error: ") and remedy in error
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
 def test_a_changed_model_has_no_recipe(runs: Runs, sparse: Path, tmp_path: Path) -> None:
@@ -325,12 +264,13 @@ def test_a_changed_model_has_no_recipe(runs: Runs, sparse: Path, tmp_path: Path)
 
 # --- killed runs ----------------------------------------------------------------------------
 
+# What is left by then, and when.
 _MOMENTS = {
-    "matrix pruned": Moment("edge_dtm.host.blocks.sequential_pruning._fit", 5),
-    "pruned matrices kept": Moment("edge_dtm.host.blocks.prune.SequentiallyPruned.save", 3),
-    "texts sampled": Moment("edge_dtm.host.distill.teacher._sample", 2),
-    "best kept": Moment("edge_dtm.host.distill.distill.Trainer._keep", 1, after=True),
-    "state saved": Moment("edge_dtm.host.distill.distill.Trainer._save", 3, after=True),
+    "encoded-*/*.npz": Moment("edge_dtm.host.blocks.sequential_pruning._fit", 5),
+    "text-*.parts/000000.json": Moment("edge_dtm.host.distill.teacher._sample", 2),
+    "text-*.pt": Moment("edge_dtm.host.distill.trainer.Trainer._save", 1),
+    "distilled-*/state.pt": Moment("edge_dtm.host.distill.trainer.Trainer._save", 3, after=True),
+    "base-*.safetensors": Moment("edge_dtm.host.blocks.prune.save_tensors", 1),
 }
 
 
@@ -338,19 +278,18 @@ _MOMENTS = {
 def test_a_run_killed_in_every_new_stage_ends_in_the_same_bytes(runs: Runs, sparse: Path) -> None:
     out = runs.folder / "killed"
     arguments = runs.arguments(out, *SPARSE)
-    left = {
-        "pruned matrices kept": "sequential-pruning-*/*.npy",
-        "texts sampled": "text-*/sampled/000000.json",
-        "state saved": "distilled-*/state.safetensors",
-    }
-    for moment in _MOMENTS:
-        run_killed(arguments, SMALL, _MOMENTS[moment])
-        if moment in left:
-            assert list((out / "work").glob(left[moment])), moment
+    for left, moment in _MOMENTS.items():
+        run_killed(arguments, SMALL, moment)
+        assert list((out / "work").glob(left)), moment
         assert not (out / "manifest.json").exists()
-    _run(*arguments)
+    stages = ("Distillation of the plan: ", "Sequential pruning: ")
+    text = _run(*arguments).stderr
+    assert all(stage in text for stage in stages)
     _same(sparse, out)
     stories = [_manifest(f)["measured"]["distillation"] for f in (sparse, out)]
     for name in stories[0]:
         assert stories[0][name]["curve"] == stories[1][name]["curve"]
     _run("verify", "--threads", "1", out)
+    again = _run(*arguments).stderr  # all is there already
+    assert not any(stage in again for stage in stages)
+    _same(sparse, out)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,23 +20,45 @@ from edge_dtm.host.blocks.encoded import EncodedStore
 from edge_dtm.host.blocks.fit import component_output_hessian
 from edge_dtm.host.blocks.jobs import MaskJobs, encode_masks
 from edge_dtm.host.blocks.sequential_pruning import Pruned, prune_sequentially
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint
 from edge_dtm.host.checkpoint.model import load_model, module_name
 from edge_dtm.host.distill.evaluate import check
-from edge_dtm.host.distill.inputs import start_values
+from edge_dtm.host.distill.result import Tensors, load_tensors, save_tensors
 from edge_dtm.host.distill.teacher import reference_sequences
-from edge_dtm.host.distill.trained import Trained
+from edge_dtm.host.distill.trained import set_weights, start_values
 from edge_dtm.host.trajectory.reference import calibration_rows
 from edge_dtm.host.values import Base, Costs, Encoded, Run
 
-# The marker says whether sequential pruning was better.
-SEQUENTIAL: Kind[bool] = Kind(
-    "sequential-pruning",
-    "",
-    lambda folder: (folder / "judged").read_text() == "better",
-    lambda better, folder: (folder / "judged").write_text("better" if better else "worse"),
-    marker="judged",
-    version=2,
+FloatArray = npt.NDArray[np.float32]
+Treated = Sequence[tuple[Component, Treatment]]
+
+# The blocks of matrices with zeros; none where sequential pruning was not better.
+SEQUENTIAL: Kind[Tensors] = Kind(
+    "sequential-pruning", ".pt", load_tensors, lambda blocks, path: save_tensors(path, blocks)
 )
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """Some matrices treated again, the others as they were.
+
+    key: names what they were treated with. checkpoint: has the order of rows. blocks: by component
+    uint8 (rows, row_bytes), rows as Hugging Face orders them.
+    """
+
+    key: str
+    checkpoint: Checkpoint
+    blocks: Mapping[str, torch.Tensor]
+    before: Encoded
+
+    def importance(self, name: str) -> FloatArray | None:
+        return self.before.importance(name)
+
+    def encoded(self, component: Component, treatment: Treatment) -> npt.NDArray[np.uint8]:
+        """uint8 (rows, row_bytes), rows as GGUF orders them."""
+        if component.name not in self.blocks:
+            return self.before.encoded(component, treatment)
+        return self.checkpoint.gguf_rows(component.name, self.blocks[component.name].numpy())
 
 
 def prune_plan(run: Run, base: Base, costs: Costs, plan: Plan, reference: Reference) -> Encoded:
@@ -51,33 +74,23 @@ def prune_plan(run: Run, base: Base, costs: Costs, plan: Plan, reference: Refere
     if not pruned:
         return store
     calibration = captures(run, base, reference)[1]
-    missing = [(c, t) for c, t in pruned if not store.has(c, t)]
-    if missing:
+    if missing := [(c, t) for c, t in pruned if not store.has(c, t)]:
         capture(run, base, calibration)
         _encode(run, base, costs, missing, calibration)
     if not run.settings.method.sequential_pruning:
         return store
-    inputs = [store.key, plan.hash]
 
-    def make(folder: Path) -> bool:
+    def make(_: Path) -> Tensors:
         capture(run, base, calibration)
-        sequential = SequentiallyPruned(folder, store)
-        return _prune_sequentially(
-            run, base, costs, plan, pruned, calibration, reference, sequential
-        )
+        return _prune_sequentially(run, costs, plan, pruned, calibration, reference)
 
-    better = run.work.load_or_make(SEQUENTIAL, inputs, make)
-    folder = run.work.path_of(SEQUENTIAL, inputs)
-    return SequentiallyPruned(folder, store) if better else store
+    inputs = [store.key, plan.hash]
+    blocks = run.work.load_or_make(SEQUENTIAL, inputs, make)
+    key = run.work.path_of(SEQUENTIAL, inputs).stem
+    return Replaced(key, store.checkpoint, blocks, store) if blocks else store
 
 
-def _encode(
-    run: Run,
-    base: Base,
-    costs: Costs,
-    missing: Sequence[tuple[Component, Treatment]],
-    calibration: Calibration,
-) -> None:
+def _encode(run: Run, base: Base, costs: Costs, missing: Treated, calibration: Calibration) -> None:
     store = costs.encoded
     assert isinstance(store, EncodedStore)
     method = run.settings.method
@@ -97,28 +110,26 @@ def _encode(
 
 def _prune_sequentially(
     run: Run,
-    base: Base,
     costs: Costs,
     plan: Plan,
-    pruned: Sequence[tuple[Component, Treatment]],
+    pruned: Treated,
     calibration: Calibration,
     reference: Reference,
-    target: SequentiallyPruned,
-) -> bool:
-    """Fit the masked matrices layer by layer into `target`, and say whether that is better."""
+) -> Tensors:
+    """The masked matrices' blocks fitted layer by layer, none if that is not better."""
     measured, fitted = calibration_rows(reference)
     validation = reference.rows(measured)
     original = load_model(costs.equalized, run.device)
-    student = load_model(costs.equalized, run.device)
-    values = start_values(costs.equalized, plan, costs.encoded)
-    _set_weights(student, values, run.device)
+    student = copy.deepcopy(original)
+    starts = start_values(costs.equalized, plan, costs.encoded)
+    set_weights(student, starts)
     before = check(student, validation)
-    config = base.checkpoint.config
+    config = costs.equalized.config
     matrices = {
         c.name: Pruned(
             t,
-            torch.from_numpy(costs.equalized.hf_tensor(c.name + ".weight")).to(run.device),
-            torch.from_numpy(values[c.name].start != 0).to(run.device),
+            original.get_submodule(module_name(c.name)).weight,
+            torch.from_numpy(starts[c.name].values != 0).to(run.device),
             component_output_hessian(
                 calibration,
                 costs.scales,
@@ -140,35 +151,4 @@ def _prune_sequentially(
         f"{before.sdt:.2%} became {after.sdt:.2%}, perplexity {before.perplexity:.4f} became "
         f"{after.perplexity:.4f}: {'taken' if better else 'not taken'}"
     )
-    for c, t in pruned:
-        target.save(c, t, encoded[c.name][0])
-    return better
-
-
-@torch.no_grad()
-def _set_weights(model: Any, values: Mapping[str, Trained], device: torch.device) -> None:
-    """Put the plan's values into a model of load_model."""
-    modules = dict(model.named_modules())
-    for name, trained in values.items():
-        module = model.model.embed_tokens if name == "token_embd" else modules[module_name(name)]
-        module.weight.copy_(torch.from_numpy(trained.start).to(device))
-
-
-class SequentiallyPruned(EncodedStore):
-    """What sequential pruning encoded, and the rest as it was measured."""
-
-    def __init__(self, folder: Path, before: EncodedStore) -> None:
-        super().__init__(folder, before.checkpoint)
-        self.before = before
-
-    def encoded(self, component: Component, treatment: Treatment) -> npt.NDArray[np.uint8]:
-        """uint8 (rows, row_bytes), rows as GGUF orders them."""
-        if self.has(component, treatment) and treatment.zero_share:
-            return self.load(component, treatment)
-        return self.before.encoded(component, treatment)
-
-    def importance(self, name: str) -> npt.NDArray[np.float32] | None:
-        return self.before.importance(name)
-
-    def is_fitted(self, component: Component, treatment: Treatment) -> bool:
-        return self.before.is_fitted(component, treatment)
+    return {name: torch.from_numpy(data) for name, (data, _) in encoded.items()} if better else {}

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from edge_dtm.core.metrics import (
@@ -17,10 +16,6 @@ from edge_dtm.core.metrics import (
 )
 from edge_dtm.formats.reference import Reference
 from edge_dtm.host.distill.teacher import batches_by_length, padded
-
-FloatArray = npt.NDArray[np.float32]
-ByteArray = npt.NDArray[np.uint8]
-
 
 CHUNK_LOGITS = 2**23  # logits at a time, 32 MiB each for teacher, student and difference
 
@@ -69,24 +64,27 @@ def check(model: Any, validation: Reference, batch_tokens: int = 2048) -> Check:
     order = sorted(range(s), key=lambda row: (lengths[row], row))
     for rows in batches_by_length(lengths, order, batch_tokens):
         texts = [(validation.prompt(r) + validation.generated(r))[:-1] for r in rows]
-        states = model.model(input_ids=padded(texts).to(device), use_cache=False).last_hidden_state
+        hidden = model.model(input_ids=padded(texts).to(device), use_cache=False).last_hidden_state
         at = torch.cat(
-            [states[i, validation.prompt_lengths[r] - 1 : lengths[r]] for i, r in enumerate(rows)]
+            [hidden[i, validation.prompt_lengths[r] - 1 : lengths[r]] for i, r in enumerate(rows)]
         ).float()
         targets = torch.tensor([t for r in rows for t in validation.generated(r)], device=device)
         best, logs = [], []
         chunk = max(1, CHUNK_LOGITS // len(head))
-        for start in range(0, len(at), chunk):
-            logits = at[start : start + chunk] @ head.T
+        for states, target in zip(torch.split(at, chunk), torch.split(targets, chunk), strict=True):
+            logits = states @ head.T
             best.append(logits.argmax(-1).cpu())
-            target = targets[start : start + chunk, None]
-            logs.append((logits.gather(1, target)[:, 0] - logits.logsumexp(-1)).cpu())
-        first = 0
-        for row in rows:
-            count = int(validation.generated_lengths[row])
-            argmaxes[row, :count] = torch.cat(best)[first : first + count].numpy()
-            log_probability[row, :count] = torch.cat(logs)[first : first + count].numpy()
-            first += count
+            logs.append((logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1)).cpu())
+        counts = [int(validation.generated_lengths[row]) for row in rows]
+        for row, count, ids, log in zip(
+            rows,
+            counts,
+            torch.split(torch.cat(best), counts),
+            torch.split(torch.cat(logs), counts),
+            strict=True,
+        ):
+            argmaxes[row, :count] = ids.numpy()
+            log_probability[row, :count] = log.numpy()
     mask = divergent_mask(validation.generated_ids, argmaxes, validation.generated_lengths)
     return Check(
         share_of_divergent_tokens(mask, validation.generated_lengths),

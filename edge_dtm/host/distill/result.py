@@ -1,124 +1,87 @@
-"""What distillation leaves: the best model that was checked, and how it got there."""
+"""How far a distillation has come, and the best model that was checked."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.files import write_whole
-from edge_dtm.llamacpp import ggml
 
-FloatArray = npt.NDArray[np.float32]
-ByteArray = npt.NDArray[np.uint8]
-
-
-Point = dict[str, float]  # of the curve: step, loss, sdt, fdt, perplexity, tokens
+Tensors = dict[str, torch.Tensor]
+Point = dict[
+    str, Any
+]  # of the curve: step, loss (None before the first), sdt, fdt, perplexity, tokens
+BACK_OFF_AFTER = 2  # checks
 
 
-@dataclass(frozen=True)
+@dataclass
 class Distilled:
-    """The best that was checked.
-
-    values: of every trained component float32 (rows, row_length), Hugging Face layout; blocks:
-    the bytes that decode to exactly these, uint8 (rows, row_bytes), Hugging Face's row order. At
-    best_step 0 nothing beat the start: values are the start's and there are no blocks, since the
-    start's may have been made in another way (error feedback) and are at hand. vectors: norm
-    gains by full GGUF name. steps: those done. tokens_per_s: training only, padding not counted.
+    """blocks: of every trained component the best model's bytes, uint8 (rows, row_bytes), Hugging
+    Face's row order; vectors: its norm gains by full GGUF name, float32. At best_step 0 nothing
+    beat the start, and there are no blocks: the start's may have been made in another way (error
+    feedback) and are at hand. steps: those done. seconds and tokens: of training only, padding not
+    counted. curve: one point a check, the first of the start. rate_scale: what the rate is
+    multiplied with; checks_since: since the best. Only the trainer changes a value of this class.
     """
 
-    best_step: int
-    steps: int
-    curve: list[Point]
-    types: dict[str, str]
-    values: dict[str, FloatArray] = field(repr=False)
-    blocks: dict[str, ByteArray] = field(repr=False)
-    vectors: dict[str, FloatArray] = field(repr=False)
-    tokens_per_s: float
-    peak_rss_bytes: int
+    vectors: Tensors = field(repr=False)
+    blocks: Tensors = field(default_factory=dict, repr=False)
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    rate_scale: float = 1.0
+    checks_since: int = 0
+    curve: list[Point] = field(default_factory=list)
+    peak_rss_bytes: int = 0
 
-    def save(self, folder: Path) -> None:
-        """`distilled.safetensors` and, last, `distilled.json`."""
-        tensors = {f"vector.{n}": torch.from_numpy(v) for n, v in self.vectors.items()}
-        tensors |= {f"blocks.{n}": torch.from_numpy(b) for n, b in self.blocks.items()}
-        tensors |= {
-            f"values.{n}": torch.from_numpy(v)
-            for n, v in self.values.items()
-            if n not in self.blocks
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(folder / "distilled.safetensors", tensors, {})
-        names = ("best_step", "steps", "curve", "types", "tokens_per_s", "peak_rss_bytes")
-        head = {name: getattr(self, name) for name in names}
-        head["curve"] = [plain_point(p) for p in self.curve]
-        head["row_lengths"] = {n: v.shape[1] for n, v in self.values.items()}
-        write_whole(folder / "distilled.json", json.dumps(head).encode())
+    @property
+    def best(self) -> Point:
+        """Of the curve: the least SDT, ties decided by perplexity."""
+        return min(self.curve, key=lambda p: (p["sdt"], p["perplexity"]))
 
-    @classmethod
-    def load(cls, folder: Path) -> Distilled:
-        """EdgeDtmError when the folder holds no whole result."""
-        try:
-            head = json.loads((folder / "distilled.json").read_text(encoding="utf-8"))
-            tensors, _ = load_tensors(folder / "distilled.safetensors")
-            kinds: dict[str, dict[str, npt.NDArray[Any]]] = {"vector": {}, "blocks": {}}
-            kinds["values"] = {}
-            for key, tensor in tensors.items():
-                kind, _, name = key.partition(".")
-                kinds[kind][name] = tensor.numpy()
-            types, lengths = head["types"], head.pop("row_lengths")
-            head["curve"] = [point_from_json(p) for p in head["curve"]]
-            for name, data in kinds["blocks"].items():
-                kinds["values"][name] = ggml.dequantize(types[name], data, lengths[name])
-            return cls(
-                values=kinds["values"], blocks=kinds["blocks"], vectors=kinds["vector"], **head
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise EdgeDtmError(
-                f"{folder} holds no readable distillation ({error}): run edge-dtm compress again with "
-                "--no-resume"
-            ) from None
+    @property
+    def best_step(self) -> int:
+        return int(self.best["step"])
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def backs_off(self) -> bool:
+        return self.checks_since > 0 and self.checks_since % BACK_OFF_AFTER == 0
+
+    def stops_early(self, patience: int) -> bool:
+        """Nothing better in the last `patience` checks."""
+        return len(self.curve) - 1 - self.curve.index(self.best) >= patience
 
 
-def plain_point(point: Point) -> dict[str, float | None]:
-    """JSON has no NaN; the step before the first has no loss."""
-    return {key: value if math.isfinite(value) else None for key, value in point.items()}
-
-
-def point_from_json(data: Mapping[str, float | None]) -> Point:
-    return {key: math.nan if value is None else value for key, value in data.items()}
-
-
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: dict[str, str]) -> None:
-    """safetensors with text beside the tensors, under a temporary name until complete."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
+def save_tensors(path: Path, data: Mapping[str, Any]) -> None:
+    """torch.save, under a temporary name until complete. EdgeDtmError when the disk is full."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata=meta)
-        with temporary.open("rb+") as file:
+        with temporary.open("wb") as file:
+            torch.save(dict(data), file)
+            file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise EdgeDtmError(f"{path} could not be written ({error}): free some space") from None
 
 
-def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """ValueError or OSError when it is no whole safetensors file."""
-    from safetensors import SafetensorError, safe_open
-
+def load_tensors(path: Path) -> dict[str, Any]:
+    """What save_tensors was given, on the CPU. EdgeDtmError when the file is damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return {n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(str(error)) from None
+        data: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return data
+    except Exception as error:  # pickle's readers raise anything
+        (reason, *_) = str(error).splitlines() or [type(error).__name__]
+        raise EdgeDtmError(
+            f"{path} is damaged ({reason}): run edge-dtm compress again with --no-resume"
+        ) from None

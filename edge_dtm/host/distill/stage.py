@@ -4,57 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
 
 from edge_dtm.core.work import Kind
 from edge_dtm.formats.plan import Plan
 from edge_dtm.formats.reference import Reference
 from edge_dtm.host.blocks.costs import captures, measure_costs
-from edge_dtm.host.blocks.prune import prune_plan
+from edge_dtm.host.blocks.prune import Replaced, prune_plan
+from edge_dtm.host.checkpoint.derived import EditedCheckpoint, write_edited
 from edge_dtm.host.checkpoint.model import load_model
-from edge_dtm.host.distill.distill import distill
-from edge_dtm.host.distill.inputs import (
-    DistilledStore,
-    head_weight,
-    start_values,
-    teacher_text,
-    texts_for,
-    with_values,
-    with_vectors,
-)
-from edge_dtm.host.distill.result import Distilled, plain_point
+from edge_dtm.host.distill.result import Distilled, load_tensors, save_tensors
 from edge_dtm.host.distill.settings import DistillSettings
+from edge_dtm.host.distill.teacher import teacher_text
+from edge_dtm.host.distill.trained import start_values
+from edge_dtm.host.distill.trainer import Trainer
 from edge_dtm.host.measure import export_and_measure
 from edge_dtm.host.trajectory.reference import calibration_rows
 from edge_dtm.host.values import Base, Candidate, Costs, Encoded, NoiseFloor, Run
 from edge_dtm.search.allocation import search
 
+RESULT = "distilled.pt"
 DISTILLED: Kind[Distilled] = Kind(
     "distilled",
     "",
-    Distilled.load,
-    lambda result, folder: result.save(folder),
-    marker="distilled.json",
-    version=3,
+    lambda folder: Distilled(**load_tensors(folder / RESULT)),
+    lambda result, folder: save_tensors(folder / RESULT, vars(result)),
+    marker=RESULT,
+    version=4,
 )
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """One distillation, for the report. name: of the stage, such as `of the plan`."""
+    """One distillation. name: of the stage, such as `of the plan`; encoded: what it trained, in
+    place of the bytes that it began with; inputs: all it depends on."""
 
     name: str
     result: Distilled
+    encoded: Replaced
+    inputs: list[Any]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            # Before the first step there is no loss.
-            "curve": [plain_point(p) for p in self.result.curve],
-            "best_step": self.result.best_step,
-            "steps": self.result.steps,
-            "tokens_per_s": self.result.tokens_per_s,
-            "peak_rss_bytes": self.result.peak_rss_bytes,
-        }
+        """For the report."""
+        names = ("curve", "best_step", "steps", "tokens_per_s", "peak_rss_bytes")
+        return {name: getattr(self.result, name) for name in names}
 
 
 def prune_gradually(
@@ -76,51 +74,51 @@ def prune_gradually(
         encoded = prune_plan(run, base, costs, plan, reference)
         distillation = _distill(run, costs, plan, encoded, reference, f"at {share:.1%} zeros")
         distillations.append(distillation)
-        base = _next_base(run, base, costs, plan, encoded, distillation, reference)
+        captures(run, base, reference)[1].remove()
+        base = _next_base(run, base, costs, plan, distillation)
     return base, tuple(distillations)
 
 
-def _next_base(
-    run: Run,
-    base: Base,
-    costs: Costs,
-    plan: Plan,
-    encoded: Encoded,
-    distillation: Distillation,
-    reference: Reference,
-) -> Base:
+def _next_base(run: Run, base: Base, costs: Costs, plan: Plan, distillation: Distillation) -> Base:
     """The distilled model as what is pruned further."""
-    inputs = _inputs(run, costs, plan, encoded)
-    checkpoint = with_values(
-        costs.equalized, distillation.result, run.work.path("base", inputs, ".safetensors")
-    )
-    captures(run, base, reference)[1].remove()
+    starts = start_values(costs.equalized, plan, distillation.encoded)
+    matrices = {n + ".weight": s.values for n, s in starts.items() if n.startswith("blk.")}
+    checkpoint = _edited(run, costs, distillation, "base", matrices)
     zeros = {
         c.name: t.zero_share
         for c, t in zip(plan.components, plan.treatments, strict=True)
         if t.zero_share
     }
-    key = run.work.path("base", inputs).name.removeprefix("base-")
+    key = run.work.path("base", distillation.inputs).name.removeprefix("base-")
     return Base(checkpoint, key, base.fixed_bytes, {**base.zeros, **zeros})
 
 
-def _inputs(run: Run, costs: Costs, plan: Plan, encoded: Encoded) -> list[Any]:
-    """What a distillation depends on."""
-    settings = run.settings
-    return [run.key, costs.encoded.key, plan.hash, encoded.key, settings.method.distill_steps]
+def _edited(
+    run: Run,
+    costs: Costs,
+    distillation: Distillation,
+    kind: str,
+    matrices: Mapping[str, npt.NDArray[np.float32]],
+) -> EditedCheckpoint:
+    """The checkpoint with the trained norm gains, and with matrices by full GGUF name."""
+    file = run.work.path(kind, distillation.inputs, ".safetensors")
+    gains = {name: gain.numpy() for name, gain in distillation.result.vectors.items()}
+    write_edited(file, {**matrices, **gains})
+    return EditedCheckpoint(costs.equalized, file)
 
 
 def _distill(
     run: Run, costs: Costs, plan: Plan, encoded: Encoded, reference: Reference, name: str
 ) -> Distillation:
     """One distillation, from the work folder or made now."""
-    settings = DistillSettings(run.settings.method.distill_steps, seed=run.settings.source.seed)
+    steps, equalized = run.settings.method.distill_steps, costs.equalized
+    settings = DistillSettings(steps, seed=run.settings.source.seed)
     measured, _ = calibration_rows(reference)
 
-    def make(folder: Any) -> Distilled:
-        text = teacher_text(run, reference, texts_for(settings.steps, settings.batch_tokens))
-        student = load_model(costs.equalized, run.device)
-        with run.stages(f"Distillation {name}", settings.steps) as advance:
+    def make(folder: Path) -> Distilled:
+        text = teacher_text(run, reference, steps, settings.batch_tokens)
+        head = "token_embd" if run.checkpoint.config.tied else "output"
+        with run.stages(f"Distillation {name}", steps) as advance:
             done = 0
 
             def progress(step: int, loss: float, sdt: float) -> None:
@@ -129,19 +127,21 @@ def _distill(
                 advance(step - done)
                 done = step
 
-            return distill(
-                student,
-                start_values(costs.equalized, plan, encoded),
-                head_weight(run.checkpoint),
+            folder.mkdir(exist_ok=True)
+            return Trainer(
+                load_model(equalized, run.device),
+                start_values(equalized, plan, encoded),
+                torch.from_numpy(run.checkpoint.hf_tensor(head + ".weight")),
                 text,
                 reference.rows(measured),
                 settings,
                 folder,
                 progress,
-            )
+            ).run()
 
-    result = run.work.load_or_make(DISTILLED, _inputs(run, costs, plan, encoded), make)
-    first, best = result.curve[0], _best(result)
+    inputs = [run.key, costs.encoded.key, plan.hash, encoded.key, steps]
+    result = run.work.load_or_make(DISTILLED, inputs, make)
+    first, best = result.curve[0], result.best
     run.stages.note(
         f"Distillation {name}, on {len(measured)} sequences that were not trained on: SDT "
         f"{first['sdt']:.2%} became {best['sdt']:.2%}, mean FDT {first['fdt']:.1f} became "
@@ -149,11 +149,8 @@ def _distill(
         f"(best at step {result.best_step} of {result.steps}; {result.tokens_per_s:.0f} tokens/s, "
         f"peak memory {result.peak_rss_bytes / 1e9:.1f} GB)"
     )
-    return Distillation(name, result)
-
-
-def _best(result: Distilled) -> Mapping[str, float]:
-    return next(p for p in result.curve if p["step"] == result.best_step)
+    key = run.work.path_of(DISTILLED, inputs).name
+    return Distillation(name, result, Replaced(key, equalized, result.blocks, encoded), inputs)
 
 
 def distill_plan(
@@ -163,14 +160,9 @@ def distill_plan(
     if not run.settings.method.distill_steps:
         return chosen, ()
     distillation = _distill(run, costs, chosen.plan, chosen.encoded, reference, "of the plan")
-    result = distillation.result
-    if not result.best_step:
+    if not distillation.result.best_step:
         return chosen, (distillation,)
-    inputs = _inputs(run, costs, chosen.plan, chosen.encoded)
-    vectors = with_vectors(
-        costs.equalized, result, run.work.path("vectors", inputs, ".safetensors")
-    )
-    key = run.work.path_of(DISTILLED, inputs).name
-    encoded = DistilledStore(key, costs.equalized, result, chosen.encoded)
+    vectors = _edited(run, costs, distillation, "vectors", {})
+    encoded = distillation.encoded
     measurement = export_and_measure(run, chosen.plan, encoded, vectors, reference, floor)
     return replace(chosen, encoded=encoded, measurement=measurement), (distillation,)

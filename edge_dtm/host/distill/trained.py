@@ -2,35 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.formats.plan import Treatment
+from edge_dtm.formats.ggml_types import facts
+from edge_dtm.formats.plan import Plan, Treatment
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint
+from edge_dtm.host.checkpoint.model import module_name
+from edge_dtm.host.values import Encoded
 from edge_dtm.llamacpp import ggml
 
 FloatArray = npt.NDArray[np.float32]
-ByteArray = npt.NDArray[np.uint8]
-
-
-HALF_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Trained:
+class Start:
     """A component as it would be shipped without distillation.
 
-    importance: float32 (row_length,), what ggml's quantizer weighs columns with, or None; start:
-    float32 (rows, row_length) in Hugging Face layout, masked and on the grid. Zeros of the start
-    are held where the treatment has a zero_share.
+    importance: float32 (row_length,), what ggml's quantizer weighs columns with, or None; values:
+    float32 (rows, row_length) in Hugging Face layout, masked and on the grid. Their zeros are held
+    where the treatment has a zero_share.
     """
 
     treatment: Treatment
     importance: FloatArray | None
-    start: FloatArray
+    values: FloatArray
+
+
+def start_values(checkpoint: Checkpoint, plan: Plan, encoded: Encoded) -> dict[str, Start]:
+    """Every component as the plan ships it."""
+    out = {}
+    for c, t in zip(plan.components, plan.treatments, strict=True):
+        values = ggml.dequantize(t.type, np.asarray(encoded.encoded(c, t)), c.row_length)
+        importance = encoded.importance(c.name) if facts(t.type).importance != "ignored" else None
+        out[c.name] = Start(t, importance, checkpoint.hf_rows(c.name, values))
+    return out
+
+
+def set_weights(model: Any, starts: Mapping[str, Start]) -> None:
+    """Put the values into a model of load_model."""
+    for name, start in starts.items():
+        modules = [model.get_submodule(module_name(name))]
+        if name == "token_embd" and model.config.tie_word_embeddings:
+            modules.append(model.lm_head)
+        for module in modules:
+            module.weight.data = torch.tensor(start.values, device=module.weight.device)
 
 
 def unit_sizes(start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,100 +74,101 @@ def unit_sizes(start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return rows.clamp(min=least), columns.clamp(min=least) / whole.clamp(min=least)
 
 
-class TrainedGain:
-    """A norm's gains: the module's `parameter`, and `latent`, what the optimizer updates, in units
-    of their sizes at the start."""
+class Trained:
+    """A parameter of the model, which holds the effective values, and `latent`, float32 of its
+    shape: what the optimizer updates, the weights before rounding in units of their size."""
 
-    def __init__(self, parameter: torch.nn.Parameter) -> None:
-        self.parameter = parameter
-        start = parameter.detach()
-        least = start.square().mean().sqrt() * 1e-3 + torch.finfo(torch.float32).tiny
-        self.unit = start.abs().clamp(min=least)
-        self.latent = torch.nn.Parameter(start / self.unit)
-
-    def take_gradient(self) -> None:
-        if self.parameter.grad is not None:  # a removed attention's norm has none
-            self.latent.grad = self.parameter.grad * self.unit
-            self.parameter.grad = None
+    def __init__(self, parameter: torch.nn.Parameter, units: tuple[torch.Tensor, ...]) -> None:
+        self.parameter, self.units = parameter.requires_grad_(True), units
+        self.latent = torch.nn.Parameter(torch.empty_like(parameter))
+        self.restart(parameter.detach())
 
     @torch.no_grad()
-    def follow(self) -> None:
-        self.parameter.copy_(self.latent * self.unit)
-
-    @torch.no_grad()
-    def restart(self, values: FloatArray) -> None:
-        """Gains and latent are these."""
-        self.parameter.copy_(torch.from_numpy(values))
-        self.latent.copy_(self.parameter / self.unit)
-
-
-class TrainedMatrix:
-    """A trained component: `parameter`, the module's weight, holds the effective values; `latent`,
-    float32 of the same shape, is what the optimizer updates, in `unit_sizes`."""
-
-    def __init__(self, name: str, trained: Trained, parameter: torch.nn.Parameter) -> None:
-        self.name, self.type = name, trained.treatment.type
-        self.importance, self.parameter = trained.importance, parameter
-        start = torch.tensor(trained.start, dtype=torch.float32, device=parameter.device)
-        if start.shape != parameter.shape:
-            raise ValueError(f"{name} is {tuple(parameter.shape)}, not {tuple(start.shape)}")
-        parameter.data = start
-        self.rows, self.columns = unit_sizes(start)
-        self.latent = torch.nn.Parameter(start / self.rows / self.columns)
-        # Latents of zeros that are held get no gradient and no decay, so they stay exactly 0.
-        self.mask = start != 0 if trained.treatment.zero_share else None
-        # rounded = weights + offset until the next rounding. At the start it is zero: the start
-        # is on the grid, though not always where the quantizer itself would put it.
-        self.offset: torch.Tensor | None = None
+    def restart(self, values: torch.Tensor) -> None:
+        """Effective values and latent are these."""
+        self.parameter.copy_(values)
+        latent = self.parameter
+        for unit in self.units:
+            latent = latent / unit
+        self.latent.copy_(latent)
 
     def take_gradient(self) -> None:
-        """The effective values' gradient is the latent's, except at held zeros."""
+        """The effective values' gradient is the latent's."""
         gradient = self.parameter.grad
         assert gradient is not None
-        if self.mask is not None:
-            gradient.mul_(self.mask)
-        self.latent.grad = gradient.mul_(self.rows).mul_(self.columns)
-        self.parameter.grad = None
+        for unit in self.units:
+            gradient.mul_(unit)
+        self.latent.grad, self.parameter.grad = gradient, None
 
     def weights(self) -> torch.Tensor:
         """What the latent stands for."""
-        return self.latent.detach() * self.rows * self.columns
+        weights = self.latent.detach()
+        for unit in self.units:
+            weights = weights * unit
+        return weights
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Effective values after an update of the latent."""
+        self.parameter.copy_(self.weights())
+
+
+class TrainedGain(Trained):
+    """The gains of a norm."""
+
+    def __init__(self, parameter: torch.nn.Parameter) -> None:
+        start = parameter.detach()
+        least = start.square().mean().sqrt() * 1e-3 + torch.finfo(torch.float32).tiny
+        super().__init__(parameter, (start.abs().clamp(min=least),))
+
+
+class TrainedMatrix(Trained):
+    """The weights of a component, rounded by ggml's own quantizer. parameter: holds the start."""
+
+    def __init__(self, start: Start, parameter: torch.nn.Parameter) -> None:
+        self.start, self.type = start, start.treatment.type
+        # Latents of zeros that are held get no gradient and no decay, so they stay exactly 0.
+        self.mask = parameter.detach() != 0 if start.treatment.zero_share else None
+        # rounded = weights + offset until the next rounding. At the start it is zero: the start
+        # is on the grid, though not always where the quantizer itself would put it.
+        self.offset: torch.Tensor | None = None
+        super().__init__(parameter, unit_sizes(parameter.detach()))
+
+    def take_gradient(self) -> None:
+        """The effective values' gradient is the latent's, except at held zeros."""
+        if self.mask is not None:
+            assert self.parameter.grad is not None
+            self.parameter.grad.mul_(self.mask)
+        super().take_gradient()
 
     @torch.no_grad()
     def follow(self) -> None:
         """Effective values after an update of the latent, with the roundings as they are known."""
-        self.parameter.copy_(self.weights())
-        if self.type in HALF_TYPES:
-            self.parameter.copy_(self.parameter.to(HALF_TYPES[self.type]).float())
+        super().follow()
+        if self.type == "F16":
+            self.parameter.copy_(self.parameter.half().float())
         elif self.offset is not None:
             self.parameter.add_(self.offset)
 
-    @torch.no_grad()
-    def restart(self, values: FloatArray) -> None:
-        """Effective values and latent are these, which lie on the grid."""
-        self.parameter.copy_(torch.from_numpy(values))
-        self.latent.copy_(self.parameter / self.rows / self.columns)
+    def restart_from(self, blocks: torch.Tensor | None) -> None:
+        """From blocks that `round` returned, None: from the start."""
         self.offset = None
+        values = self.start.values if blocks is None else self._decoded(blocks.numpy())
+        self.restart(torch.from_numpy(values))
+
+    def _decoded(self, blocks: npt.NDArray[np.uint8]) -> FloatArray:
+        return ggml.dequantize(self.type, blocks, self.parameter.shape[1])
 
     @torch.no_grad()
-    def round(self) -> ByteArray:
+    def round(self) -> torch.Tensor:
         """Effective values on the grid again; returns the blocks they are decoded from, uint8
         (rows, row_bytes). Needs a finite latent."""
         wanted = self.weights()
-        weights = wanted.cpu().numpy()
-        blocks = ggml.quantize(self.type, weights, self.importance)
-        values = torch.from_numpy(ggml.dequantize(self.type, blocks, weights.shape[1]))
-        self.parameter.copy_(values)
-        if self.mask is not None and bool((self.parameter[~self.mask] != 0).any()):
-            raise EdgeDtmError(
-                f"{self.name}: {self.type} cannot hold zeros: distill a plan whose zeros are in "
-                "Q8_0 or F16"
-            )
-        if self.type not in HALF_TYPES:
-            if self.offset is None:
-                self.offset = torch.empty_like(self.latent)
-            torch.sub(self.parameter.detach(), wanted, out=self.offset)
-        return blocks
+        blocks = ggml.quantize(self.type, wanted.cpu().numpy(), self.start.importance)
+        self.parameter.copy_(torch.from_numpy(self._decoded(blocks)))
+        if self.type != "F16":
+            self.offset = self.parameter.detach() - wanted
+        return torch.from_numpy(blocks)
 
 
 def distillation_bytes(block_weights: int, edge_weights: int, quantized: bool) -> int:
