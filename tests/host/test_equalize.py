@@ -6,21 +6,20 @@ import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import Made
-from fixtures.tiny_llama import make_tiny_llama
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import uniform
 from edge_dtm.formats.record import RunSettings
-from edge_dtm.formats.reference import CALIBRATION, Reference, save_npz
+from edge_dtm.formats.reference import Reference
 from edge_dtm.host.blocks import scales as module
 from edge_dtm.host.blocks.costs import SAME_LOGITS
 from edge_dtm.host.blocks.scales import (
@@ -29,7 +28,6 @@ from edge_dtm.host.blocks.scales import (
     load_scales,
     logit_difference,
     save_scales,
-    top_logits,
 )
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint, ModelConfig
 from edge_dtm.host.checkpoint.derived import DerivedCheckpoint, EqualizedCheckpoint
@@ -42,12 +40,9 @@ from edge_dtm.host.quantize.equalize import (
     SMALLEST,
     Scales,
     channel_scales,
-    input_scale,
     output_scale,
     sites,
 )
-from edge_dtm.host.trajectory.generate import generate_reference
-from edge_dtm.host.trajectory.prompts import Prompt
 from edge_dtm.llamacpp import ggml
 from edge_dtm.llamacpp.runner import LlamaRunner
 
@@ -97,24 +92,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoin
         model.save_pretrained(base / name)
         out[name] = open_checkpoint(base / name)
         assert out[name].config.attention_bias is options.get("attention_bias", False)
-    return out
-
-
-@st.composite
-def _any_scales(draw: st.DrawFn, config: ModelConfig) -> dict[str, np.ndarray[Any, Any]]:
-    def vector(n: int) -> np.ndarray[Any, Any]:
-        size = st.floats(SMALLEST, LARGEST, width=32)
-        return cast("np.ndarray[Any, Any]", draw(hnp.arrays(np.float32, n, elements=size)))
-
-    out = {}
-    for name in sites(config):
-        if name.endswith("attn_output"):
-            group = config.heads // config.kv_heads
-            shape = (config.kv_heads, 1, config.head_dim)
-            own = vector(config.kv_heads * config.head_dim).reshape(shape)
-            out[name] = own.repeat(group, 1).reshape(-1)
-        else:
-            out[name] = vector(config.ffn if name.endswith("ffn_down") else config.hidden)
     return out
 
 
@@ -168,68 +145,25 @@ def scales(made: Made, monkeypatch: pytest.MonkeyPatch) -> Scales:
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
-@given(st.data())
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("seed", range(4))
 def test_any_scales_leave_the_function_alone(
     checkpoints: dict[str, Checkpoint],
     real_numbers: Callable[[Checkpoint], Any],
     name: str,
-    data: st.DataObject,
+    seed: int,
 ) -> None:
+    """Each site's alone changes some weight, so that none is a dummy."""
     exact = _Exact(checkpoints[name], None)
-    scales = data.draw(_any_scales(exact.config))
+    scales = _random_scales(exact.config, seed)
+    assert ("output" in scales) is not exact.config.tied
     expected = _logits(real_numbers(exact))
-    found = _logits(real_numbers(EqualizedCheckpoint(exact, scales)))
-    assert found.dtype == torch.float64
-    assert float((found - expected).abs().max()) < 1e-9 * float(expected.abs().max())
-
-
-@pytest.mark.parametrize("name", list(VARIANTS))
-def test_every_scale_is_needed_on_both_sides(checkpoints: dict[str, Checkpoint], name: str) -> None:
-    """One site scaled at its source only changes the logits, so no site is a dummy."""
-    original = checkpoints[name]
-    expected = _logits(load_model(original, CPU))
-    for site in sites(original.config):
-        scales = {site: _random_scales(original.config, 2)[site]}
-        equalized = EqualizedCheckpoint(original, scales)
-        changed = [
-            c.name
-            for c in original.components()
-            if not np.array_equal(
-                equalized.hf_tensor(c.name + ".weight"), original.hf_tensor(c.name + ".weight")
-            )
-        ]
-        assert changed, site
-        model = load_model(equalized, CPU)
-        assert float((_logits(model) - expected).abs().max()) < 1e-4
-        half = load_model(original, CPU)
-        own, theirs = half.state_dict(), model.state_dict()
-        which = next(k for k in own if not torch.equal(own[k], theirs[k]))
-        own[which].copy_(theirs[which])
-        assert float((_logits(half) - expected).abs().max()) > 1e-3, (site, which)
-
-
-def test_top_logits_are_the_models(made: Made) -> None:
-    found = top_logits(made.model, made.reference)
-    for row, count in enumerate(made.reference.generated_lengths):
-        with torch.no_grad():
-            at = made.model(input_ids=made.ids(row), use_cache=False).logits[0, made.positions(row)]
-        for t in range(count):
-            expected = at[t].numpy()[made.reference.top_ids[row, t]]
-            assert np.allclose(found[row, t], expected, atol=1e-4)
-        assert not found[row, count:].any()
-
-
-def test_sites_are_those_of_the_model(checkpoints: dict[str, Checkpoint]) -> None:
-    assert "output" in sites(checkpoints["untied"].config)
-    assert "output" not in sites(checkpoints["tied"].config)
-    assert len(sites(checkpoints["tied"].config)) == 2 * 4
-    original = checkpoints["tied"]
-    equalized = EqualizedCheckpoint(original, _random_scales(original.config, 0))
-    for name in ("token_embd.weight", "output_norm.weight"):
-        assert np.array_equal(equalized.hf_tensor(name), original.hf_tensor(name))
-    assert equalized.components() == original.components()
-    assert equalized.vectors() == original.vectors()
+    equalized = EqualizedCheckpoint(exact, scales)
+    logits = _logits(real_numbers(equalized))
+    assert logits.dtype == torch.float64
+    assert float((logits - expected).abs().max()) < 1e-9 * float(expected.abs().max())
+    for site in scales:
+        one, weight = EqualizedCheckpoint(exact, {site: scales[site]}), site + ".weight"
+        assert not np.array_equal(one.hf_tensor(weight), exact.hf_tensor(weight)), site
 
 
 def test_activations_are_told_the_scales(made: Made, scales: Scales) -> None:
@@ -284,86 +218,39 @@ def test_llama_cpp_says_the_same(
     original = _replayed(made.checkpoint, made.reference, tmp_path / "o.gguf", kind)
     found = _replayed(equalized, made.reference, tmp_path / "e.gguf", kind)
     _same_words(original, found, made.reference, near_tie)
-
-
-def test_llama_cpp_says_the_same_with_biases(tmp_path: Path) -> None:
-    from transformers import AutoConfig, LlamaForCausalLM
-
-    folder = make_tiny_llama(tmp_path / "hf", steps=0, layers=1, attention_bias=True)
-    config = AutoConfig.from_pretrained(folder)
-    config.mlp_bias = True
-    model = LlamaForCausalLM(config)
-    _fill(model, 3)
-    model.save_pretrained(folder)
-    checkpoint = open_checkpoint(folder)
-    assert checkpoint.config.attention_bias and checkpoint.config.mlp_bias
-    reference = generate_reference(
-        load_model(checkpoint, CPU),
-        [Prompt((1, 300 + i, 400 + i), f"{i}") for i in range(3)],
-        tokens=24,
-        eos_ids=[2],
-        split=np.full(3, CALIBRATION, np.uint8),
-        provenance={},
-        parts=tmp_path / "parts",
-    )
-    equalized = EqualizedCheckpoint(checkpoint, _random_scales(checkpoint.config, 4))
-    assert not np.array_equal(
-        equalized.hf_tensor("blk.0.ffn_up.bias"), checkpoint.hf_tensor("blk.0.ffn_up.bias")
-    )
-    assert logit_difference(load_model(equalized, CPU), reference) < SAME_LOGITS / 10
-    original = _replayed(checkpoint, reference, tmp_path / "o.gguf", "F32")
-    found = _replayed(equalized, reference, tmp_path / "e.gguf", "F32")
-    _same_words(original, found, reference, 1e-3)
     # And from the GGUF as a source, whose q and k rows lie otherwise.
-    again = EqualizedCheckpoint(
-        open_checkpoint(tmp_path / "o.gguf"), _random_scales(checkpoint.config, 4)
-    )
-    for c in checkpoint.components():
-        name = c.name + ".weight"
-        assert np.array_equal(again.hf_tensor(name), equalized.hf_tensor(name)), name
-        assert np.array_equal(again.tensor(name), equalized.tensor(name)), name
+    if kind == "F32":
+        again = EqualizedCheckpoint(open_checkpoint(tmp_path / "o.gguf"), scales)
+        for c in made.components:
+            name = c.name + ".weight"
+            assert np.array_equal(again.hf_tensor(name), equalized.hf_tensor(name)), name
+            assert np.array_equal(again.tensor(name), equalized.tensor(name)), name
 
 
 # --- the check before it is used ------------------------------------------------------------
 
 
-@pytest.fixture
-def equalized_model(made: Made, scales: Scales) -> Any:
-    return load_model(EqualizedCheckpoint(made.checkpoint, scales), CPU)
-
-
-def test_the_check_passes_what_is_right(made: Made, equalized_model: Any) -> None:
-    # The reference was made with a batch's padding, hence not to the last bit.
-    assert logit_difference(made.model, made.reference) < SAME_LOGITS / 10
-    assert logit_difference(equalized_model, made.reference) < SAME_LOGITS / 10
-
-
 @pytest.mark.parametrize(
-    ("site", "source"),
+    ("site", "source", "factor"),
     [
-        ("blk.0.attn_q", "model.layers.0.input_layernorm"),
-        ("blk.1.attn_output", "model.layers.1.self_attn.v_proj"),
-        ("blk.2.ffn_gate", "model.layers.2.post_attention_layernorm"),
-        ("blk.1.ffn_down", "model.layers.1.mlp.up_proj"),
-        ("output", "model.norm"),
+        ("blk.0.attn_q", "model.layers.0.input_layernorm", 2),
+        ("blk.1.attn_output", "model.layers.1.self_attn.v_proj", 2),
+        ("blk.1.ffn_down", "model.layers.1.mlp.up_proj", 2),
+        ("output", "model.norm", 2),
+        ("output", "model.norm", np.nan),
     ],
 )
 def test_the_check_notices_one_wrong_row(
-    made: Made, equalized_model: Any, site: str, source: str
+    made: Made, scales: Scales, site: str, source: str, factor: float
 ) -> None:
+    model = load_model(EqualizedCheckpoint(made.checkpoint, scales), CPU)
+    # The reference was made with a batch's padding, hence not to the last bit.
+    assert logit_difference(model, made.reference) < SAME_LOGITS / 10
     squares = made.calibration.input_squares(site)
     if site.endswith("attn_output"):
         squares = squares.reshape(2, 2, 64).sum(1).reshape(-1)
-    row = int(squares.argmax())
-    weight = dict(equalized_model.named_modules())[source].weight
-    weight.data[row] *= 2
-    found = logit_difference(equalized_model, made.reference)
-    assert found > 2 * SAME_LOGITS
-
-
-def test_the_check_notices_nan(made: Made, equalized_model: Any) -> None:
-    equalized_model.model.norm.weight.data[3] = float("nan")
-    assert not logit_difference(equalized_model, made.reference) <= SAME_LOGITS
+    model.get_submodule(source).weight.data[int(squares.argmax())] *= factor
+    assert not logit_difference(model, made.reference) <= 2 * SAME_LOGITS
 
 
 # --- scales ---------------------------------------------------------------------------------
@@ -408,17 +295,6 @@ def test_heads_of_a_group_share_their_scales(made: Made, scales: Scales) -> None
         assert np.array_equal(own, expected[head // 2])
     of_v = output_scale(scales, "blk.1.attn_v", config)
     assert of_v is not None and np.array_equal(of_v, expected.reshape(-1))
-    down = (
-        calibration.input_squares("blk.0.ffn_down"),
-        calibration.gradient_squares("blk.0.ffn_down"),
-    )
-    assert np.array_equal(scales["blk.0.ffn_down"], channel_scales(*down))
-    for name, site in (("attn_k", "attn_q"), ("attn_v", "attn_q"), ("ffn_up", "ffn_gate")):
-        assert input_scale(scales, f"blk.1.{name}") is scales[f"blk.1.{site}"]
-    for name in ("attn_q", "attn_k", "attn_output", "ffn_gate", "ffn_down"):
-        assert output_scale(scales, f"blk.0.{name}", config) is None
-    assert input_scale(scales, "token_embd") is None
-    assert input_scale(scales, "output") is scales["output"]
 
 
 @pytest.mark.parametrize("site", ["blk.0.attn_q", "blk.2.attn_output", "blk.1.ffn_down"])
@@ -469,17 +345,6 @@ def test_scales_on_disk(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> N
     back = load_scales(path, config)
     assert list(back) == list(scales)
     assert all(np.array_equal(back[n], s) and back[n].dtype == s.dtype for n, s in scales.items())
-    assert [p.name for p in tmp_path.iterdir()] == ["scales.npz"]
-
-
-def test_only_the_file_of_such_a_model(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
-    config, path = checkpoints["untied"].config, tmp_path / "scales.npz"
-    ones = {n: np.ones(32, np.float32) for n in sites(config)}
-    for arrays, kind in ((ones, "imatrix"), ({"output": ones["output"]}, "scales")):
-        save_npz(path, arrays, {"kind": kind})
-        with pytest.raises(EdgeDtmError, match=r"scales\.npz"):
-            load_scales(path, config)
-    save_scales(path, _random_scales(config, 5))
     for other, file in ((replace(config, layers=3), path), (config, tmp_path / "none.npz")):
         with pytest.raises(EdgeDtmError, match=file.name):
             load_scales(file, other)

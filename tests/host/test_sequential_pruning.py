@@ -97,17 +97,6 @@ def _streams(model: Any, sequences: Sequence[Sequence[int]]) -> list[torch.Tenso
     return _inputs(model, sequences, *names, "model.norm")
 
 
-def test_nothing_pruned_gives_the_weights(made: Made, sequences: list[list[int]]) -> None:
-    names = _blocks(made)
-    pruned = _pruned(made, names, 0.0)
-    fitted = prune_sequentially(_model(made), _model(made), pruned, sequences)
-    assert set(fitted) == set(names)
-    for name, (_, values) in fitted.items():
-        weights = pruned[name].weights
-        # Half precision rounds by 2^-12 on average, and what the fit makes up for is as small.
-        assert float((values - weights).norm() / weights.norm()) < 1e-3, name
-
-
 @pytest.mark.parametrize("type_name", ["F16", "Q8_0"])
 def test_zeros_blocks_and_what_is_left_alone(
     made: Made, sequences: list[list[int]], type_name: str
@@ -255,17 +244,6 @@ def test_rows_make_up_for_each_other(
     assert float((fitted[r, c] - solved).norm() / solved.norm()) < 5e-3
     alone = _least_squares(item, was, now, None)[r, c]
     assert float((alone - solved).norm() / solved.norm()) > 0.1
-
-
-def _all(made: Made, sequences: list[list[int]], weights: torch.Tensor | None = None) -> Values:
-    pruned = _pruned(made, _blocks(made), 0.6, "Q8_0", token_weights=weights)
-    fitted = prune_sequentially(_model(made), _with_zeros(made, pruned), pruned, sequences)
-    return {name: values for name, (_, values) in fitted.items()}
-
-
-def test_the_same_twice(made: Made, sequences: list[list[int]]) -> None:
-    one, two = _all(made, sequences), _all(made, sequences)
-    assert all(torch.equal(one[n], two[n]) for n in one)
 
 
 def test_padding_and_batches_do_not_matter(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

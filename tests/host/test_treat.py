@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from edge_dtm.formats.ggml_types import SPARSE_TYPES
 from edge_dtm.formats.plan import SPARSE_LEVELS, Treatment
-from edge_dtm.host.quantize.treat import prune_order, prune_rows, treat, treated_values
+from edge_dtm.host.quantize.treat import prune_rows, treat, treated_values
 from edge_dtm.llamacpp import ggml
 
 
@@ -49,22 +49,6 @@ def test_share_is_exact_in_every_row(row_length, zero_share, seed):
     assert (pruned == 0).sum(axis=1).tolist() == [round(row_length * zero_share)] * 3
     kept = pruned != 0
     np.testing.assert_array_equal(pruned[kept], weights[kept])
-
-
-@pytest.mark.parametrize("zero_share", SPARSE_LEVELS)
-def test_a_known_order_gives_the_same_zeros(zero_share):
-    weights, importance = matrix(4)
-    order = prune_order(weights, importance)
-    np.testing.assert_array_equal(
-        prune_rows(weights, importance, zero_share, order),
-        prune_rows(weights, importance, zero_share),
-    )
-
-
-def test_ties_go_to_the_lower_column():
-    weights = np.ones((2, 8), dtype=np.float32)
-    pruned = prune_rows(weights, None, 0.5)
-    assert pruned.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]] * 2
 
 
 @pytest.mark.parametrize("type_name", SPARSE_TYPES)

@@ -14,7 +14,9 @@ to, so that what earlier layers did wrong is put right as far as Q can. SparseGP
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,6 @@ from edge_dtm.host.quantize.hessian import DampedHessian, damping_for, effective
 from edge_dtm.host.quantize.masks import refit
 from edge_dtm.llamacpp import ggml
 
-FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
 BATCH_TOKENS = 2048
 # Matrices that share an input, in the order in which a layer runs them; whether the output is
@@ -63,56 +64,42 @@ class _Stream:
     """One model's residual stream over all sequences, a layer at a time."""
 
     def __init__(self, model: Any, sequences: Sequence[Sequence[int]]) -> None:
-        self.model = model
+        self.model, device = model, next(model.parameters()).device
         lengths = [len(s) for s in sequences]
         order = sorted(range(len(sequences)), key=lambda i: (lengths[i], i))
         batches = batches_by_length(lengths, order, BATCH_TOKENS)
-        edges = np.concatenate([[0], np.cumsum(lengths)])
-        # Where the batches' tokens, padding left out, stand among those of `sequences`.
-        self.places = [
-            torch.from_numpy(np.concatenate([np.arange(edges[i], edges[i + 1]) for i in b])).to(
-                next(model.parameters()).device
-            )
-            for b in batches
-        ]
-        device = next(model.parameters()).device
+        tokens = torch.split(torch.arange(sum(lengths)), lengths)
+        # Where each token of `sequences` stands among those of the batches, padding left out.
+        self.back = torch.cat([tokens[i] for i in order]).argsort().to(device)
+        self.real = [padded([[1] * lengths[i] for i in b]).bool().to(device) for b in batches]
         ids = [padded([sequences[i] for i in b]).to(device) for b in batches]
-        self.real = [
-            torch.arange(x.shape[1], device=device)[None]
-            < torch.tensor([lengths[i] for i in b], device=device)[:, None]
-            for x, b in zip(ids, batches, strict=True)
-        ]
         self.hidden = [model.model.embed_tokens(x) for x in ids]
 
     def run(
         self, layer: Any, hidden: torch.Tensor, wanted: Sequence[str], last: str | None = None
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Inputs of the layer's modules of these names, and its output; not further than `last`."""
-        inputs: dict[str, torch.Tensor] = {}
+    ) -> dict[str, torch.Tensor]:
+        """Inputs of the layer's modules of these names and, unless it stops at `last`, its output
+        as `out`."""
+        seen: dict[str, torch.Tensor] = {}
 
-        def keep(name: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
-            def hook(_: Any, args: tuple[torch.Tensor, ...]) -> None:
-                inputs[name] = args[0]
-                if name == last:
-                    raise _Stop
-
-            return hook
+        def hook(name: str, _: Any, args: tuple[torch.Tensor, ...]) -> None:
+            seen[name] = args[0]
+            if name == last:
+                raise _Stop
 
         handles = [
-            layer.get_submodule(name).register_forward_pre_hook(keep(name)) for name in wanted
+            layer.get_submodule(name).register_forward_pre_hook(partial(hook, name))
+            for name in wanted
         ]
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         rotation = self.model.model.rotary_emb(hidden, positions)
-        out = None
-        try:
-            out = layer(hidden, attention_mask=None, position_embeddings=rotation, use_cache=False)
-            out = out[0] if isinstance(out, tuple) else out
-        except _Stop:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        return inputs, out
+        with suppress(_Stop):
+            seen["out"] = layer(
+                hidden, attention_mask=None, position_embeddings=rotation, use_cache=False
+            )
+        for handle in handles:
+            handle.remove()
+        return seen
 
 
 @torch.no_grad()
@@ -145,69 +132,52 @@ def prune_sequentially(
         ]
         # The original's inputs all in one run; the treated model's change with every step.
         wanted = list(dict.fromkeys(x for _, site, norm in steps for x in (site, norm) if x))
-        runs = [was.run(before, x, wanted) for x in was.hidden]
-        own = [inputs for inputs, _ in runs]
+        own = [was.run(before, x, wanted) for x in was.hidden]
         for here, site, norm in steps:
             fed = _fed(own, now, after, site, norm)
             for p in here:
-                item = pruned[prefix + p]
-                encoded[prefix + p] = _fit(item, fed)
+                encoded[prefix + p] = _fit(pruned[prefix + p], *fed)
                 parts[local[p]].weight.copy_(encoded[prefix + p][1])
-        was.hidden = [_whole(out) for _, out in runs]
-        now.hidden = [_whole(now.run(after, x, ())[1]) for x in now.hidden]
+        was.hidden = [seen["out"] for seen in own]
+        now.hidden = [now.run(after, x, ())["out"] for x in now.hidden]
         if progress:
             progress(1)
     return encoded
 
 
-def _whole(hidden: torch.Tensor | None) -> torch.Tensor:
-    assert hidden is not None
-    return hidden
-
-
-@dataclass(frozen=True)
-class _Fed:
-    """Of all tokens, in the order of `sequences`: what the original and the treated model feed a
-    group of matrices, float32 (tokens, row_length), and by how much the residual streams differ,
-    (tokens, hidden), where the outputs are added to these."""
-
-    was: torch.Tensor
-    now: torch.Tensor
-    missing: torch.Tensor | None
-
-
 def _fed(
     own: Sequence[Mapping[str, torch.Tensor]], now: _Stream, layer: Any, site: str, norm: str | None
-) -> _Fed:
-    """own: the original's inputs of the layer's modules, one mapping a batch."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Of all tokens, in the order of `sequences`: what the original and the treated model feed a
+    group of matrices, float32 (tokens, row_length), and by how much the residual streams differ,
+    (tokens, hidden), where the outputs are added to these. own: what the original's layer was fed,
+    one mapping a batch."""
     wanted = [site] if norm is None else [norm, site]
-    was, fed, missing = [], [], []
-    for a, hidden, real in zip(own, now.hidden, now.real, strict=True):
-        b, _ = now.run(layer, hidden, wanted, site)
-        was.append(a[site][real])
-        fed.append(b[site][real])
-        if norm is not None:
-            missing.append(a[norm][real] - b[norm][real])
-    back = torch.empty_like(places := torch.cat(now.places))
-    back[places] = torch.arange(len(places), device=places.device)
-    return _Fed(
-        torch.cat(was)[back], torch.cat(fed)[back], torch.cat(missing)[back] if missing else None
-    )
+    theirs = [now.run(layer, hidden, wanted, site) for hidden in now.hidden]
+
+    def joined(side: Sequence[Mapping[str, torch.Tensor]], name: str) -> torch.Tensor:
+        parts = [seen[name][real] for seen, real in zip(side, now.real, strict=True)]
+        return torch.cat(parts)[now.back]
+
+    missing = None if norm is None else joined(own, norm) - joined(theirs, norm)
+    return joined(own, site), joined(theirs, site), missing
 
 
-def _fit(item: Pruned, fed: _Fed) -> tuple[ByteArray, torch.Tensor]:
+def _fit(
+    item: Pruned, was: torch.Tensor, now: torch.Tensor, missing: torch.Tensor | None
+) -> tuple[ByteArray, torch.Tensor]:
     """The least squares are damped towards the original weights."""
     v = item.token_weights
     if v is None or not float(v.sum()):
-        v = torch.ones(len(fed.now), device=fed.now.device)
-    weighted = fed.now * (v / v.sum())[:, None]
-    h, cross = weighted.T @ fed.now, fed.was.T @ weighted
+        v = torch.ones(len(now), device=now.device)
+    weighted = now * (v / v.sum())[:, None]
+    h, cross = weighted.T @ now, was.T @ weighted
     damping = damping_for(effective_tokens(v), item.weights.shape[1])
     mean = float(h.diagonal().double().mean().clamp(min=1e-30))
     feedback = DampedHessian(h, damping)  # has h / mean, damped
     wanted = item.weights @ (cross / mean) + damping * item.weights
-    if fed.missing is not None:
-        wanted = wanted + fed.missing.T @ weighted / mean
+    if missing is not None:
+        wanted = wanted + missing.T @ weighted / mean
     # The best without zeros is wanted times the inverse; with H as the metric, what is nearest to
     # it is the best with zeros.
     free = torch.linalg.solve(feedback.damped.double(), wanted.double().T).T.float()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import numpy.typing as npt
@@ -53,21 +53,18 @@ def gptq_quantize(
     for each other too. kept: bool (types, rows, row_length), False where a mask holds a zero. The
     work is divided the same way whatever `threads`, so the result does not depend on it.
     """
-    rows = weights.shape[-2]
-    for type_name in types:
-        hessian.prepare(ggml_types.block_size(type_name))
+    rows, each = weights.shape[-2], weights.expand(len(types), -1, -1)
+    sizes = [ggml_types.block_size(t) for t in types]
+    for size in sizes:
+        hessian.blocks(size)  # made before threads ask for them
     if outputs is None:
         edges = [*range(0, rows, ROWS_AT_ONCE), rows]
         parts = [slice(a, b) for a, b in pairwise(edges)]
         batches = [[j] for j in range(len(types))]
     else:
-        outputs.prepare(_group_rows(rows))
         parts = [slice(0, rows)]
         # Types of one block size go through the many small steps side by side.
-        sizes = sorted({ggml_types.block_size(t) for t in types})
-        batches = [
-            [j for j, t in enumerate(types) if ggml_types.block_size(t) == size] for size in sizes
-        ]
+        batches = [[j for j, n in enumerate(sizes) if n == size] for size in sorted(set(sizes))]
     tasks = [(part, batch) for batch in batches for part in parts]
     count = threads or os.cpu_count() or 1
     # torch and threads of our own would fight over the cores.
@@ -79,9 +76,8 @@ def gptq_quantize(
 
         def work(task: tuple[slice, list[int]]) -> tuple[list[ByteArray], torch.Tensor]:
             part, batch = task
-            some = weights if weights.ndim == 2 else weights[batch]
-            some = some[..., part, :].contiguous()
-            mask = None if kept is None else kept[batch][:, part]
+            some = each[:, part][batch]
+            mask = None if kept is None else kept[:, part][batch]
             names = [types[j] for j in batch]
             return _quantize_rows(some, names, hessian, outputs, sweeps, inside, mask)
 
@@ -107,9 +103,9 @@ def _quantize_rows(
     outputs: DampedHessian | None,
     sweeps: int,
     pool: ThreadPoolExecutor | None,
-    kept: torch.Tensor | None = None,
+    kept: torch.Tensor | None,
 ) -> tuple[list[ByteArray], torch.Tensor]:
-    """`gptq_quantize` for types of one block size; the values are (types, rows, row_length).
+    """`gptq_quantize` for types of one block size; weights and values are (types, rows, row_length).
 
     With `outputs` tr(G E H E') is made small, E = w - q, G and H the moments of the margins'
     gradients at the outputs and of the inputs. Given the errors of other rows, the best real
@@ -117,7 +113,6 @@ def _quantize_rows(
     pass: with the rows still to come free to follow), and H decides how to round to these. This
     is two-sided rounding as in YAQA (arXiv 2505.22988), by groups of rows.
     """
-    weights = weights.expand(len(types), -1, -1)
     rows = weights.shape[1]
     rounder = _Rounder(types, hessian, rows, weights.device, pool, kept)
     if outputs is None:
@@ -155,7 +150,7 @@ class _Rounder:
         rows: int,
         device: torch.device,
         pool: ThreadPoolExecutor | None,
-        kept: torch.Tensor | None = None,
+        kept: torch.Tensor | None,
     ) -> None:
         self.types, self.hessian, self.pool, self.kept = types, hessian, pool, kept
         self.block = ggml_types.block_size(types[0])
@@ -175,24 +170,19 @@ class _Rounder:
         importance = self.hessian.importance[columns]
 
         count = wanted.shape[1]
+        blocks = [np.empty((count, n), dtype=np.uint8) for n in self.block_bytes]
         step = count if self.pool is None else ROWS_A_TASK
-        tasks = [
-            (j, slice(a, a + step)) for j in range(len(self.types)) for a in range(0, count, step)
-        ]
 
-        def work(task: tuple[int, slice]) -> ByteArray:
-            j, here = task
-            part = ggml.quantize(self.types[j], wanted[j, here], importance, threads=1)
-            rounded[j, here] = ggml.dequantize(self.types[j], part, self.block, threads=1)
-            return part
+        def work(task: tuple[int, int]) -> None:
+            j, here = task[0], slice(task[1], task[1] + step)
+            blocks[j][here] = ggml.quantize(self.types[j], wanted[j, here], importance, threads=1)
+            rounded[j, here] = ggml.dequantize(
+                self.types[j], blocks[j][here], self.block, threads=1
+            )
 
-        blocks: list[list[ByteArray]] = [[] for _ in self.types]
-        for (j, _), part in zip(
-            tasks, (self.pool.map if self.pool else map)(work, tasks), strict=True
-        ):
-            blocks[j].append(part)
-        parts = [np.concatenate(m) if len(m) > 1 else m[0] for m in blocks]
-        return parts, torch.from_numpy(rounded).to(target.device).view(target.shape)
+        tasks = product(range(len(self.types)), range(0, count, step))
+        list((self.pool.map if self.pool else map)(work, tasks))
+        return blocks, torch.from_numpy(rounded).to(target.device).view(target.shape)
 
     def _keep(self, parts: list[ByteArray], rows: slice, block: int, which: BoolArray) -> None:
         """which: (types, rows), those whose new blocks are taken."""

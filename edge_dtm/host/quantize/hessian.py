@@ -79,10 +79,12 @@ class DampedHessian:
         self.row_length = n
         self._blocks: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
-    def prepare(self, block: int) -> None:
-        """Make what `blocks` gives; apart, since threads only read it."""
+    def blocks(self, block: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each block of columns: float32 (columns before, block), by which the errors of all
+        earlier columns move its targets, and the inverse of its own moments, (block, block). Made
+        when first asked for, which no two threads may do at once."""
         if block in self._blocks:
-            return
+            return self._blocks[block]
         upper, n = self._upper, self.row_length
         passing = torch.zeros_like(upper)
         damped = self.damped.double()
@@ -98,10 +100,6 @@ class DampedHessian:
             (passing[: i * block, i * block : (i + 1) * block].float().contiguous(), m.float())
             for i, m in enumerate(inverses)
         ]
-
-    def blocks(self, block: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """For each block of columns: float32 (columns before, block), by which the errors of all
-        earlier columns move its targets, and the inverse of its own moments, (block, block)."""
         return self._blocks[block]
 
 

@@ -37,10 +37,8 @@ def prune_rows(
     """A copy with the given share of each row set to zero. weights: float32 (rows, row_length);
     order: prune_order of the same arguments, when it is already known."""
     out = np.array(weights, dtype=np.float32)
-    count = zeros_per_row(weights.shape[1], zero_share)
-    if count:
-        if order is None:
-            order = prune_order(weights, importance)
+    if count := zeros_per_row(weights.shape[1], zero_share):
+        order = prune_order(weights, importance) if order is None else order
         np.put_along_axis(out, order[:, :count], np.float32(0), axis=1)
     return out
 
