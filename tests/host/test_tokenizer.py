@@ -221,18 +221,6 @@ def test_ggufs_that_cannot_be_used(tmp_path: Path) -> None:
         _from_gguf(bare)
 
 
-def test_llama_cpp_stays_silent(
-    sentencepiece_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    tokenizer = HfTokenizer(sentencepiece_folder, VOCAB_SIZE)
-    path = _write(tmp_path / "v.gguf", tokenizer.add_metadata)
-    capfd.readouterr()
-    with LlamaVocab(path) as vocab:
-        vocab.encode("<s> twice")
-    vocab.close()
-    assert capfd.readouterr() == ("", "")
-
-
 @pytest.mark.slow
 def test_smollm2(tmp_path: Path) -> None:
     folder = default_model_dir()
