@@ -201,23 +201,20 @@ def _replayed(checkpoint: Checkpoint, reference: Reference, path: Path, kind: st
         return runner.teacher_forced(reference)
 
 
-def _same_words(first: Any, second: Any, reference: Reference, near_tie: float) -> None:
-    counted = np.arange(reference.generated_ids.shape[1]) < reference.generated_lengths[:, None]
-    clear = counted & (reference.margins > near_tie)
-    assert clear.sum() > 0.8 * counted.sum()
-    assert np.array_equal(first.ids[clear], second.ids[clear])
-    assert np.array_equal(first.ids[clear], reference.generated_ids[clear])
-
-
 @pytest.mark.parametrize(("kind", "near_tie"), [("F32", 1e-3), ("F16", 0.05)])
 def test_llama_cpp_says_the_same(
     made: Made, scales: Scales, tmp_path: Path, kind: str, near_tie: float
 ) -> None:
     # Through a pickle, as it goes to another process.
     equalized = pickle.loads(pickle.dumps(EqualizedCheckpoint(made.checkpoint, scales)))
-    original = _replayed(made.checkpoint, made.reference, tmp_path / "o.gguf", kind)
-    found = _replayed(equalized, made.reference, tmp_path / "e.gguf", kind)
-    _same_words(original, found, made.reference, near_tie)
+    ref = made.reference
+    original = _replayed(made.checkpoint, ref, tmp_path / "o.gguf", kind)
+    ours = _replayed(equalized, ref, tmp_path / "e.gguf", kind)
+    counted = np.arange(ref.generated_ids.shape[1]) < ref.generated_lengths[:, None]
+    clear = counted & (ref.margins > near_tie)
+    assert clear.sum() > 0.8 * counted.sum()
+    assert np.array_equal(original.ids[clear], ours.ids[clear])
+    assert np.array_equal(original.ids[clear], ref.generated_ids[clear])
     # And from the GGUF as a source, whose q and k rows lie otherwise.
     if kind == "F32":
         again = EqualizedCheckpoint(open_checkpoint(tmp_path / "o.gguf"), scales)
@@ -260,27 +257,27 @@ _SQUARES = hnp.arrays(np.float64, 24, elements=st.floats(1e-6, 1e6))
 
 @given(_SQUARES, _SQUARES, st.floats(0.01, 100), st.floats(0, 1))
 def test_scales_are_the_formula(x: Any, b: Any, factor: float, strength: float) -> None:
-    found = channel_scales(x, b, strength)
-    assert found.dtype == np.float32
+    ours = channel_scales(x, b, strength)
+    assert ours.dtype == np.float32
     free = (np.sqrt(b) / np.sqrt(x)) ** strength
     free /= np.exp(np.log(free).mean())
-    assert np.allclose(found, free.clip(SMALLEST, LARGEST), rtol=1e-5)
+    assert np.allclose(ours, free.clip(SMALLEST, LARGEST), rtol=1e-5)
     if free.min() > SMALLEST and free.max() < LARGEST:
-        assert np.exp(np.log(found.astype(np.float64)).mean()) == pytest.approx(1, rel=1e-5)
+        assert np.exp(np.log(ours.astype(np.float64)).mean()) == pytest.approx(1, rel=1e-5)
     # Only ratios between channels count.
-    assert np.allclose(channel_scales(x * factor, b, strength), found, rtol=1e-5)
-    assert np.allclose(channel_scales(x, b * factor, strength), found, rtol=1e-5)
+    assert np.allclose(channel_scales(x * factor, b, strength), ours, rtol=1e-5)
+    assert np.allclose(channel_scales(x, b * factor, strength), ours, rtol=1e-5)
     assert (channel_scales(x, b, 0.0) == 1).all()
 
 
 @given(_SQUARES, _SQUARES, hnp.arrays(np.bool_, 24), hnp.arrays(np.bool_, 24))
 def test_dead_channels_are_left_alone(x: Any, b: Any, silent: Any, unheard: Any) -> None:
     x, b = np.where(silent, 0, x), np.where(unheard, 0, b)
-    found, alive = channel_scales(x, b), ~(silent | unheard)
-    assert np.isfinite(found).all() and (found >= SMALLEST).all() and (found <= LARGEST).all()
-    assert (found[~alive] == 1).all()
+    ours, alive = channel_scales(x, b), ~(silent | unheard)
+    assert np.isfinite(ours).all() and (ours >= SMALLEST).all() and (ours <= LARGEST).all()
+    assert (ours[~alive] == 1).all()
     if alive.any():
-        assert np.array_equal(found[alive], channel_scales(x[alive], b[alive]))
+        assert np.array_equal(ours[alive], channel_scales(x[alive], b[alive]))
 
 
 def test_heads_of_a_group_share_their_scales(made: Made, scales: Scales) -> None:
@@ -333,8 +330,8 @@ def test_the_strength_is_the_one_that_harms_least(
             total += float(np.log(harm))
         harms.append(total)
     done: list[int] = []
-    found = find_scales(made.calibration, made.checkpoint, done.append)[site]
-    assert np.array_equal(found, tried[int(np.argmin(harms))])
+    ours = find_scales(made.calibration, made.checkpoint, done.append)[site]
+    assert np.array_equal(ours, tried[int(np.argmin(harms))])
     assert done == [1]
 
 

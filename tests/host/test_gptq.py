@@ -134,12 +134,12 @@ def test_sweeps_are_those_written_out(type_name: str, n: int) -> None:
     _, stages = _obs(type_name, w.double().numpy(), h, feedback.importance, 2)
     for sweeps, expected in enumerate(stages):
         ((_, values),) = gptq_quantize(w, [type_name], feedback, None, sweeps, threads=1)
-        found = values.double().numpy()
+        ours = values.double().numpy()
         # A target in float32 may round to the other side of a tie, and the blocks behind follow.
-        same = (np.abs(found - expected) < 1e-6).all(1)
+        same = (np.abs(ours - expected) < 1e-6).all(1)
         assert same.mean() > 0.8, (sweeps, same.mean())
         errors = [
-            np.einsum("ri,ij,rj->r", e, h, e) for e in (w.numpy() - found, w.numpy() - expected)
+            np.einsum("ri,ij,rj->r", e, h, e) for e in (w.numpy() - ours, w.numpy() - expected)
         ]
         assert errors[0].sum() == pytest.approx(errors[1].sum(), rel=0.02)
 
@@ -147,23 +147,21 @@ def test_sweeps_are_those_written_out(type_name: str, n: int) -> None:
 # --- the result -----------------------------------------------------------------------------
 
 
-def _both(
-    random: np.random.Generator, rows: int, n: int
-) -> tuple[torch.Tensor, DampedHessian, DampedHessian]:
-    return (
-        _weights(random, rows, n),
-        DampedHessian(_moments(random, n), 0.1),
-        DampedHessian(_moments(random, rows), 0.1),
-    )
+Case = tuple[torch.Tensor, DampedHessian, DampedHessian]
+
+
+def _both(random: np.random.Generator, rows: int, n: int) -> Case:
+    w, h, g = _weights(random, rows, n), _moments(random, n), _moments(random, rows)
+    return w, DampedHessian(h, 0.1), DampedHessian(g, 0.1)
 
 
 @pytest.mark.parametrize("two_sided", [False, True])
 def test_the_bytes_are_blocks_of_the_values(two_sided: bool) -> None:
     rows, n = 70, 512
     w, feedback, outputs = _both(np.random.default_rng(4), rows, n)
-    made = gptq_quantize(w, TYPES, feedback, outputs if two_sided else None)
-    assert {"Q4_K", "Q5_K", "Q6_K"} <= set(TYPES) and len(made) == len(TYPES)
-    for type_name, (data, values) in zip(TYPES, made, strict=True):
+    encoded = gptq_quantize(w, TYPES, feedback, outputs if two_sided else None)
+    assert {"Q4_K", "Q5_K", "Q6_K"} <= set(TYPES) and len(encoded) == len(TYPES)
+    for type_name, (data, values) in zip(TYPES, encoded, strict=True):
         assert data.dtype == np.uint8 and data.shape == (rows, ggml_types.row_bytes(type_name, n))
         assert np.array_equal(ggml.dequantize(type_name, data, n), values.numpy()), type_name
         assert np.abs(values.numpy() - w.numpy()).max() < np.abs(w.numpy()).max()
@@ -199,9 +197,11 @@ def test_the_same_whatever_the_threads(two_sided: bool, rows: int) -> None:
     first: Sequence[Any] | None = None
     before = torch.get_num_threads()
     for threads in (1, 2, 3, 1):
-        made = gptq_quantize(w, given_types, feedback, outputs if two_sided else None, 1, threads)
-        first = first or made
-        for (data, values), (same, equal) in zip(made, first, strict=True):
+        encoded = gptq_quantize(
+            w, given_types, feedback, outputs if two_sided else None, 1, threads
+        )
+        first = first or encoded
+        for (data, values), (same, equal) in zip(encoded, first, strict=True):
             assert np.array_equal(data, same) and torch.equal(values, equal)
     assert torch.get_num_threads() == before
 
@@ -227,8 +227,8 @@ def test_weights_on_the_grid_stay_there(type_name: str, two_sided: bool) -> None
     scale = _objective(w - on_grid, h, g)
     plain = _objective(on_grid - _plain(type_name, on_grid, feedback), h, g)
     ((_, values),) = gptq_quantize(on_grid, [type_name], feedback, outputs if two_sided else None)
-    found = _objective(on_grid - values, h, g)
-    assert found <= plain + 1e-3 * scale
+    ours = _objective(on_grid - values, h, g)
+    assert ours <= plain + 1e-3 * scale
 
 
 def test_a_dead_input_and_a_zero_row_do_no_harm() -> None:
@@ -256,15 +256,15 @@ def test_zeros_are_held(two_sided: bool, rows: int) -> None:
     random = np.random.default_rng(13)
     w, feedback, outputs = _both(random, rows, 512)
     kept = torch.from_numpy(random.uniform(size=(len(HELD_TYPES), rows, 512)) < 0.6)
-    made = gptq_quantize(w, HELD_TYPES, feedback, outputs if two_sided else None, kept=kept)
+    encoded = gptq_quantize(w, HELD_TYPES, feedback, outputs if two_sided else None, kept=kept)
     h, g = feedback.damped, outputs.damped if two_sided else None
-    for type_name, mask, (data, values) in zip(HELD_TYPES, kept, made, strict=True):
+    for type_name, mask, (data, values) in zip(HELD_TYPES, kept, encoded, strict=True):
         assert np.array_equal(ggml.dequantize(type_name, data, 512), values.numpy())
         assert not values[~mask].any(), type_name
         # The others make up for the zeros, which plain rounding does not know of.
         plain = _plain(type_name, w * mask, feedback)
         assert _objective(w - values, h, g) < 0.9 * _objective(w - plain, h, g), type_name
-    assert not torch.equal(made[0][1], made[4][1])  # one type, two masks
+    assert not torch.equal(encoded[0][1], encoded[4][1])  # one type, two masks
 
 
 @pytest.mark.parametrize("two_sided", [False, True])

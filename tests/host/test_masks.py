@@ -51,8 +51,8 @@ def test_scores_are_their_formulas() -> None:
     }
     assert set(expected) == set(SCORES)
     for kind, wanted in expected.items():
-        found = prune_scores(w, kind, feedback, torch.from_numpy(squares))
-        assert np.allclose(found.numpy(), wanted, rtol=1e-5), kind
+        ours = prune_scores(w, kind, feedback, torch.from_numpy(squares))
+        assert np.allclose(ours.numpy(), wanted, rtol=1e-5), kind
 
 
 @given(
@@ -85,7 +85,7 @@ def test_rows_alone_are_solved_for() -> None:
     n, rows = 12, 5
     feedback, w = _feedback(random, n), _weights(random, rows, n)
     kept = torch.from_numpy(random.uniform(size=(rows, n)) < 0.6)
-    found = refit(w, kept, feedback, steps=300)
+    ours = refit(w, kept, feedback, steps=300)
     h = feedback.damped.double()
     x = torch.linalg.cholesky(h).T  # inputs with those very moments
     for r in range(rows):
@@ -93,8 +93,8 @@ def test_rows_alone_are_solved_for() -> None:
         solved = torch.linalg.solve(h[s][:, s], target[s])
         squares = torch.linalg.lstsq(x[:, s], (x @ w[r].double())[:, None]).solution[:, 0]
         torch.testing.assert_close(solved, squares)
-        torch.testing.assert_close(found[r][s].double(), solved, atol=1e-5, rtol=1e-4)
-        assert not found[r][~s].any()
+        torch.testing.assert_close(ours[r][s].double(), solved, atol=1e-5, rtol=1e-4)
+        assert not ours[r][~s].any()
 
 
 def test_rows_together_are_solved_for() -> None:
@@ -103,15 +103,15 @@ def test_rows_together_are_solved_for() -> None:
     n, rows = 6, 4
     feedback, outputs, w = _feedback(random, n), _feedback(random, rows), _weights(random, rows, n)
     kept = torch.from_numpy(random.uniform(size=(rows, n)) < 0.5)
-    found = refit(w, kept, feedback, outputs, steps=300).double().numpy().reshape(-1)
+    ours = refit(w, kept, feedback, outputs, steps=300).double().numpy().reshape(-1)
     whole = np.kron(outputs.damped.double().numpy(), feedback.damped.double().numpy())
     s = kept.numpy().reshape(-1)
     target = whole @ w.double().numpy().reshape(-1)
     solved = np.linalg.solve(whole[np.ix_(s, s)], target[s])
-    assert np.allclose(found[s], solved, atol=1e-5, rtol=1e-4)
-    assert not found[~s].any()
+    assert np.allclose(ours[s], solved, atol=1e-5, rtol=1e-4)
+    assert not ours[~s].any()
     alone = refit(w, kept, feedback, steps=300).double().numpy().reshape(-1)
-    assert np.abs(alone - found).max() > 1e-3  # the other rows have a say
+    assert np.abs(alone - ours).max() > 1e-3  # the other rows have a say
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.integers(0, 15), st.booleans())
@@ -148,10 +148,10 @@ def case() -> tuple[torch.Tensor, DampedHessian, DampedHessian, torch.Tensor]:
 @pytest.mark.parametrize("together", [False, True])
 def test_the_bytes_are_the_values_and_zeros_stay(case: Any, together: bool, score: str) -> None:
     w, feedback, outputs, squares = case
-    made = fit_masks(w, LEVELS, feedback, outputs if together else None, squares, score)
-    assert len(made) == len(LEVELS)
+    encoded = fit_masks(w, LEVELS, feedback, outputs if together else None, squares, score)
+    assert len(encoded) == len(LEVELS)
     scores = prune_scores(w, score, feedback, squares)
-    for t, (data, values) in zip(LEVELS, made, strict=True):
+    for t, (data, values) in zip(LEVELS, encoded, strict=True):
         assert data.dtype == np.uint8 and data.shape == (70, ggml_types.row_bytes(t.type, 160))
         assert np.array_equal(ggml.dequantize(t.type, data, 160), values.numpy()), t
         kept = kept_weights(scores, t.zero_share)
@@ -167,8 +167,8 @@ def test_a_level_alone_is_the_same(rows: int, together: bool) -> None:
     feedback, w = _feedback(random, 288), _weights(random, rows, 288)
     outputs, squares = _feedback(random, rows) if together else None, _squares(feedback)
     every = [Treatment(t, s) for t in SPARSE_TYPES for s in SPARSE_LEVELS]
-    made = fit_masks(w, every, feedback, outputs, squares)
-    for t, (data, values) in zip(every, made, strict=True):
+    encoded = fit_masks(w, every, feedback, outputs, squares)
+    for t, (data, values) in zip(every, encoded, strict=True):
         for threads in (1, 2):
             ((alone, same),) = fit_masks(w, [t], feedback, outputs, squares, threads=threads)
             assert np.array_equal(alone, data), t

@@ -30,8 +30,8 @@ Values = Mapping[str, torch.Tensor]
 @pytest.fixture(scope="module")
 def sequences(made: Made) -> list[list[int]]:
     """Of unlike lengths: 3 to some 40 tokens."""
-    found = reference_sequences(made.reference)
-    return [s[: max(3, len(s) - 6 * i)] for i, s in enumerate(found)]
+    texts = reference_sequences(made.reference)
+    return [s[: max(3, len(s) - 6 * i)] for i, s in enumerate(texts)]
 
 
 def _model(made: Made) -> Any:
@@ -76,18 +76,18 @@ def _blocks(made: Made) -> list[str]:
 @torch.no_grad()
 def _inputs(model: Any, sequences: Sequence[Sequence[int]], *modules: str) -> list[torch.Tensor]:
     """Float64 inputs of modules over all tokens, each sequence run alone through the whole model."""
-    found: list[list[torch.Tensor]] = [[] for _ in modules]
+    inputs: list[list[torch.Tensor]] = [[] for _ in modules]
     hooks = [
         model.get_submodule(m).register_forward_pre_hook(
             lambda _, args, into=into: into.append(args[0][0].double())
         )
-        for m, into in zip(modules, found, strict=True)
+        for m, into in zip(modules, inputs, strict=True)
     ]
     for ids in sequences:
         model(input_ids=torch.tensor([ids]), use_cache=False)
     for hook in hooks:
         hook.remove()
-    return [torch.cat(parts) for parts in found]
+    return [torch.cat(parts) for parts in inputs]
 
 
 @torch.no_grad()
@@ -143,8 +143,8 @@ def test_residual_streams_are_nearer_than_with_each_matrix_fitted_alone(
     wanted = _streams(original, sequences)
 
     def distances(model: Any) -> list[float]:
-        found = _streams(model, sequences)
-        return [float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
+        streams = _streams(model, sequences)
+        return [float((a - b).norm() / b.norm()) for a, b in zip(streams, wanted, strict=True)]
 
     ordered, each, zeros = distances(student), distances(alone), distances(plain)
     assert len(ordered) == made.checkpoint.config.layers
@@ -249,8 +249,8 @@ def test_rows_make_up_for_each_other(
 def test_padding_and_batches_do_not_matter(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long and a short sequence, the short one not the first in length's order, and tokens that
     count unlike, so that mixing them up would show."""
-    found = sorted(reference_sequences(made.reference), key=len)
-    sequences = [found[-1], found[0][:5], found[-2][:12]]
+    texts = sorted(reference_sequences(made.reference), key=len)
+    sequences = [texts[-1], texts[0][:5], texts[-2][:12]]
     random = torch.Generator().manual_seed(3)
     weights = torch.rand(sum(map(len, sequences)), generator=random)
     names = ["blk.0.attn_q", "blk.0.ffn_down", "blk.1.attn_output"]
