@@ -131,15 +131,14 @@ def compare_with_plan(path: Path, plan: Plan) -> None:
     written = {t.name: (t.tensor_type.name, tuple(t.shape.tolist()[::-1])) for t in reader.tensors}
     wrong = []
     for c, treatment in zip(plan.components, plan.treatments, strict=True):
-        found, expected = written.get(c.name + ".weight"), (treatment.type, (c.rows, c.row_length))
-        if found != expected:
-            wrong.append(f"{c.name} is {found}, not {expected}")
+        in_file = written.get(c.name + ".weight")
+        expected = (treatment.type, (c.rows, c.row_length))
+        if in_file != expected:
+            wrong.append(f"{c.name} is {in_file}, not {expected}")
     if path.stat().st_size != plan.size_bytes:
         wrong.append(f"the file has {path.stat().st_size:,} bytes, not {plan.size_bytes:,}")
     if wrong:
-        raise EdgeDtmError(
-            f"{path} is not what the plan says: {'; '.join(wrong)}; please report this"
-        )
+        raise EdgeDtmError(f"{path} is not as planned: {'; '.join(wrong)}; please report this")
 
 
 def write_measured(path: Path, sdt: float, fdt: float) -> None:

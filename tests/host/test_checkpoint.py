@@ -151,14 +151,14 @@ def test_every_weight_is_the_files(variant: Path) -> None:
 
 
 def _same_choices(
-    found: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any], tolerance: float
+    ours: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any], tolerance: float
 ) -> None:
     """Logits (sequences, positions, vocabulary) and, where theirs are clear, their argmaxes."""
-    assert np.abs(found - theirs).max() < tolerance
+    assert np.abs(ours - theirs).max() < tolerance
     top = np.sort(theirs, axis=-1)
     clear = top[..., -1] - top[..., -2] > 0.05
     assert clear.mean() > 0.5
-    assert np.array_equal(found.argmax(-1)[clear], theirs.argmax(-1)[clear])
+    assert np.array_equal(ours.argmax(-1)[clear], theirs.argmax(-1)[clear])
 
 
 def test_llama_cpp_computes_the_same(variant: Path, ids: torch.Tensor, tmp_path: Path) -> None:
@@ -189,8 +189,8 @@ def test_linear_rope_scaling(folder: Path, ids: torch.Tensor, tmp_path: Path) ->
     theirs = _logits(_transformers(folder), ids)
     torch.testing.assert_close(_logits(load_model(checkpoint, CPU), ids), theirs, atol=1e-4, rtol=0)
     path = _export(checkpoint, tmp_path / "linear.gguf", "F32")
-    found = _llama_cpp_logits(path, ids, "F32")
-    assert np.abs(found - theirs[:, PROMPT - 1 : -1].numpy()).max() < 0.01
+    ours = _llama_cpp_logits(path, ids, "F32")
+    assert np.abs(ours - theirs[:, PROMPT - 1 : -1].numpy()).max() < 0.01
     assert open_checkpoint(path).config.rope_linear == 4.0
 
 
@@ -223,13 +223,13 @@ def _refused(path: Path, words: str) -> None:
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("kept", [None, 0, -1000])
-def test_spoilt_safetensors(folders: dict[str, Path], tmp_path: Path, kept: int | None) -> None:
+@pytest.mark.parametrize("size", [None, 0, -1000])
+def test_spoilt_safetensors(folders: dict[str, Path], tmp_path: Path, size: int | None) -> None:
     file = shutil.copytree(folders["bpe"], tmp_path / "hf") / "model-00002-of-00002.safetensors"
     data = file.read_bytes()
     file.unlink()
-    if kept is not None:
-        file.write_bytes(data[:kept])
+    if size is not None:
+        file.write_bytes(data[:size])
     _refused(file.parent, f"{file.name} cannot be read")
 
 
@@ -277,10 +277,10 @@ def test_spoilt_weights_are_named(
     _refused(folder, words)
 
 
-@pytest.mark.parametrize("kept", [0, 3, 100, 5000, -1000, -1])
-def test_truncated_gguf(tiny_gguf: Path, tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize("size", [0, 3, 100, 5000, -1000, -1])
+def test_truncated_gguf(tiny_gguf: Path, tmp_path: Path, size: int) -> None:
     path = tmp_path / "cut.gguf"
-    path.write_bytes(tiny_gguf.read_bytes()[:kept])
+    path.write_bytes(tiny_gguf.read_bytes()[:size])
     _refused(path, "cut.gguf is no readable GGUF")
 
 

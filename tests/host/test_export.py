@@ -153,15 +153,15 @@ def test_zeros_are_those_asked_for(checkpoint: Checkpoint, kind: str, tmp_path: 
     export_gguf(checkpoint, dense, tmp_path / "dense", importance)
     export_gguf(checkpoint, plan, tmp_path / "sparse", importance)
     assert plan.size_bytes == dense.size_bytes
-    own, found = (
+    dense_zeros, zeros = (
         {t.component: t.zero_share or 0.0 for t in describe(tmp_path / name) if t.is_matrix}
         for name in ("dense", "sparse")
     )
-    assert max(own.values()) < 0.05
+    assert max(dense_zeros.values()) < 0.05
     for c, t in zip(plan.components, plan.treatments, strict=True):
-        asked = c.zeros(t) / c.weights
+        in_mask = c.zeros(t) / c.weights
         # What the quantizer itself rounds to zero lies mostly among what is pruned anyway.
-        assert asked <= found[c.name] <= asked + own[c.name] + 1e-9, c.name
+        assert in_mask <= zeros[c.name] <= in_mask + dense_zeros[c.name] + 1e-9, c.name
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.5, 0.999])

@@ -97,8 +97,7 @@ def test_same_tokens_as_transformers_one_by_one(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False
         )[0, len(prompt.ids) :].numpy()
         assert reference.prompt(row) == list(prompt.ids)
-        found = reference.generated_ids[row]
-        different = np.flatnonzero(found != out)
+        different = np.flatnonzero(reference.generated_ids[row] != out)
         if different.size:  # only a tie may go the other way
             assert reference.margins[row, different[0]] < 1e-3
         same += different.size == 0
@@ -183,11 +182,11 @@ def test_too_long_prompts_are_named(prompts: list[Prompt]) -> None:
 def test_sampled_prompts_encode_to_themselves(
     model: Any, tokenizer: Tokenizer, prompts: list[Prompt]
 ) -> None:
-    found = sample_prefixes(model, tokenizer, prompts, 6, seed=0)
-    assert 3 <= len(found) <= 6
-    assert all(tuple(tokenizer.encode(p.text)) == p.ids for p in found)
-    assert found == sample_prefixes(model, tokenizer, prompts, 6, seed=0)
-    assert found != sample_prefixes(model, tokenizer, prompts, 6, seed=1)
+    prefixes = sample_prefixes(model, tokenizer, prompts, 6, seed=0)
+    assert 3 <= len(prefixes) <= 6
+    assert all(tuple(tokenizer.encode(p.text)) == p.ids for p in prefixes)
+    assert prefixes == sample_prefixes(model, tokenizer, prompts, 6, seed=0)
+    assert prefixes != sample_prefixes(model, tokenizer, prompts, 6, seed=1)
     assert sample_prefixes(model, tokenizer, [], 6, seed=0) == []
 
 
@@ -198,9 +197,9 @@ def _write(path: Path, *lines: str) -> Path:
 
 def test_text_lines(tokenizer: Tokenizer, tmp_path: Path) -> None:
     lines = ["one", "two  spaces ", "", "ünï 😀", '{"prompt": "not JSON here"}', "one"]
-    found = read_prompts(_write(tmp_path / "p.txt", *lines), tokenizer)
-    assert [p.text for p in found] == ["one", "two  spaces ", "ünï 😀", lines[4]]
-    assert all(p.ids == tuple(tokenizer.encode(p.text)) for p in found)
+    read = read_prompts(_write(tmp_path / "p.txt", *lines), tokenizer)
+    assert [p.text for p in read] == ["one", "two  spaces ", "ünï 😀", lines[4]]
+    assert all(p.ids == tuple(tokenizer.encode(p.text)) for p in read)
 
 
 def test_jsonl(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -210,12 +209,12 @@ def test_jsonl(tokenizer: Tokenizer, tmp_path: Path) -> None:
     records.append({"prompt": "a\u2028b\x85c\x0cd"})  # line ends for str.splitlines, not for JSON
     lines = [json.dumps(r, ensure_ascii=False) for r in records]
     path = _write(tmp_path / "p.jsonl", *lines)
-    found = read_prompts(path, tokenizer)
+    read = read_prompts(path, tokenizer)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    assert read_prompts(path, tokenizer) == found
+    assert read_prompts(path, tokenizer) == read
     ids, text = tokenizer.encode_chat(messages)
-    assert [p.text for p in found] == ["one\ntwo", text, "x", records[3]["prompt"]]
-    assert list(found[1].ids) == ids
+    assert [p.text for p in read] == ["one\ntwo", text, "x", records[3]["prompt"]]
+    assert list(read[1].ids) == ids
 
 
 def test_bad_lines_are_listed_with_their_numbers(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -268,7 +267,7 @@ def test_signed_margins_are_their_definition(made: Made) -> None:
     for name, data in model.named_parameters():
         if name.endswith("up_proj.weight"):
             data.data += 0.5 * data.std() * torch.randn(data.shape, generator=generator)
-    found, ref = signed_margins(model, made.reference), made.reference
+    margins, ref = signed_margins(model, made.reference), made.reference
     for row in range(len(ref)):
         with torch.no_grad():
             logits = model(input_ids=made.ids(row), use_cache=False).logits[0].numpy()
@@ -276,6 +275,6 @@ def test_signed_margins_are_their_definition(made: Made) -> None:
         token = np.array(ref.generated(row))
         own = at[np.arange(n), token]
         at[np.arange(n), token] = -np.inf
-        assert np.allclose(found[row, :n], own - at.max(-1), atol=1e-4)
-        assert not found[row, n:].any()
-    assert 0 < np.mean(found < 0) < 1
+        assert np.allclose(margins[row, :n], own - at.max(-1), atol=1e-4)
+        assert not margins[row, n:].any()
+    assert 0 < np.mean(margins < 0) < 1

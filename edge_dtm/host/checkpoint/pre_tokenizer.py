@@ -93,13 +93,13 @@ def tokenization_mismatches(
 def _mismatches(vocab: LlamaVocab, expected: Iterable[tuple[str, list[int]]]) -> list[str]:
     out = []
     for text, ids in expected:
-        found = vocab.encode(text)
-        if found != ids:
-            pairs = zip(ids, found, strict=False)
+        llama_cpp_ids = vocab.encode(text)
+        if llama_cpp_ids != ids:
+            pairs = zip(ids, llama_cpp_ids, strict=False)
             at = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             out.append(
                 f"{text[:60]!r} is {ids[at : at + 5]} for the checkpoint and "
-                f"{found[at : at + 5]} for llama.cpp from token {at} on"
+                f"{llama_cpp_ids[at : at + 5]} for llama.cpp from token {at} on"
             )
     return out
 

@@ -145,8 +145,8 @@ def signed_margins(model: Any, reference: Reference) -> np.ndarray[Any, np.dtype
         ids = torch.tensor([(reference.prompt(row) + reference.generated(row))[:-1]], device=device)
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
         logits = model.lm_head(hidden[first : first + count]).float()
-        wanted = torch.tensor(reference.generated(row), device=device)[:, None]
-        own = logits.gather(1, wanted)[:, 0]
-        best_other = logits.scatter(1, wanted, -torch.inf).max(-1).values
+        chosen = torch.tensor(reference.generated(row), device=device)[:, None]
+        own = logits.gather(1, chosen)[:, 0]
+        best_other = logits.scatter(1, chosen, -torch.inf).max(-1).values
         out[row, :count] = (own - best_other).cpu().numpy()
     return out
