@@ -76,7 +76,7 @@ from edge_dtm.host.prepare import reopen_run
 from edge_dtm.host.quantize.treat import treated_values
 from edge_dtm.host.settings import Goal, Settings, Source
 from edge_dtm.host.values import Costs, Run
-from edge_dtm.report.frontier_figure import draw
+from edge_dtm.report.frontier import draw
 from edge_dtm.search.allocation import convex_hull
 from edge_dtm.search.cost_table import CostTable
 from edge_dtm.search.predictor import Predictor

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.report.frontier_figure import Curve
+from edge_dtm.report.frontier import Curve
 from edge_dtm.report.summary import interval
 
 SCHEMA_VERSION = 2
@@ -186,7 +186,7 @@ def markdown(models: Sequence[Mapping[str, Any]], figure: str | None = None) -> 
 
 
 def series(data: Mapping[str, Any]) -> tuple[str, list[Curve], tuple[float, float]]:
-    """One model's curves for frontier_figure.draw; the last kind of file, ours, is a line."""
+    """One model's curves for frontier.draw; the last kind of file, ours, is a line."""
     curves = [
         (
             title,

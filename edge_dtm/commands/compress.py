@@ -30,11 +30,9 @@ def _set_defaults(ctx: click.Context, parameter: click.Parameter, preset: str | 
     return preset
 
 
-def _default_model(ctx: click.Context, parameter: click.Parameter, model: Path | None) -> Path:
+def _default_model() -> Path:
     from edge_dtm.core.paths import default_model_dir
 
-    if model is not None:
-        return model
     model = default_model_dir()
     if not model.is_dir():
         raise EdgeDtmError(
@@ -49,7 +47,7 @@ def _switch(name: str, words: str) -> Callable[[Any], Any]:
 
 
 @click.command()
-@click.argument("model", type=PATH, required=False, callback=_default_model)
+@click.argument("model", type=PATH, default=_default_model)
 @click.option("-o", "--output", type=PATH, required=True, help="Folder of the bundle.")
 @click.option("--prompts", type=PATH, help="Text lines, or JSONL with `prompt` or `messages`.")
 @click.option(
@@ -136,9 +134,7 @@ def _switch(name: str, words: str) -> Callable[[Any], Any]:
     type=click.FloatRange(0, 1),
     help="With --preset paper-int8: share of the matrices in Q8_0, the rest in F16 [default: 0.8].",
 )
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
-)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @_switch("resume", "Continue where an earlier run stopped.")
 @click.pass_context
 @grouped(

@@ -70,8 +70,7 @@ def frontier(bundle: Path, png: Path | None, rows: int) -> None:
     from rich.table import Table
 
     from edge_dtm.formats.bundle import PLAN
-    from edge_dtm.report.frontier_figure import draw_frontier
-    from edge_dtm.report.plan_file import read_plan_file
+    from edge_dtm.report.frontier import draw_frontier, read_plan_file
 
     target = png or beside(bundle, "-frontier.png")
     require_writable(bundle, target)

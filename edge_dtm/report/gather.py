@@ -24,7 +24,7 @@ from edge_dtm.formats.reference import HELD_OUT, Reference
 from edge_dtm.formats.verdict_file import ShareInterval, device_name, read_verdict
 from edge_dtm.report import examples
 from edge_dtm.report.charts import MeasuredFile, Series
-from edge_dtm.report.plan_file import Choice, read_plan_file
+from edge_dtm.report.frontier import Choice, read_plan_file
 
 
 class Measurement(StrictModel, extra="ignore"):

@@ -30,31 +30,29 @@ def interval(data: Mapping[str, float], percent: bool) -> str:
 def rows(measured: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(what, measured, predicted, noise floor) for each figure. measured: of the manifest."""
     predicted, floor = measured["predicted"], measured["noise_floor"]
-    largest_fdt = measured["tokens"] / measured["sequences"]
-    sdt, fdt = f"{predicted['sdt'] * 100:.2f} %", f"{predicted['fdt']:.1f}"
-    largest = f"mean FDT, first divergent token, of at most {largest_fdt:.1f}"
+    fdt = f"of at most {measured['tokens'] / measured['sequences']:.1f}"
     table = [
-        (what, interval(measured[key], percent), prediction, interval(floor[key], percent))
-        for what, key, percent, prediction in (
-            ("SDT, share of divergent tokens", "sdt", True, sdt),
-            (largest, "fdt", False, fdt),
-        )
-    ]
-    table += [
-        (what, format(measured[key], form), "", format(floor[key], form))
-        for what, key, form in (
-            ("sequences without divergence", "identical_share", ".1%"),
-            ("perplexity on the original's text", "perplexity", ".4f"),
+        (what, _text(measured, key), prediction, _text(floor, key))
+        for what, key, prediction in (
+            ("SDT, share of divergent tokens", "sdt", f"{predicted['sdt'] * 100:.2f} %"),
+            (f"mean FDT, first divergent token, {fdt}", "fdt", f"{predicted['fdt']:.1f}"),
+            ("sequences without divergence", "identical_share", ""),
+            ("perplexity on the original's text", "perplexity", ""),
         )
     ]
     if packaged := measured.get("packaged_prompts"):
-        largest_fdt = packaged["tokens"] / packaged["sequences"]
-        fdt = f"mean FDT on the packaged prompts, of at most {largest_fdt:.1f}"
+        fdt = f"of at most {packaged['tokens'] / packaged['sequences']:.1f}"
         table += [
-            ("SDT on the packaged prompts", interval(packaged["sdt"], True), "", ""),
-            (fdt, interval(packaged["fdt"], False), "", ""),
+            ("SDT on the packaged prompts", _text(packaged, "sdt"), "", ""),
+            (f"mean FDT on the packaged prompts, {fdt}", _text(packaged, "fdt"), "", ""),
         ]
     return table
+
+
+def _text(run: Mapping[str, Any], key: str) -> str:
+    if key in ("sdt", "fdt"):
+        return interval(run[key], key == "sdt")
+    return format(run[key], ".1%" if key == "identical_share" else ".4f")
 
 
 def print_summary(
@@ -85,11 +83,9 @@ def print_summary(
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
-def _figures(divergence: Mapping[str, Any]) -> str:
-    return (
-        f"SDT {interval(divergence['sdt'], True)}, mean FDT {interval(divergence['fdt'], False)}, "
-        f"perplexity {divergence['perplexity']:.4f}"
-    )
+def _figures(run: Mapping[str, Any]) -> str:
+    sdt, fdt, perplexity = (_text(run, key) for key in ("sdt", "fdt", "perplexity"))
+    return f"SDT {sdt}, mean FDT {fdt}, perplexity {perplexity}"
 
 
 def markdown(

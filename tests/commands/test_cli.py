@@ -195,8 +195,7 @@ def test_a_drawing_that_breaks_off_leaves_the_bundle_whole(
 ) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
     from edge_dtm.core import files
-    from edge_dtm.report.frontier_figure import draw_frontier
-    from edge_dtm.report.plan_file import FrontierPoint
+    from edge_dtm.report.frontier import FrontierPoint, draw_frontier
 
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

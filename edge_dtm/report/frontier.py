@@ -1,14 +1,50 @@
-"""File size against SDT and FDT as a PNG: the frontier of a plan, and measured files."""
+"""The frontier of a plan: what plan.json says of it, and its picture as a PNG."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_dtm.report.plan_file import FrontierPoint, Prediction
+from edge_dtm.core import strict_json
+from edge_dtm.core.validation import Amount, Count, Share, StrictModel, validated
+from edge_dtm.formats.plan import Plan
 
 Point = tuple[int, float, float]  # file size in bytes, SDT (share), mean FDT (tokens)
 Curve = tuple[str, str, Sequence[Point]]  # label, matplotlib's format of the line, points
+
+
+class Prediction(StrictModel):
+    """sigma in logits, sdt a share, fdt in tokens."""
+
+    sigma: Amount
+    sdt: Share
+    fdt: Amount
+
+
+class FrontierPoint(Prediction):
+    size_bytes: Count
+
+
+class ComponentCosts(StrictModel):
+    """costs: treatment's text -> logits squared."""
+
+    name: str
+    costs: dict[str, Amount | None]
+
+
+class Choice(StrictModel, extra="ignore"):
+    """What a plan was chosen from: the least divergence of every size, and all costs."""
+
+    predicted: Prediction | None = None
+    frontier: tuple[FrontierPoint, ...] = ()
+    costs: tuple[ComponentCosts, ...] = ()
+
+
+def read_plan_file(path: Path) -> tuple[Plan, Choice]:
+    """EdgeDtmError for one that compress did not write."""
+    tree = strict_json.read(path)
+    choice = validated(Choice, tree, str(path), "make the bundle again")
+    return Plan.from_json(tree), choice
 
 
 def draw_frontier(
