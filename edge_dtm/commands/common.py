@@ -118,8 +118,7 @@ def write_json(path: Path | None, data: Any) -> None:
 def require_writable(bundle: Path | None, *paths: Path | None) -> None:
     """EdgeDtmError when a result could not be written to one of paths: asked before the long run.
 
-    bundle: what the results are about, often a bundle's folder. verify and pack refuse a bundle
-    with a strange file in it.
+    bundle: what the results are about; a folder with a strange file in it is no bundle any more.
     """
     from edge_dtm.formats.bundle import TOLERATED_FILES
 

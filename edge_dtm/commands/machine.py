@@ -61,8 +61,7 @@ def doctor(bundle_or_gguf: Path | None, n_ctx: int, json_file: Path | None) -> N
         console.print("\n".join(lines), highlight=False, soft_wrap=True)
     write_json(json_file, to_json(findings, read_cpu()))
     if wrong := errors(findings):
-        what = "; ".join(finding.what for finding in wrong)
-        raise EdgeDtmError(f"{what}: see above what mends it")
+        raise EdgeDtmError(f"{'; '.join(f.what for f in wrong)}: see above what mends it")
 
 
 @click.command()

@@ -22,8 +22,7 @@ def keygen(name: Path) -> None:
 
     identity = generate(name)
     click.echo(f"{name}{PRIVATE_SUFFIX}: secret, for pack --sign; whoever has it can sign as you")
-    click.echo(f"{name}{PUBLIC_SUFFIX}: for the devices' folder of trusted keys")
-    click.echo(f"key id {identity}")
+    click.echo(f"{name}{PUBLIC_SUFFIX}: for the devices' folder of trusted keys\nkey id {identity}")
 
 
 @click.command()

@@ -129,6 +129,7 @@ def chosen(
                 vocabulary.texts([b])[0] if d else text
                 for text, b, d in zip(texts, other_ids, different, strict=True)
             ]
-        prompt = str(reference.texts[row])
-        examples.append(Example(title, row, prompt, texts, others, different, fed))
+        examples.append(
+            Example(title, row, str(reference.texts[row]), texts, others, different, fed)
+        )
     return examples

@@ -126,10 +126,8 @@ def gather(
     devices = [_device(bundle, path, reference) for path in verdict_files]
     measured = [_measurement(path, reference) for path in measure_files]
     floor = bundle.manifest.noise_floor(bundle.source)
-    plan: Plan | None = None
-    choice = Choice()
-    if bundles.PLAN in bundle.manifest.files:
-        plan, choice = read_plan_file(bundle.path(bundles.PLAN))
+    listed = bundles.PLAN in bundle.manifest.files
+    plan, choice = read_plan_file(bundle.path(bundles.PLAN)) if listed else (None, Choice())
     margin = floor.get("near_tie_margin", 0.0)
     ids, lengths = reference.generated_ids, reference.generated_lengths
     return Report(
@@ -213,9 +211,7 @@ def _measurement(path: Path, reference: Reference) -> Measurement:
 
 def _floor_series(floor: Mapping[str, Any], reference: Reference) -> list[Series]:
     """Empty unless its lists, free-form JSON, fit."""
-    first, lengths = floor.get("first_divergent_tokens"), reference.generated_lengths.tolist()
-    if floor.get("lengths") != lengths or not isinstance(first, list):
-        return []
-    if len(first) != len(lengths) or not all(type(v) is int for v in first):
-        return []
-    return [Series("noise floor", first, lengths, is_floor=True)]
+    first, lengths = floor.get("first_divergent_tokens", []), reference.generated_lengths.tolist()
+    whole = isinstance(first, list) and [type(v) for v in first] == [int] * len(lengths)
+    fits = whole and floor.get("lengths") == lengths
+    return [Series("noise floor", first, lengths, is_floor=True)] if fits else []

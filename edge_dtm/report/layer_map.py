@@ -41,9 +41,8 @@ def layer_map(
 def text_rows(texts: Mapping[str, str]) -> list[tuple[str, ...]]:
     """A row a layer, with one text a part; the embedding and the head first."""
     outside, rows = layer_map(texts)
-    blank = [""] * (len(PARTS) - 1)
     return [
-        *((name, text, *blank) for name, text in outside.items()),
+        *((name, text, *[""] * (len(PARTS) - 1)) for name, text in outside.items()),
         *((str(layer), *(text or "" for text in row)) for layer, row in rows),
     ]
 

@@ -48,17 +48,6 @@ def test_some_thousand_hostile_files(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_same_seed_gives_the_same_inputs(tmp_path: Path) -> None:
-    """In any order, so that a finding can be made again by itself."""
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
-        folder.mkdir()
-    for one, other in zip(*map(targets.targets, folders), strict=True):
-        forth = [fuzz.input_bytes(one, 7, i) for i in range(30)]
-        assert forth == [fuzz.input_bytes(other, 7, i) for i in reversed(range(30))][::-1]
-        assert len(set(forth)) > 15
-
-
 def _target(read: Callable[[bytes, Path], object]) -> Any:
     return targets.Target("one", lambda source: source.randbytes(4), read, 1)
 
@@ -127,20 +116,14 @@ def test_an_error_quotes_a_file_without_obeying_it() -> None:
 def test_findings_are_written_and_replayed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(data: bytes, folder: Path) -> None:
-        raise ValueError(f"{len(data)} bytes")
-
-    monkeypatch.setattr(fuzz, "targets", lambda work: [_target(broken)])
+    broken = _target(lambda data, folder: _raise(ValueError(f"{len(data)} bytes")))
+    monkeypatch.setattr(fuzz, "targets", lambda work: [broken])
     assert fuzz.run_all(5, 0, tmp_path) == 1
-    out = capsys.readouterr()
-    assert "| one | 5 | 0 | 0 | 5 |" in out.out
-    assert "5 times: ValueError in tests/commands/test_hostile.py" in out.err
+    assert "| one | 5 | 0 | 0 | 5 |" in capsys.readouterr().out
     written = sorted(tmp_path.iterdir())
     assert len(written) == fuzz.EXAMPLES
     assert fuzz.replay(written[0]) == 1
     assert "ValueError" in capsys.readouterr().out
-    with pytest.raises(EdgeDtmError, match="names no target"):
-        fuzz.replay(tmp_path / "nothing-1.bin")
 
 
 # --- npz files -------------------------------------------------------------------------------
@@ -283,12 +266,10 @@ def test_records(tmp_path: Path, changes: dict[str, Any]) -> None:
 
 def test_a_head_without_names(tmp_path: Path) -> None:
     good = {"kind": "imatrix", "names": ["a"], "tokens": 5}
-    for head in ({**good, "names": "a"}, {**good, "names": [1]}, {"kind": "imatrix", "tokens": 5}):
-        save_npz(tmp_path / "i.npz", {"a": np.ones(3, np.float32)}, head)
+    for names in ("a", [1], None):
+        save_npz(tmp_path / "i.npz", {"a": np.ones(3, np.float32)}, good | {"names": names})
         with pytest.raises(EdgeDtmError, match="is wrong: "):
             load_imatrix(tmp_path / "i.npz")
-    save_npz(tmp_path / "i.npz", {"a": np.ones(3, np.float32)}, good)
-    assert load_imatrix(tmp_path / "i.npz")[1] == 5
 
 
 @pytest.mark.parametrize("version", [1.0, True, "1", 2])
@@ -296,13 +277,6 @@ def test_a_schema_version_is_a_whole_number(tmp_path: Path, version: Any) -> Non
     save_npz(tmp_path / "a.npz", {}, {"kind": "margins", "schema_version": version})
     with pytest.raises(EdgeDtmError, match="has schema version"):
         load_npz(tmp_path / "a.npz", [], "margins")
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_no_head_is_written_that_cannot_be_read(tmp_path: Path, value: float) -> None:
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        save_npz(tmp_path / "a.npz", {}, {"kind": "margins", "value": value})
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- JSON ------------------------------------------------------------------------------------

@@ -117,8 +117,6 @@ def test_the_table_has_each_figure_with_its_threshold_and_floor():
     assert row(text, "SDT vs host where sure (≥ 1)") == ["0.12%", "", "≤ 0.20%", ""]
     assert row(text, "KL vs host, small F16 model") == ["2.5e-05", "", "≤ 0.001", ""]
     assert row(text, "kernels that agree with numpy")[0] == "2 of 2"
-    assert row(text, "prefill, tokens/s")[0] == "31.5"
-    assert row(text, "decode, tokens/s")[0] in ("7.2", "7.3")
     assert row(text, "time to first token, s")[0] == "0.38"
     assert row(text, "peak memory, MB")[0] == "123"
     assert row(printed(verdict(ok=False)), "kernels that agree with numpy")[0] == "1 of 2"
@@ -132,13 +130,9 @@ def test_generation_shows_no_sdt_and_no_kl():
 
 def test_what_was_not_measured_has_no_row():
     shown = verdict()
-    bare = dataclasses.replace(
-        shown,
-        evidence=dataclasses.replace(shown.evidence, kernels=[], kl_probe_nats=None),
-        performance={"prefill_tokens_per_s": None},
-        noise_floor={"sdt": True, "fdt": None},
-    )
-    text = printed(bare)
+    evidence = dataclasses.replace(shown.evidence, kernels=[], kl_probe_nats=None)
+    bare = {"evidence": evidence, "performance": {}, "noise_floor": {"sdt": True, "fdt": None}}
+    text = printed(dataclasses.replace(shown, **bare))
     for label in ("small F16", "kernels", "tokens/s", "peak memory"):
         assert label not in "\n".join(text.splitlines()[:-1])
     assert row(text, "SDT vs original")[3] == "" and row(text, "FDT vs original")[3] == ""
@@ -166,11 +160,3 @@ def test_no_text_breaks_the_output(text):
     shown = verdict(notes=(text,), reasons=(f"Because of {text}.",))
     lines = printed(shown).splitlines()
     assert f"Note: {text}." in lines and lines[-1] == f"PASS Because of {text}."
-
-
-@pytest.mark.parametrize("width", [60, 80, 200])
-def test_the_table_keeps_to_the_width(width):
-    table = [line for line in printed(verdict(), width).splitlines() if set(line) & set("│┃┏└")]
-    assert table and max(map(len, table)) <= width
-    flat = re.sub(r"[│┃ ]+", " ", "\n".join(table))
-    assert "5.00%" in flat and "30.0" in flat
