@@ -249,7 +249,7 @@ def test_files_of_other_bundles(
         (tiny_bundle, "--with", preset, "was measured on other sequences"),
         (full, "--with", verdict, "v.json is wrong: name: is missing"),
         (tiny_bundle, "--record", host, "does not belong to this bundle"),
-        (full, "--record", full / "reference.npz", "not a record"),
+        (full, "--record", full / "reference.npz", "reference.npz"),
     ):
         assert_error(run("report", bundle, option, file), words)
 
