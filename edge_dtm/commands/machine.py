@@ -54,11 +54,11 @@ def doctor(bundle_or_gguf: Path | None, n_ctx: int, json_file: Path | None) -> N
     for finding in findings:
         colour = _COLOURS[finding.level]
         label = f"[{colour}]{finding.level:7}[/{colour}]"
-        lines = [f"{label} [bold]{escape(finding.what)}[/bold]", f"        {escape(finding.why)}"]
+        text = f"{label} [bold]{escape(finding.what)}[/bold]\n        {escape(finding.why)}"
         if finding.command:
-            lines.append(f"        [bold]$[/bold] {escape(finding.command)}")
+            text += f"\n        [bold]$[/bold] {escape(finding.command)}"
         # Never wrapped, so that a command can be copied.
-        console.print("\n".join(lines), highlight=False, soft_wrap=True)
+        console.print(text, highlight=False, soft_wrap=True)
     write_json(json_file, to_json(findings, read_cpu()))
     if wrong := errors(findings):
         raise EdgeDtmError(f"{'; '.join(f.what for f in wrong)}: see above what mends it")

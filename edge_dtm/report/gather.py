@@ -39,11 +39,8 @@ class Measurement(StrictModel, extra="ignore"):
 
 @dataclass(frozen=True)
 class Answers:
-    """What one run answered to sequences of the reference.
-
-    label: whose; fed: whether it was fed the original's tokens; divergent: other tokens of each
-    sequence, which says something only when fed.
-    """
+    """What a run answered. fed: whether it was fed the original's tokens, without which divergent,
+    the other tokens of each sequence, says nothing."""
 
     label: str
     fed: bool

@@ -106,11 +106,8 @@ def test_a_message_is_one_printable_line(tmp_path: Path, words: str) -> None:
 
 def test_an_error_quotes_a_file_without_obeying_it() -> None:
     error = str(EdgeDtmError("the name \x1b[31m\n\u202e\ud800 of é" + "x" * 5000 + ": do this"))
-    assert error.isprintable()
-    assert len(error) <= 1000
-    assert error.startswith(r"the name \x1b[31m\n\u202e\ud800 of é")
-    assert error.endswith("do this")
-    assert str(EdgeDtmError("plain: ü")) == "plain: ü"
+    assert error.isprintable() and len(error) <= 1000
+    assert error.startswith(r"the name \x1b[31m\n\u202e\ud800 of é") and error.endswith("do this")
 
 
 def test_findings_are_written_and_replayed(
