@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,11 @@ class Timing:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        return _rate(self.prompt_tokens, self.prefill_s)
+        return self.prompt_tokens / self.prefill_s
 
     @property
     def decode_tokens_per_s(self) -> float:
-        return _rate(len(self.decode_s), sum(self.decode_s))
+        return len(self.decode_s) / sum(self.decode_s)
 
 
 class LlamaRunner:
@@ -49,50 +49,52 @@ class LlamaRunner:
     """
 
     def __init__(self, path: Path, settings: RunSettings, context_tokens: int) -> None:
-        self._model: Any = None
-        self._context: Any = None
-        self._batch: Any = None
-        self.path = path
-        self.settings = settings
-        self.context_tokens = context_tokens
+        self.path, self.settings, self.context_tokens = path, settings, context_tokens
         self._lib = lib = llama.library()
-        kv_type = getattr(lib, f"GGML_TYPE_{settings.kv_type}", None)
-        if kv_type is None:
-            raise EdgeDtmError(f"{settings.kv_type!r} is no GGML type; take F16 as kv_type")
-        try:
-            self._model = llama.load_model(self.path, repack=settings.repack)
-            params = lib.llama_context_default_params()
-            # In a cache of its own each sequence has the same place as if it ran alone, and with it
-            # the same order of summation: the answer does not depend on its neighbours.
-            params.kv_unified = False
-            params.n_ctx = settings.cache_tokens(context_tokens)
-            params.n_batch = settings.batch_tokens
-            params.n_ubatch = min(settings.micro_batch_tokens, settings.batch_tokens)
-            params.n_seq_max = settings.sequences_per_call
-            params.n_threads = params.n_threads_batch = settings.threads
-            flash_attention = "ENABLED" if settings.flash_attention else "DISABLED"
-            params.flash_attn_type = getattr(lib, f"LLAMA_FLASH_ATTN_TYPE_{flash_attention}")
-            params.type_k = params.type_v = kv_type
-            params.offload_kqv = params.op_offload = False
-            params.no_perf = True
-            llama.last_errors.clear()
-            self._context = lib.llama_init_from_model(self._model, params)
-            if not self._context:
-                raise EdgeDtmError(
-                    f"{self.path}: llama.cpp made no context of {params.n_ctx} tokens"
-                    f"{llama.error_text()}; lower the context or change kv_type"
-                )
-            self._batch = lib.llama_batch_init(settings.batch_tokens, 0, 1)
-            for i in range(settings.batch_tokens):
-                self._batch.n_seq_id[i] = 1
+        with ExitStack() as stack:
+            self._context, self._batch = self._load(stack)
             self._memory = lib.llama_get_memory(self._context)
-            vocab = lib.llama_model_get_vocab(self._model)
+            vocab = lib.llama_model_get_vocab(lib.llama_get_model(self._context))
             self.n_vocab = int(lib.llama_vocab_n_tokens(vocab))
             if self.n_vocab < TOP_K:
                 raise EdgeDtmError(f"{self.path}: vocabulary of {self.n_vocab} is below {TOP_K}")
-        except BaseException:
-            self.close()
-            raise
+            self._resources = stack.pop_all()
+
+    def _load(self, stack: ExitStack) -> tuple[Any, Any]:
+        """The context and the batch; stack: gets what frees them, and the model."""
+        lib, settings = self._lib, self.settings
+        kv_type = getattr(lib, f"GGML_TYPE_{settings.kv_type}", None)
+        if kv_type is None:
+            raise EdgeDtmError(f"{settings.kv_type!r} is no GGML type; take F16 as kv_type")
+        model = llama.load_model(self.path, repack=settings.repack)
+        stack.callback(lib.llama_model_free, model)
+        params = lib.llama_context_default_params()
+        # In a cache of its own each sequence has the same place as if it ran alone, and with it
+        # the same order of summation: the answer does not depend on its neighbours.
+        params.kv_unified = False
+        params.n_ctx = settings.cache_tokens(self.context_tokens)
+        params.n_batch = settings.batch_tokens
+        params.n_ubatch = min(settings.micro_batch_tokens, settings.batch_tokens)
+        params.n_seq_max = settings.sequences_per_call
+        params.n_threads = params.n_threads_batch = settings.threads
+        flash_attention = "ENABLED" if settings.flash_attention else "DISABLED"
+        params.flash_attn_type = getattr(lib, f"LLAMA_FLASH_ATTN_TYPE_{flash_attention}")
+        params.type_k = params.type_v = kv_type
+        params.offload_kqv = params.op_offload = False
+        params.no_perf = True
+        llama.last_errors.clear()
+        context = lib.llama_init_from_model(model, params)
+        if not context:
+            raise EdgeDtmError(
+                f"{self.path}: llama.cpp made no context of {params.n_ctx} tokens"
+                f"{llama.error_text()}; lower the context or change kv_type"
+            )
+        stack.callback(lib.llama_free, context)
+        batch = lib.llama_batch_init(settings.batch_tokens, 0, 1)
+        stack.callback(lib.llama_batch_free, batch)
+        for i in range(settings.batch_tokens):
+            batch.n_seq_id[i] = 1
+        return context, batch
 
     def __enter__(self) -> LlamaRunner:
         return self
@@ -102,15 +104,7 @@ class LlamaRunner:
 
     def close(self) -> None:
         """Free batch, context and model; a second call does nothing."""
-        if self._batch is not None:
-            self._lib.llama_batch_free(self._batch)
-            self._batch = None
-        if self._context:
-            self._lib.llama_free(self._context)
-            self._context = None
-        if self._model:
-            self._lib.llama_model_free(self._model)
-            self._model = None
+        self._resources.close()
 
     def teacher_forced(
         self,

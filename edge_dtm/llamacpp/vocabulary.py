@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import codecs
 import ctypes
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.llamacpp import llama
 
 # enum llama_token_attr: unknown, control, user-defined; text is split at such tokens.
@@ -23,10 +23,10 @@ class LlamaVocab:
     """
 
     def __init__(self, path: Path, *, pre: str | None = None) -> None:
-        self._model: Any = None
         self._lib: Any = llama.library()
-        self._model = llama.load_model(path, vocab_only=True, pre=pre)
-        self._vocab = self._lib.llama_model_get_vocab(self._model)
+        model = llama.load_model(path, vocab_only=True, pre=pre)
+        self._free = weakref.finalize(self, self._lib.llama_model_free, model)
+        self._vocab = self._lib.llama_model_get_vocab(model)
         self.n_tokens: int = int(self._lib.llama_vocab_n_tokens(self._vocab))
 
     def __enter__(self) -> LlamaVocab:
@@ -37,11 +37,7 @@ class LlamaVocab:
 
     def close(self) -> None:
         """Free the vocabulary; harmless when done before."""
-        if self._model:
-            self._lib.llama_model_free(self._model)
-            self._model = None
-
-    __del__ = close
+        self._free()
 
     @property
     def bos_id(self) -> int | None:
@@ -61,9 +57,9 @@ class LlamaVocab:
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Token ids; special tokens in the text are parsed, BOS and EOS added as the file says."""
-        data = text.encode("utf-8")
+        data = text.encode()
         room = len(data) + 8
-        for _ in range(2):
+        while True:
             ids = (self._lib.llama_token * room)()
             count = self._lib.llama_tokenize(
                 self._vocab, data, len(data), ids, room, add_special, True
@@ -71,7 +67,6 @@ class LlamaVocab:
             if count >= 0:
                 return list(ids[:count])
             room = -count
-        raise EdgeDtmError(f"llama.cpp cannot tokenize {text[:40]!r}")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens spelled out, less a BOS that `encode` would add."""
