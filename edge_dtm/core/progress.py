@@ -7,16 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TimeRemainingColumn
 
-from edge_dtm.core.files import Advance
+from edge_dtm.core.files import Advance, StageProgress
 
 
 class Stages:
@@ -34,16 +27,17 @@ class Stages:
             task = progress.add_task(title, total=max(total, 1))
             self._describe = lambda text: progress.update(task, description=text)
             yield lambda amount: progress.advance(task, amount)
-        self.seconds[title] = self.seconds.get(title, 0.0) + time.perf_counter() - start
-        self.note(f"{title}: {time.perf_counter() - start:.1f} s")
+        seconds = time.perf_counter() - start
+        self.seconds[title] = self.seconds.get(title, 0.0) + seconds
+        self.note(f"{title}: {seconds:.1f} s")
 
     def describe(self, text: str) -> None:
         """Other words beside the bar of the stage that runs, such as how far a loss has come."""
         self._describe(text)
 
     @contextmanager
-    def several(self) -> Iterator[Callable[[str, int, int], None]]:
-        """For work that names its own stages: progress(stage, done, total)."""
+    def several(self) -> Iterator[StageProgress]:
+        """For work that names its own stages."""
         with self._bars() as bars:
             tasks: dict[str, TaskID] = {}
 
@@ -56,7 +50,7 @@ class Stages:
 
     def _bars(self) -> Progress:
         return Progress(
-            TextColumn("{task.description}"),
+            "{task.description}",
             BarColumn(),
             TaskProgressColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),

@@ -32,8 +32,7 @@ _BY_SIGNAL = (
 def shielded(run: Callable[[], object]) -> None:
     """Run it in a child and exit as the child does; with an error line and status 1 if it died.
 
-    Never returns. What ends this process (Ctrl-C, SIGTERM, kill -9) ends the child too, the last
-    on Linux only.
+    What ends this process (Ctrl-C, SIGTERM, kill -9 on Linux) ends the child too.
     """
     parent = os.getpid()
     reader, writer = os.pipe()
@@ -58,10 +57,14 @@ def shielded(run: Callable[[], object]) -> None:
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
-        if not _came_to_its_end(reader):
-            print(f"error: {_BY_LIBRARY}", file=sys.stderr)
-            code = 1
-        sys.exit(code)
+        try:
+            by_python = os.read(reader, 1)
+        except BlockingIOError:  # a process that the child left behind has the other end open
+            by_python = b""
+        if by_python:
+            sys.exit(code)
+        print(f"error: {_BY_LIBRARY}", file=sys.stderr)
+        sys.exit(1)
     number = signal.Signals(-code)
     if number in _ENDED_BY_USER:
         # So that a shell sees what it expects of such an end.
@@ -70,14 +73,6 @@ def shielded(run: Callable[[], object]) -> None:
     text = _BY_KILL if number == signal.SIGKILL else _BY_SIGNAL.format(number.name)
     print(f"error: {text}", file=sys.stderr)
     sys.exit(1)
-
-
-def _came_to_its_end(reader: int) -> bool:
-    """Whether Python itself ended the child, so that what there was to say has been said."""
-    try:
-        return bool(os.read(reader, 1))
-    except BlockingIOError:  # a process that the child left behind has the other end open
-        return False
 
 
 def _die_with(parent: int) -> None:

@@ -74,29 +74,9 @@ def read_header(path: Path) -> Header:
     """EdgeDtmError, in one line, when path is no whole GGUF file of version 3 in little endian."""
     try:
         with path.open("rb") as file:
-            size = path.stat().st_size
-            head = file.read(8)
-            if head[:4] != b"GGUF":
-                raise EdgeDtmError(f"{path} is no GGUF file: it does not start with GGUF")
-            if head[4:] != (3).to_bytes(4, "little"):
-                raise EdgeDtmError(
-                    f"{path} is not GGUF version 3 in little endian: convert the model again"
-                )
-            values, tensors = _Reader(file, size).rest()
+            return _Reader(file, path).header()
     except OSError as error:
         raise EdgeDtmError(f"cannot read {path}: {error.strerror or error}") from None
-    except _Broken as error:
-        raise EdgeDtmError(
-            f"{path} is truncated or no GGUF file ({error}): copy or make it again"
-        ) from None
-    if not tensors:
-        raise EdgeDtmError(f"{path} holds no tensors")
-    end = max(t.end_bytes for t in tensors)
-    if end > size:
-        raise EdgeDtmError(
-            f"{path} is truncated: its tensors need {end} bytes, it has {size}; copy it again"
-        )
-    return Header(path, size, values, tuple(tensors))
 
 
 def check_gguf(path: Path) -> None:
@@ -124,17 +104,21 @@ def kv_bytes_per_token(header: Header, kv_type: str) -> int:
     return 2 * layers * ggml_types.row_bytes(kv_type, row_length)
 
 
-class _Broken(Exception):
-    """What is wrong, in a few words."""
-
-
 class _Reader:
-    """Reads on from byte 8 of a file of so many bytes."""
+    """Reads on from where the file stands. EdgeDtmError when it is not what it should be."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.size, self.at = file, size, 8
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.file, self.path = file, path
+        self.size, self.at = path.stat().st_size, 0
 
-    def rest(self) -> tuple[dict[str, Value], list[TensorInfo]]:
+    def header(self) -> Header:
+        if self.file.read(4) != b"GGUF":
+            raise EdgeDtmError(f"{self.path} is no GGUF file: it does not start with GGUF")
+        if self.file.read(4) != (3).to_bytes(4, "little"):
+            raise EdgeDtmError(
+                f"{self.path} is not GGUF version 3 in little endian: convert the model again"
+            )
+        self.at = 8
         n_tensors, n_values = self._number("<Q"), self._number("<Q")
         # The least that a tensor and a value take; so no count can keep the loops going for long.
         self._need(n_tensors * 24 + n_values * 13)
@@ -142,32 +126,46 @@ class _Reader:
         for _ in range(n_values):
             key, value = self._string(), self._value(self._number("<I"))
             if key in values:
-                raise _Broken(f"the key {key[:80]!r} is there twice")
+                raise self._broken(f"the key {key[:80]!r} is there twice")
             if value is not None:
                 values[key] = value
-        tensors = [self._tensor() for _ in range(n_tensors)]
+        tensors = {t.name: t for t in (self._tensor() for _ in range(n_tensors))}
+        if len(tensors) != n_tensors:
+            raise self._broken("two tensors have one name")
+        if not tensors:
+            raise EdgeDtmError(f"{self.path} holds no tensors")
         alignment = values.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
-            raise _Broken(f"its alignment is {str(alignment)[:40]}")
+            raise self._broken(f"its alignment is {str(alignment)[:40]}")
         start = -(-self.at // alignment) * alignment
-        if len({t.name for t in tensors}) != len(tensors):
-            raise _Broken("two tensors have one name")
-        return values, [replace(t, offset_bytes=start + t.offset_bytes) for t in tensors]
+        end = start + max(t.end_bytes for t in tensors.values())
+        if end > self.size:
+            raise EdgeDtmError(
+                f"{self.path} is truncated: its tensors need {end} bytes, it has {self.size}; "
+                "copy it again"
+            )
+        placed = (replace(t, offset_bytes=start + t.offset_bytes) for t in tensors.values())
+        return Header(self.path, self.size, values, tuple(placed))
+
+    def _broken(self, reason: str) -> EdgeDtmError:
+        return EdgeDtmError(
+            f"{self.path} is truncated or no GGUF file ({reason}): copy or make it again"
+        )
 
     def _tensor(self) -> TensorInfo:
         """Its offset is from the start of the data."""
         name, n_dims = self._string(), self._number("<I")
         label = f"the tensor {name[:80]!r}"
         if not 1 <= n_dims <= MAX_DIMENSIONS:
-            raise _Broken(f"{label} has {n_dims} dimensions")
+            raise self._broken(f"{label} has {n_dims} dimensions")
         shape = tuple(self._number("<Q") for _ in range(n_dims))
         number, offset = self._number("<I"), self._number("<Q")
         try:
             ggml_type = ggml_types.by_number(number)
         except EdgeDtmError as error:
-            raise _Broken(f"{label}: {error}") from None
+            raise self._broken(f"{label}: {error}") from None
         if min(shape) < 1 or shape[0] % ggml_type.block_size:
-            raise _Broken(f"{label} has a shape that {ggml_type.name} cannot have")
+            raise self._broken(f"{label} has a shape that {ggml_type.name} cannot have")
         size = prod(shape) // ggml_type.block_size * ggml_type.block_bytes
         return TensorInfo(name, shape, ggml_type.name, offset, size)
 
@@ -176,15 +174,20 @@ class _Reader:
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
-            return self._number(_code(kind))
+            return self._number(self._code(kind))
         kind, count = self._number("<I"), self._number("<Q")
         if kind == _STRING:
             self._need(count * 8)
             for _ in range(count):
                 self._skip(self._number("<Q"))
         else:
-            self._skip(count * struct.calcsize(_code(kind)))
+            self._skip(count * struct.calcsize(self._code(kind)))
         return None
+
+    def _code(self, kind: int) -> str:
+        if kind not in _NUMBERS:
+            raise self._broken(f"a value has the unknown type {kind}")
+        return f"<{_NUMBERS[kind]}"
 
     def _string(self) -> str:
         return self._read(self._number("<Q")).decode("utf-8", "replace")
@@ -196,7 +199,8 @@ class _Reader:
 
     def _need(self, count: int) -> None:
         if count > self.size - self.at:
-            raise _Broken(f"at byte {self.at} it needs {count} more, it has {self.size - self.at}")
+            left = self.size - self.at
+            raise self._broken(f"at byte {self.at} it needs {count} more, it has {left}")
 
     def _skip(self, count: int) -> None:
         self._need(count)
@@ -207,9 +211,3 @@ class _Reader:
         self._need(count)
         self.at += count
         return self.file.read(count)
-
-
-def _code(kind: int) -> str:
-    if kind not in _NUMBERS:
-        raise _Broken(f"a value has the unknown type {kind}")
-    return f"<{_NUMBERS[kind]}"

@@ -5,22 +5,19 @@ by ggml, one column (what decoding does) and several (prefill), in the file's la
 repacked layout this CPU uses. The same bytes, decoded by gguf-py's own dequantizer in numpy,
 are multiplied in float64.
 
-A quantized type's kernel rounds the activations to 8 bits first. They are chosen here so that
-nothing is lost by it: multiples of 2^-7 of at most 127/128, in every block of 32 one of exactly
-that size. A block's scale is then +-2^-7 (its largest size over 127: Q8_0, Q8_1, Q8_K), every value
-a whole number of steps, and the block sums, below 2^11 steps, fit the half precision of Q8_1. So
-what is left is rounding of float32 sums, and the limit can be strict:
+A quantized type's kernel rounds the activations to 8 bits first. They are chosen so that nothing
+is lost by it: multiples of 2^-7, in every block of 32 one of +-127/128. A block's scale is then
++-2^-7 (Q8_0, Q8_1, Q8_K), every value a whole number of steps, and the block sums, below 2^11
+steps, fit the half precision of Q8_1. What is left is rounding of sums, so the limit is strict:
 
     error = |ggml - exact| / sum |weight * activation|, the worst over rows and columns.
 
-- 1e-5: n float32 additions err by at most n 2^-24 of that sum, in practice by about 1e-7. Types
-  with an offset (Q4_1, Q4_K and the like) subtract two numbers a few times larger.
+- 1e-5: n float32 additions err by about 1e-7 of that sum; types with an offset somewhat more.
 - F16, 1e-3: ARM kernels may add up in half precision; 3e-4 on an emulated Cortex-A76.
 - KleidiAI's layouts, 5e-3: they round activations and Q8_0 weights once more.
 
-The whole product is about 1 / sqrt(n) of that sum: a kernel that computes something else is off
-by 0.01 or more at n = 8192, a single wrong scale of a block by 32 / n, and one wrong weight by
-1 / n, which is above 1e-5 for all rows in use.
+A kernel that computes something else is off by 1 / sqrt(n), 0.01 or more at n = 8192, a single
+wrong scale of a block by 32 / n, and one wrong weight by 1 / n, above 1e-5 for all rows in use.
 """
 
 from __future__ import annotations
@@ -44,7 +41,6 @@ Layout = Literal["plain", "repacked"]
 COLUMNS = (1, 5, 32)
 MAX_ROWS = 256
 _GROUP = 64  # a multiple of the rows that any repacked layout interleaves
-_TOLERANCE, _TOLERANCE_F16, _TOLERANCE_KLEIDIAI = 1e-5, 1e-3, 5e-3
 _STEP, _LARGEST, _BLOCK = 2.0**-7, 127, 32
 _SEED = 22011
 
@@ -178,5 +174,5 @@ def _relative_error(
 
 def _tolerance(type_name: str, buffer: str) -> float:
     if "KLEIDIAI" in buffer.upper():
-        return _TOLERANCE_KLEIDIAI
-    return _TOLERANCE_F16 if type_name == "F16" else _TOLERANCE
+        return 5e-3
+    return 1e-3 if type_name == "F16" else 1e-5
