@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise, product
 from math import isfinite
+from typing import NamedTuple
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import Plan, Treatment
 from edge_dtm.search.cost_table import CostTable
-from edge_dtm.search.predictor import Predictor
+from edge_dtm.search.predictor import Prediction, Predictor
 
 
 def convex_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
@@ -39,8 +40,7 @@ def convex_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
     return hull
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One step up a hull. component, treatment: indices into the table; gain: the cost saved."""
 
     component: int
@@ -49,19 +49,11 @@ class Step:
     gain: float
 
 
-@dataclass(frozen=True)
-class Walk:
-    """The smallest plan, as one treatment's index a component, and all steps upwards from it.
-
-    The steps come in the order of falling gain a byte, those of one component in its own order.
-    """
-
-    start: list[int]
-    steps: list[Step]
-
-
-def greedy_walks(table: CostTable, reward: float = 0.0) -> Iterator[Walk]:
-    """One walk for each choice of treatments of `token_embd` and `output`, which keep it.
+def greedy_walks(
+    table: CostTable, reward: float = 0.0
+) -> Iterator[tuple[tuple[int, ...], Sequence[Step]]]:
+    """For each choice of treatments of `token_embd` and `output`, the smallest plan, as an index of
+    a treatment a component, and all steps upwards in the block matrices, by falling gain a byte.
 
     In a small model a step of the embedding is a tenth of the file. A greedy walk that meets such
     a step too early or too late strays far from the optimum; tried one by one it cannot.
@@ -69,30 +61,23 @@ def greedy_walks(table: CostTable, reward: float = 0.0) -> Iterator[Walk]:
     reward: cost taken off for each zero, in logits squared. EdgeDtmError when a component has no
     treatment of finite cost.
     """
-    hulls: list[list[int]] = []
+    starts: list[list[int]] = []
     steps: list[list[Step]] = []
-    edges = []
     for i, component in enumerate(table.components):
-        treatments = table.treatments[i]
-        sizes = [component.size_bytes(t) for t in treatments]
-        pairs = zip(table.costs[i], treatments, strict=True)
+        sizes = [component.size_bytes(t) for t in table.treatments[i]]
+        pairs = zip(table.costs[i], table.treatments[i], strict=True)
         costs = [cost - reward * component.zeros(t) for cost, t in pairs]
         hull = convex_hull(sizes, costs)
         if not hull:
             raise EdgeDtmError(f"{component.name} has no usable treatment: allow more --types")
-        hulls.append(hull)
+        starts.append(hull[:1] if component.in_block else hull)
         if component.in_block:
             steps.append(
                 [Step(i, b, sizes[b] - sizes[a], costs[a] - costs[b]) for a, b in pairwise(hull)]
             )
-        else:
-            edges.append(i)
     merged = list(heapq.merge(*steps, key=lambda step: -step.gain / step.extra_bytes))
-    for choice in product(*(hulls[i] for i in edges)):
-        start = [hull[0] for hull in hulls]
-        for i, treatment in zip(edges, choice, strict=True):
-            start[i] = treatment
-        yield Walk(start, merged)
+    for start in product(*starts):
+        yield start, merged
 
 
 def search(table: CostTable, max_bytes: int, zero_share: float = 0.0) -> Plan:
@@ -144,14 +129,14 @@ def least_divergent_share(table: CostTable, coarse: str, fine: str, share: float
 def _cheapest(table: CostTable, max_bytes: int, reward: float) -> Plan:
     """The plan of least cost less `reward` for each zero; EdgeDtmError when none fits."""
     plans, smallest = [], []
-    for walk in greedy_walks(table, reward):
-        choice = list(walk.start)
+    for start, steps in greedy_walks(table, reward):
+        choice = list(start)
         size_bytes = table.plan(choice).size_bytes
         smallest.append(size_bytes)
         if size_bytes > max_bytes:
             continue
         blocked: set[int] = set()
-        for step in walk.steps:
+        for step in steps:
             if step.component in blocked:
                 continue
             if size_bytes + step.extra_bytes > max_bytes:
@@ -214,16 +199,10 @@ def _lowerings(
 
 
 @dataclass(frozen=True)
-class FrontierPoint:
-    """What the best plan of size_bytes predicts: sigma in logits, sdt a share, fdt in tokens."""
+class FrontierPoint(Prediction):
+    """What the best plan of size_bytes predicts."""
 
     size_bytes: int
-    sigma: float
-    sdt: float
-    fdt: float
-
-    def to_json(self) -> dict[str, float]:
-        return asdict(self)
 
 
 def frontier(table: CostTable, predictor: Predictor) -> list[FrontierPoint]:
@@ -233,11 +212,11 @@ def frontier(table: CostTable, predictor: Predictor) -> list[FrontierPoint]:
     is allowed.
     """
     passed = []
-    for walk in greedy_walks(table):
-        start = table.plan(walk.start)
-        size, cost = start.size_bytes, table.cost(start)
+    for start, steps in greedy_walks(table):
+        plan = table.plan(start)
+        size, cost = plan.size_bytes, table.cost(plan)
         passed.append((size, cost))
-        for step in walk.steps:
+        for step in steps:
             size, cost = size + step.extra_bytes, cost - step.gain
             passed.append((size, cost))
     points: list[FrontierPoint] = []
@@ -245,5 +224,5 @@ def frontier(table: CostTable, predictor: Predictor) -> list[FrontierPoint]:
     for size, cost in sorted(passed):
         if cost < least:
             least = cost
-            points.append(FrontierPoint(size, **predictor.predict(cost).to_json()))
+            points.append(FrontierPoint(**predictor.predict(cost).to_json(), size_bytes=size))
     return points

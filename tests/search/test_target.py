@@ -12,7 +12,7 @@ from edge_dtm.search.allocation import FrontierPoint
 from edge_dtm.search.target import NEAR, TRIES, Attempt, Target, smallest
 
 POINTS = [
-    FrontierPoint(size, 1.0, 20.0 / size**1.1, min(96.0, size / 20)) for size in range(100, 1000)
+    FrontierPoint(1.0, 20.0 / size**1.1, min(96.0, size / 20), size) for size in range(100, 1000)
 ]
 
 
