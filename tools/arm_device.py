@@ -38,7 +38,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.paths import cache_dir
+from edge_dtm.core.files import cache_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("edge-dtm", "python")

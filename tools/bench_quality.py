@@ -60,8 +60,8 @@ from bench_quality_text import (
 )
 
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.files import default_model_dir
 from edge_dtm.core.metrics import BoolArray, Interval, bootstrap, first_divergent_tokens
-from edge_dtm.core.paths import default_model_dir
 from edge_dtm.core.progress import Stages
 from edge_dtm.formats.ggml_types import ALLOWED_TYPES, DEFAULT_TYPES
 from edge_dtm.formats.plan import Component, Treatment
@@ -78,8 +78,7 @@ from edge_dtm.host.settings import Goal, Settings, Source
 from edge_dtm.host.values import Costs, Run
 from edge_dtm.report.frontier import draw
 from edge_dtm.search.allocation import convex_hull
-from edge_dtm.search.cost_table import CostTable
-from edge_dtm.search.predictor import Predictor
+from edge_dtm.search.cost_table import CostTable, Predictor
 
 DEFAULT_PRESETS = "Q3_K_M,IQ4_NL,Q4_0,Q4_K_M,Q5_K_M,Q6_K,Q8_0"
 DEFAULT_ABLATIONS = "Q4_K_M,Q6_K"

@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.paths import default_model_dir
+from edge_dtm.core.files import default_model_dir
 from edge_dtm.core.progress import Stages
 from edge_dtm.formats.plan import Component, Treatment
 from edge_dtm.formats.profile import load_profile

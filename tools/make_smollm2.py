@@ -40,7 +40,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.paths import cache_dir, default_model_dir
+from edge_dtm.core.files import cache_dir, default_model_dir
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint, ModelConfig
 from edge_dtm.host.checkpoint.gguf_checkpoint import GgufCheckpoint
 from edge_dtm.host.checkpoint.model import load_model, module_name

@@ -31,7 +31,7 @@ def _set_defaults(ctx: click.Context, parameter: click.Parameter, preset: str | 
 
 
 def _default_model() -> Path:
-    from edge_dtm.core.paths import default_model_dir
+    from edge_dtm.core.files import default_model_dir
 
     model = default_model_dir()
     if not model.is_dir():

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and short names for what they depend on."""
+"""Files that are there whole or not at all, what they depend on, and where they are kept."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from edge_dtm.core.errors import EdgeDtmError
 
 Advance = Callable[[int], None]  # the amount done since the last call
 StageProgress = Callable[[str, int, int], None]  # stage, amount done, amount in all
+
+CACHE_VARIABLE = "EDGE_DTM_CACHE"
 
 
 def digest_of(data: Any) -> str:
@@ -52,3 +54,14 @@ def write_whole(path: Path, data: bytes) -> None:
         raise EdgeDtmError(
             f"{path} could not be written ({error.strerror or error}): free some space"
         ) from None
+
+
+def cache_dir() -> Path:
+    """The folder named by EDGE_DTM_CACHE, else ``~/.cache/edge-dtm``; it need not exist."""
+    named = os.environ.get(CACHE_VARIABLE)
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "edge-dtm"
+
+
+def default_model_dir() -> Path:
+    """The Hugging Face folder used where no model is named; tools/make_smollm2.py makes it."""
+    return cache_dir() / "smollm2-135m-instruct"

@@ -21,8 +21,7 @@ from edge_dtm.host.values import Base, Candidate, Costs, NoiseFloor, Run
 from edge_dtm.report import summary
 from edge_dtm.search import target
 from edge_dtm.search.allocation import frontier, least_divergent_share, search
-from edge_dtm.search.cost_table import CostTable
-from edge_dtm.search.predictor import Predictor
+from edge_dtm.search.cost_table import CostTable, Predictor
 
 
 def compress(settings: Settings, stages: Stages) -> Path:

@@ -21,8 +21,7 @@ from edge_dtm.llamacpp import probe_model
 from edge_dtm.llamacpp.tensors import describe
 from edge_dtm.report import summary
 from edge_dtm.search.allocation import frontier
-from edge_dtm.search.cost_table import CostTable
-from edge_dtm.search.predictor import Prediction, Predictor
+from edge_dtm.search.cost_table import CostTable, Prediction, Predictor
 
 UNITS = {
     "size": "bytes",

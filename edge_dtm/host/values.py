@@ -18,8 +18,7 @@ from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
 from edge_dtm.host.settings import Settings
 from edge_dtm.host.trajectory.prompts import Prompt
-from edge_dtm.search.cost_table import CostTable
-from edge_dtm.search.predictor import Prediction
+from edge_dtm.search.cost_table import CostTable, Prediction
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]

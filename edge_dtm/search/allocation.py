@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import Plan, Treatment
-from edge_dtm.search.cost_table import CostTable
-from edge_dtm.search.predictor import Prediction, Predictor
+from edge_dtm.search.cost_table import CostTable, Prediction, Predictor
 
 
 def convex_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:

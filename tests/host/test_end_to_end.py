@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from click.testing import CliRunner, Result
 
 from edge_dtm.cli import main
-from edge_dtm.core.paths import default_model_dir
+from edge_dtm.core.files import default_model_dir
 from edge_dtm.host.trajectory import reference
 
 ROOT = Path(__file__).resolve().parents[2]

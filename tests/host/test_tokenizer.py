@@ -13,7 +13,7 @@ import make_smollm2
 import pytest
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.paths import default_model_dir
+from edge_dtm.core.files import default_model_dir
 from edge_dtm.data import packaged_records
 from edge_dtm.host.checkpoint import pre_tokenizer
 from edge_dtm.host.checkpoint.gguf_checkpoint import GgufTokenizer

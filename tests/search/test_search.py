@@ -17,8 +17,7 @@ from edge_dtm.formats.plan import (
     least_bytes_with_zeros,
 )
 from edge_dtm.search.allocation import convex_hull, frontier, least_divergent_share, search
-from edge_dtm.search.cost_table import CostTable
-from edge_dtm.search.predictor import Predictor
+from edge_dtm.search.cost_table import CostTable, Predictor
 
 TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q5_0", "Q4_0")
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.paths import cache_dir, default_model_dir
+from edge_dtm.core.files import cache_dir, default_model_dir
 from edge_dtm.host.checkpoint.model import module_name
 from edge_dtm.llamacpp.vocabulary import LlamaVocab
 

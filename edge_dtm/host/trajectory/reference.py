@@ -27,7 +27,7 @@ from edge_dtm.host.settings import Source
 from edge_dtm.host.trajectory.generate import generate_reference, signed_margins
 from edge_dtm.host.trajectory.prompts import Prompt, packaged_prompts, sample_prefixes
 from edge_dtm.host.values import Base, Run
-from edge_dtm.search.predictor import Predictor
+from edge_dtm.search.cost_table import Predictor
 
 SAMPLED_PROMPTS = 40
 EXTRA_PROMPTS = 48  # sampled too, but only ever used to fit error feedback and scales
