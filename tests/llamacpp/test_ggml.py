@@ -109,12 +109,6 @@ def test_what_cannot_be_quantized():
         ggml.dequantize("Q4_0", np.zeros((2, 17), dtype=np.uint8), 32)
 
 
-def test_no_rows():
-    data = ggml.quantize("Q8_0", np.zeros((0, 32), dtype=np.float32))
-    assert data.shape == (0, 34)
-    assert ggml.dequantize("Q8_0", data, 32).shape == (0, 32)
-
-
 # --- llama.cpp's own files -----------------------------------------------------------------------
 
 

@@ -133,7 +133,7 @@ def test_record_survives_saving(tiny_gguf: Path, tiny_reference: Reference, tmp_
     assert loaded.meta == {"machine": "here"}
     assert RunSettings.from_json(loaded.settings) == RunSettings(threads=1)
     tiny_reference.save(tmp_path / "reference.npz")
-    with pytest.raises(EdgeDtmError, match="not a record"):
+    with pytest.raises(EdgeDtmError, match="no record"):
         Record.load(tmp_path / "reference.npz")
 
 

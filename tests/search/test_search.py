@@ -326,11 +326,6 @@ def test_no_change_diverges_nowhere():
     assert (prediction.sigma, prediction.sdt, prediction.fdt) == (0, 0, 1.5)
 
 
-def test_predictor_needs_a_position():
-    with pytest.raises(ValueError, match="no position"):
-        Predictor(np.ones((2, 3)), np.zeros(2, dtype=int))
-
-
 @settings(max_examples=60, deadline=None)
 @given(tables())
 def test_frontier_is_monotone_and_met_by_the_search(table):
