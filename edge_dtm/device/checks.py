@@ -206,7 +206,7 @@ def cores(root: Path, threads: int) -> Findings:
             advice.format(physical),
         )
     elif quota >= threads:
-        yield Finding("ok", f"decoding by default uses {threads} CPUs", "as many threads as CPUs")
+        yield Finding("ok", f"threads by default: {threads}", "as many as CPUs")
 
 
 def governor(root: Path) -> Findings:

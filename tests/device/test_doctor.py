@@ -177,9 +177,9 @@ def test_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("siblings", "capacities", "quota", "level", "what", "threads"),
     [
-        ("{n}", None, "max 100000", "ok", "8 CPUs", ""),
-        (None, None, None, "ok", "8 CPUs", ""),  # where the kernel tells nothing
-        ("{n}", [1024] * 8, None, "ok", "8 CPUs", ""),
+        ("{n}", None, "max 100000", "ok", "threads by default: 8", ""),
+        (None, None, None, "ok", "threads by default: 8", ""),  # where the kernel tells nothing
+        ("{n}", [1024] * 8, None, "ok", "threads by default: 8", ""),
         ("{n}", [414] * 4 + [1024] * 4, None, "note", "4 of 8 CPUs are fast", "4"),  # RK3588
         ("{half},{n}", None, None, "note", "8 CPUs are 4 cores", "4"),
         ("{n}", None, "150000 100000", "warning", "1.5 of 8 CPUs", "1"),
