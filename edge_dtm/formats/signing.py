@@ -8,7 +8,6 @@ key was known before, which is what the folder of trusted keys is for.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
 import os
@@ -22,16 +21,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from edge_dtm.core import strict_json
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.files import write_whole
-from edge_dtm.core.scratch import Scratch
+from edge_dtm.core.validation import check_version
 
 SCHEMA_VERSION = 1
 ALGORITHM = "Ed25519"
 PRIVATE_SUFFIX, PUBLIC_SUFFIX = ".key", ".pub"
 # What is signed begins with this, so that no signature made for another purpose fits a manifest.
 _DOMAIN = b"edge-dtm manifest v2\n"
-_FIELDS = {"schema_version", "algorithm", "key_id", "public_key", "signature"}
-_PUBLIC_BYTES, _SIGNATURE_BYTES = 32, 64
 _KEY_FILE_LIMIT_BYTES = 64 * 2**10
 
 Trusted = Mapping[str, Ed25519PublicKey]
@@ -47,29 +43,23 @@ def generate(name: Path) -> str:
 
     EdgeDtmError when either file exists or cannot be written; then neither is left behind.
     """
-    private_path = name.with_name(name.name + PRIVATE_SUFFIX)
-    public_path = name.with_name(name.name + PUBLIC_SUFFIX)
-    for path in (private_path, public_path):
-        if os.path.lexists(path):
-            raise EdgeDtmError(f"{path} exists already: give another name, keys are not replaced")
     key = Ed25519PrivateKey.generate()
-    _write_new(
-        private_path,
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        ),
+    private, public = (
+        name.with_name(name.name + suffix) for suffix in (PRIVATE_SUFFIX, PUBLIC_SUFFIX)
+    )
+    pem = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    _write_new(private, pem, 0o600)
+    pem = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
     try:
-        write_whole(
-            public_path,
-            key.public_key().public_bytes(
-                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-            ),
-        )
+        _write_new(public, pem, 0o644)
     except BaseException:
-        private_path.unlink(missing_ok=True)
+        private.unlink()
         raise
     return key_id(key.public_key())
 
@@ -114,15 +104,19 @@ def load_trusted(folder: str | Path) -> dict[str, Ed25519PublicKey]:
 
 def sign_manifest(manifest: bytes, key: Ed25519PrivateKey) -> bytes:
     """The contents of manifest.sig for these exact bytes; the same input gives the same output."""
-    public = key.public_key()
-    tree = {
+    tree = _tree(key.public_key(), key.sign(_DOMAIN + manifest))
+    return (json.dumps(tree, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _tree(public: Ed25519PublicKey, signature: bytes) -> dict[str, Any]:
+    """What the signature file holds."""
+    return {
         "schema_version": SCHEMA_VERSION,
         "algorithm": ALGORITHM,
         "key_id": key_id(public),
         "public_key": base64.b64encode(public.public_bytes_raw()).decode(),
-        "signature": base64.b64encode(key.sign(_DOMAIN + manifest)).decode(),
+        "signature": base64.b64encode(signature).decode(),
     }
-    return (json.dumps(tree, indent=2, sort_keys=True) + "\n").encode()
 
 
 def check_signature(
@@ -145,7 +139,8 @@ def check_signature(
             f"{source} is not signed: ask its maker for one packed with --sign, or leave out the "
             f"trusted keys if you know where it comes from"
         )
-    named, public, raw = _parse(signature, source)
+    public, raw = _parse(signature, source)
+    named = key_id(public)
     if trusted is not None and (
         named not in trusted or trusted[named].public_bytes_raw() != public.public_bytes_raw()
     ):
@@ -162,44 +157,19 @@ def check_signature(
     return named
 
 
-def _parse(data: bytes, source: str | Path) -> tuple[str, Ed25519PublicKey, bytes]:
-    """Key id, public key and raw signature of a signature file."""
-
-    def malformed(why: str) -> EdgeDtmError:
-        return EdgeDtmError(f"{source}: its signature file {why}; do not use it, get it again")
-
+def _parse(data: bytes, source: str | Path) -> tuple[Ed25519PublicKey, bytes]:
+    """Public key and raw signature of a signature file, which is as sign_manifest writes it."""
+    source = f"{source}: its signature file"
     try:
         tree = strict_json.loads(data)
-    except ValueError:
-        raise malformed("is no JSON") from None
-    if not isinstance(tree, dict) or set(tree) != _FIELDS:
-        raise malformed(f"needs exactly the names {', '.join(sorted(_FIELDS))}")
-    version, algorithm = tree["schema_version"], tree["algorithm"]
-    if type(version) is not int or version != SCHEMA_VERSION or algorithm != ALGORITHM:
-        raise EdgeDtmError(
-            f"{source}: its signature file has schema version {version!r} and algorithm "
-            f"{algorithm!r}, this edge-dtm reads {SCHEMA_VERSION} and {ALGORITHM}: use the "
-            f"edge-dtm that signed it"
-        )
-    public_bytes = _base64(tree["public_key"], _PUBLIC_BYTES)
-    signature = _base64(tree["signature"], _SIGNATURE_BYTES)
-    if public_bytes is None or signature is None:
-        raise malformed(f"holds no {ALGORITHM} key and signature")
-    public = Ed25519PublicKey.from_public_bytes(public_bytes)
-    if tree["key_id"] != key_id(public):
-        raise malformed("names another key than it holds")
-    return key_id(public), public, signature
-
-
-def _base64(value: Any, size_bytes: int) -> bytes | None:
-    """None unless value is the base64 of that many bytes, in the one way of writing them."""
-    try:
-        data = base64.b64decode(value, validate=True)
-    except (binascii.Error, TypeError, ValueError):
-        return None
-    if len(data) != size_bytes or base64.b64encode(data).decode() != value:
-        return None
-    return data
+        check_version(tree, SCHEMA_VERSION, source)
+        public = Ed25519PublicKey.from_public_bytes(base64.b64decode(tree["public_key"]))
+        signature = base64.b64decode(tree["signature"])
+    except (KeyError, TypeError, ValueError):
+        tree = None
+    if tree is None or tree != _tree(public, signature):
+        raise EdgeDtmError(f"{source} holds no {ALGORITHM} key and signature; get it again")
+    return public, signature
 
 
 def _load_public(path: Path) -> Ed25519PublicKey:
@@ -226,21 +196,22 @@ def _read_key(path: Path) -> bytes:
         raise EdgeDtmError(f"cannot read the key {path}: {error.strerror or error}") from None
 
 
-def _write_new(path: Path, data: bytes) -> None:
-    """Write a file that only its owner reads, whole or not at all, and never over another one."""
+def _write_new(path: Path, data: bytes, mode: int) -> None:
+    """Write a file that is not there yet; it is gone again when the disk is full."""
     try:
-        with Scratch(path.name, path.parent) as folder:
-            temporary = folder / path.name
-            # 0600 from the start: a file that is made narrower later can be opened before.
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(temporary, path)  # unlike a rename, this fails where a file is
+        # The rights from the start: a file that is made narrower later can be opened before.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     except FileExistsError:
         raise EdgeDtmError(
             f"{path} exists already: give another name, keys are not replaced"
         ) from None
     except OSError as error:
+        raise EdgeDtmError(f"cannot write {path}: {error.strerror or error}") from None
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        path.unlink()
         raise EdgeDtmError(f"cannot write {path}: {error.strerror or error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import os
@@ -74,35 +75,33 @@ def test_what_does_not_pass() -> None:
 def test_a_key_under_the_name_of_another() -> None:
     """Ids are short; what counts is the key itself."""
     refused(sign_manifest(MANIFEST, OTHER), "trusted are", {signing.key_id(OTHER.public_key()): KEY.public_key()})  # fmt: skip
-    tree = json.loads(sign_manifest(MANIFEST, OTHER))
-    tree["key_id"] = signing.key_id(KEY.public_key())
-    refused(json.dumps(tree).encode(), "names another key than it holds", TRUSTED)
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "words"),
+    ("field", "value"),
     [
-        ("signature", None, "needs exactly the names"),
-        ("extra", 1, "needs exactly the names"),
-        ("schema_version", 2, "schema version 2"),
-        ("schema_version", True, "schema version True"),
-        ("algorithm", "none", "algorithm 'none'"),
-        ("key_id", 5, "names another key"),
-        ("public_key", "", "holds no Ed25519 key"),
-        ("public_key", base64.b64encode(bytes(31)).decode(), "holds no Ed25519 key"),
-        ("public_key", 7, "holds no Ed25519 key"),
-        ("signature", "é", "holds no Ed25519 key"),
-        ("signature", base64.b64encode(bytes(65)).decode(), "holds no Ed25519 key"),
-        ("signature", "A" * 86 + "==\n", "holds no Ed25519 key"),
-        ("signature", base64.b64encode(bytes(64)).decode(), "does not fit"),
+        ("signature", None),
+        ("extra", 1),
+        ("schema_version", 2),
+        ("schema_version", True),
+        ("algorithm", "none"),
+        ("key_id", 5),
+        ("key_id", signing.key_id(OTHER.public_key())),
+        ("public_key", ""),
+        ("public_key", base64.b64encode(bytes(31)).decode()),
+        ("public_key", 7),
+        ("signature", "é"),
+        ("signature", base64.b64encode(bytes(65)).decode()),
+        ("signature", "A" * 86 + "==\n"),
+        ("signature", base64.b64encode(bytes(64)).decode()),
     ],
 )
-def test_malformed_files(field: str, value: Any, words: str) -> None:
+def test_malformed_files(field: str, value: Any) -> None:
     tree = json.loads(sign_manifest(MANIFEST, KEY))
     tree[field] = value
     if value is None:
         del tree[field]
-    refused(json.dumps(tree).encode(), words)
+    refused(json.dumps(tree).encode(), "its signature")
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"{}", b"[" * 4000, b"null"])
@@ -163,24 +162,12 @@ def test_keys_are_never_replaced(tmp_path: Path, existing: str) -> None:
         signing.generate(tmp_path / "no" / "me")
 
 
-def test_a_key_that_came_in_between_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The look before is for a kind word; the writing itself does not replace."""
-    (tmp_path / "me.key").write_text("mine")
-    monkeypatch.setattr(os.path, "lexists", lambda path: False)
-    with pytest.raises(EdgeDtmError, match="exists already"):
-        signing.generate(tmp_path / "me")
-    assert (tmp_path / "me.key").read_text() == "mine"
-    assert [p.name for p in tmp_path.iterdir()] == ["me.key"]
-
-
 def test_half_a_pair_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, data: bytes) -> None:
-        raise EdgeDtmError("no space")
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(signing, "write_whole", full)
-    with pytest.raises(EdgeDtmError, match="no space"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(EdgeDtmError, match="No space"):
         signing.generate(tmp_path / "me")
     assert list(tmp_path.iterdir()) == []
 
