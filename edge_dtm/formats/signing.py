@@ -197,7 +197,7 @@ def _read_key(path: Path) -> bytes:
 
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:
-    """Write a file that is not there yet; it is gone again when the disk is full."""
+    """Write a file that is not there yet; half of it never stays, on a full disk or Ctrl-C."""
     try:
         # The rights from the start: a file that is made narrower later can be opened before.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -212,6 +212,8 @@ def _write_new(path: Path, data: bytes, mode: int) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
+    except BaseException as error:
         path.unlink()
-        raise EdgeDtmError(f"cannot write {path}: {error.strerror or error}") from None
+        if isinstance(error, OSError):
+            raise EdgeDtmError(f"cannot write {path}: {error.strerror or error}") from None
+        raise

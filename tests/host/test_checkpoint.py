@@ -228,9 +228,10 @@ def test_spoilt_safetensors(folders: dict[str, Path], tmp_path: Path, size: int 
     file = shutil.copytree(folders["bpe"], tmp_path / "hf") / "model-00002-of-00002.safetensors"
     data = file.read_bytes()
     file.unlink()
-    if size is not None:
-        file.write_bytes(data[:size])
-    _refused(file.parent, f"{file.name} cannot be read")
+    if size is None:
+        return _refused(file.parent, f"lacks 1 of 2 shards ({file.name})")
+    file.write_bytes(data[:size])
+    return _refused(file.parent, f"{file.name} cannot be read")
 
 
 def test_missing_files(folder: Path, tmp_path: Path) -> None:

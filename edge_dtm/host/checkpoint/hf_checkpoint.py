@@ -40,6 +40,12 @@ def _places(path: Path, layers: int) -> dict[str, tuple[Path, str]]:
     """Full GGUF name -> the file that holds the tensor, and its name there."""
     shards = read_json(path / "model.safetensors.index.json").get("weight_map", {}).values()
     files = sorted({path / name for name in shards} or path.glob("*.safetensors"))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise EdgeDtmError(
+            f"{path} lacks {len(missing)} of {len(files)} shards ({', '.join(missing)}): download "
+            "them again"
+        )
     if not files:
         raise EdgeDtmError(f"{path} holds no .safetensors file: give a whole HF checkpoint folder")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
