@@ -42,12 +42,10 @@ def component_costs(
     device: torch.device,
     importance: FloatArray | None,
     known: Mapping[Treatment, torch.Tensor] | None = None,
-    exact_inputs: bool = False,
 ) -> list[float]:
     """Cost of each treatment of one block matrix. weights: float32 (rows, row_length), HF layout
     (rows are quantized alone, so their order is no matter). known: the values, float32 (rows,
-    row_length) on the device, of treatments that are not plain rounding. exact_inputs: leave out
-    what rounding the inputs does (to see how much that is)."""
+    row_length) on the device, of treatments that are not plain rounding."""
     w = torch.from_numpy(np.ascontiguousarray(weights)).to(device)
     x = torch.from_numpy(np.array(activations.inputs(component.name))).to(device)
     g = torch.from_numpy(activations.gradients(component.name)).to(device)
@@ -57,7 +55,7 @@ def component_costs(
     back = g @ w  # (draws, tokens, row_length)
     for kind in sorted({activation_kind(t.type) for t in treatments}):
         which = [j for j, t in enumerate(treatments) if activation_kind(t.type) == kind]
-        rounded = x if exact_inputs else round_activations(x, kind)
+        rounded = round_activations(x, kind)
         deltas = torch.stack(
             [
                 (
