@@ -96,11 +96,12 @@ def recipe(bundle: Path, output: Path | None) -> None:
     That is a --tensor-type-file and an importance matrix. llama-quantize rounds without error
     feedback."""
     from edge_dtm.core import strict_json
+    from edge_dtm.core.files import write_whole
     from edge_dtm.formats import bundle as bundles
     from edge_dtm.formats.imatrix import write_imatrix
     from edge_dtm.formats.plan import Plan
     from edge_dtm.formats.reference import load_imatrix
-    from edge_dtm.formats.tensor_types import quantize_command, write_tensor_types
+    from edge_dtm.formats.tensor_types import quantize_command, tensor_type_file
 
     plan = Plan.from_json(strict_json.read(bundle / bundles.PLAN))
     manifest = bundles.Manifest.parse(bundles.read_head(bundle)[0], str(bundle))
@@ -119,7 +120,7 @@ def recipe(bundle: Path, output: Path | None) -> None:
     folder = output or beside(bundle, "-recipe")
     folder.mkdir(parents=True, exist_ok=True)
     types, matrix = folder / "tensor-types.txt", folder / "imatrix.gguf"
-    write_tensor_types(types, plan)
+    write_whole(types, tensor_type_file(plan).encode())
     # A power of two lets llama-quantize get back the very vectors (see write_imatrix).
     write_imatrix(matrix, vectors, 1 << (tokens.bit_length() - 1), ["edge-dtm calibration"])
     command = quantize_command(plan, types, matrix, Path("MODEL.gguf"), Path("QUANTIZED.gguf"))

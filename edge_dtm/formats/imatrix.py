@@ -8,9 +8,9 @@ llama.cpp in llama-cpp-python 0.3.36.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,21 +31,18 @@ COMMAND = "llama-imatrix -m MODEL.gguf -f TEXT.txt --process-output -o imatrix.g
 
 _WEIGHT, _SUMS, _COUNTS = ".weight", ".in_sum2", ".counts"
 _EXPERTS = "_exps" + _WEIGHT
+_CHUNK_TOKENS = 512  # llama-imatrix's own; for display
 
 
 def write_imatrix(
-    path: Path,
-    vectors: Mapping[str, FloatArray],
-    tokens: int,
-    datasets: Sequence[str],
-    chunk_tokens: int = 512,
+    path: Path, vectors: Mapping[str, FloatArray], tokens: int, datasets: Sequence[str]
 ) -> None:
     """Write what llama-imatrix would have written, under a temporary name until complete.
 
-    vectors: component -> float32 (row_length,), the mean square of its inputs, finite and not
-    negative. tokens: how many tokens the mean is over; it is the weight of this file when
-    llama-imatrix merges several. datasets: names of the calibration texts, at least one, since
-    llama-quantize refuses a file without. chunk_tokens: tokens of one chunk, for display.
+    vectors: component -> float32 (row_length,), the mean square of its inputs. tokens: how many
+    tokens the mean is over; it is the weight of this file when llama-imatrix merges several.
+    datasets: names of the calibration texts, at least one, since llama-quantize refuses a file
+    without.
 
     The file holds sums in float32, not means, so that llama-quantize may get back a value that
     differs in the last bit, which is enough for other bytes in many a matrix. With a power of two
@@ -54,42 +51,28 @@ def write_imatrix(
     """
     import gguf
 
-    if not vectors or not datasets or tokens < 1 or chunk_tokens < 1:
-        raise ValueError("an imatrix needs vectors, a dataset, tokens and a chunk size")
     count = np.float32(tokens)
-    sums, bad = {}, []
-    for name, vector in vectors.items():
-        if vector.ndim != 1 or not vector.size:
-            raise ValueError(f"{name} needs one value a column, not {vector.shape}")
-        with np.errstate(over="ignore"):
-            sums[name] = vector.astype(np.float32) * count
-        if not np.isfinite(sums[name]).all() or (vector < 0).any():
-            bad.append(name)
-    if bad:
+    with np.errstate(over="ignore"):
+        sums = {name: vector * count for name, vector in vectors.items()}
+    if bad := [name for name, values in sums.items() if not _usable(values)]:
         raise EdgeDtmError(
             f"{_listed(bad, len(vectors), 'importance vectors')} hold values that are NaN, "
             "negative or too large: check the model for infinite activations"
         )
     temporary = path.with_name(path.name + ".tmp")
     try:
-        writer = gguf.GGUFWriter(temporary, "imatrix")
-        try:
+        with closing(gguf.GGUFWriter(temporary, "imatrix")) as writer:
             writer.kv_data[0].clear()  # general.architecture, which llama-imatrix does not write
             writer.add_type("imatrix")
             writer.add_array("imatrix.datasets", list(datasets))
-            writer.add_uint32("imatrix.chunk_count", tokens // chunk_tokens)
-            writer.add_uint32("imatrix.chunk_size", chunk_tokens)
+            writer.add_uint32("imatrix.chunk_count", tokens // _CHUNK_TOKENS)
+            writer.add_uint32("imatrix.chunk_size", _CHUNK_TOKENS)
             for tensor in sorted(name + _WEIGHT for name in sums):
                 writer.add_tensor(tensor + _SUMS, sums[tensor.removesuffix(_WEIGHT)])
                 writer.add_tensor(tensor + _COUNTS, np.array([count]))
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
-            writer.flush()
-            assert writer.fout is not None
-            os.fsync(writer.fout[0].fileno())
-        finally:
-            writer.close()
         temporary.replace(path)
     except OSError as error:
         raise EdgeDtmError(
@@ -114,10 +97,7 @@ def read_imatrix(path: Path) -> dict[str, FloatArray]:
                     f"{path} is no GGUF (the older binary form of imatrix files is not read): make it "
                     f"again as GGUF with a current llama-imatrix: {COMMAND}"
                 )
-        means = _read_gguf(path)
-        for name, mean in means.items():
-            if not np.isfinite(mean).all() or (mean < 0).any():
-                raise ValueError(f"values of {name} are NaN, infinite or negative")
+        return _means(path)
     except FileNotFoundError:
         raise EdgeDtmError(f"{path} does not exist: make it with {COMMAND}") from None
     except OSError as error:
@@ -128,13 +108,6 @@ def read_imatrix(path: Path) -> dict[str, FloatArray]:
         raise EdgeDtmError(
             f"{path} is no whole imatrix file ({text}): make it again with {COMMAND}"
         ) from None
-    experts = [name for name, mean in means.items() if mean.ndim > 1]
-    if experts:
-        raise EdgeDtmError(
-            f"{path}: {_listed(experts, len(means), 'entries')} belong to a mixture of experts, "
-            "which edge-dtm does not support: use the imatrix of a plain Llama model"
-        )
-    return means
 
 
 def check_imatrix(vectors: Mapping[str, FloatArray], components: Iterable[Component]) -> None:
@@ -148,9 +121,8 @@ def check_imatrix(vectors: Mapping[str, FloatArray], components: Iterable[Compon
         if vector is None:
             if c.name not in OPTIONAL:
                 bad.append(f"{c.name} (missing)")
-        elif vector.shape != (c.row_length,):
-            shape = "x".join(map(str, vector.shape))
-            bad.append(f"{c.name} ({shape} values, not {c.row_length})")
+        elif len(vector) != c.row_length:
+            bad.append(f"{c.name} ({len(vector)} values, not {c.row_length})")
     if bad:
         raise EdgeDtmError(
             f"the imatrix does not fit this model in {_listed(bad, len(components), 'components')}: "
@@ -162,12 +134,12 @@ def _listed(names: Sequence[str], total: int, what: str) -> str:
     return f"{len(names)} of {total} {what} ({', '.join(names)})"
 
 
-def _component(name: str) -> str:
-    return name.removesuffix(_WEIGHT)
+def _usable(values: FloatArray) -> bool:
+    return bool((np.isfinite(values) & (values >= 0)).all())
 
 
-def _read_gguf(path: Path) -> dict[str, FloatArray]:
-    """Experts come out as float32 (experts, row_length). ValueError and gguf-py's own."""
+def _means(path: Path) -> dict[str, FloatArray]:
+    """ValueError and gguf-py's own for what is not whole."""
     import gguf
 
     reader = gguf.GGUFReader(path)
@@ -176,28 +148,32 @@ def _read_gguf(path: Path) -> dict[str, FloatArray]:
     if kind != "imatrix":
         raise ValueError(f"its general.type is {kind!r}, not 'imatrix'")
     tensors = {t.name: t for t in reader.tensors}
-    names = dict.fromkeys(
-        name.removesuffix(end) for name in tensors for end in (_SUMS, _COUNTS) if name.endswith(end)
-    )
+    ends = (_SUMS, _COUNTS)
+    names = dict.fromkeys(n.removesuffix(end) for n in tensors for end in ends if n.endswith(end))
     if not names:
         raise ValueError("it has no entries")
-    means = {}
+    means: dict[str, FloatArray] = {}
+    experts = []
     for name in names:
-        if name + _SUMS not in tensors or name + _COUNTS not in tensors:
+        if not {name + end for end in ends} <= tensors.keys():
             raise ValueError(f"{name} lacks {_SUMS} or {_COUNTS}")
-        pair = tensors[name + _SUMS], tensors[name + _COUNTS]
+        pair = [tensors[name + end] for end in ends]
         if any(t.tensor_type != gguf.GGMLQuantizationType.F32 for t in pair):
             raise ValueError(f"{name} is not in F32")
         sums, counts = (t.data.reshape(-1) for t in pair)
-        if not (np.isfinite(counts).all() and (counts >= 0).all()):
-            raise ValueError(f"counts of {name} are NaN, infinite or negative")
         if not counts.size or not sums.size or sums.size % counts.size:
             raise ValueError(f"{name} has {sums.size} values for {counts.size} counts")
-        # As lround: halves go up, which np.round does not do.
-        whole = np.floor(counts.astype(np.float64) + 0.5).astype(np.float32)[:, None]
-        table = sums.reshape(counts.size, -1)
-        # Where nothing was counted llama-quantize takes ones, that is no weighting.
-        mean = np.divide(table, whole, out=np.ones(table.shape, np.float32), where=whole > 0)
-        experts = counts.size > 1 or name.endswith(_EXPERTS)
-        means[_component(name)] = mean if experts else mean[0]
+        if not (_usable(sums) and _usable(counts)):
+            raise ValueError(f"values or counts of {name} are NaN, infinite or negative")
+        if counts.size > 1 or name.endswith(_EXPERTS):
+            experts.append(name.removesuffix(_WEIGHT))
+        # As lround: halves go up, which np.round does not do. Where nothing was counted
+        # llama-quantize takes ones, that is no weighting.
+        whole = np.float32(np.floor(float(counts[0]) + 0.5))
+        means[name.removesuffix(_WEIGHT)] = sums / whole if whole else np.ones_like(sums)
+    if experts:
+        raise EdgeDtmError(
+            f"{path}: {_listed(experts, len(means), 'entries')} belong to a mixture of experts, "
+            "which edge-dtm does not support: use the imatrix of a plain Llama model"
+        )
     return means

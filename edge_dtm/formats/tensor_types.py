@@ -16,9 +16,9 @@ file type is F32, F16 or BF16.
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 
 from edge_dtm.core.errors import EdgeDtmError
@@ -27,63 +27,30 @@ from edge_dtm.formats.plan import Plan
 
 # llama-quantize's Q4_K and Q5_K mean Q4_K_M and Q5_K_M, mixtures that this file is not.
 _FILE_TYPES = {"Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}
-_NAME = re.compile(r"[a-z0-9_.]+")
 
 
 def tensor_type_file(plan: Plan) -> str:
     """The text for `llama-quantize --tensor-type-file`, one line a component in the plan's order.
 
-    EdgeDtmError that lists every component whose treatment llama-quantize cannot make: zeros,
-    names with other characters than a-z, 0-9, _ and ., a single row (taken for a vector and left
-    alone), rows that the type's block size does not divide (made in another type).
+    EdgeDtmError that lists every component with zeros, which llama-quantize cannot make.
     """
-    lines, sparse, bad = [], [], []
-    for c, t in zip(plan.components, plan.treatments, strict=True):
-        if t.zero_share:
-            sparse.append(f"{c.name} {t}")
-        elif not _NAME.fullmatch(c.name):
-            bad.append(f"{c.name!r}: its name")
-        elif c.rows < 2:
-            bad.append(f"{c.name}: a single row")
-        elif not c.fits(t.type):
-            bad.append(f"{c.name}: {t.type} does not divide rows of {c.row_length}")
-        else:
-            lines.append(f"^{re.escape(c.name + '.weight')}$={t.type.lower()}\n")
-    if sparse:
+    pairs = list(zip(plan.components, plan.treatments, strict=True))
+    if sparse := [f"{c.name} {t}" for c, t in pairs if t.zero_share]:
         raise EdgeDtmError(
-            f"llama-quantize cannot prune, and {len(sparse)} of {len(plan.components)} components "
+            f"llama-quantize cannot prune, and {len(sparse)} of {len(pairs)} components "
             f"have zeros ({', '.join(sparse)}): compress without --sparsity"
         )
-    if bad:
-        raise EdgeDtmError(
-            f"llama-quantize cannot make {len(bad)} of {len(plan.components)} components "
-            f"({'; '.join(bad)}): use the GGUF that edge-dtm compress wrote"
-        )
-    return "".join(lines)
-
-
-def write_tensor_types(path: Path, plan: Plan) -> None:
-    """Write tensor_type_file(plan) under a temporary name until complete; the same errors."""
-    text = tensor_type_file(plan)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    return "".join(f"^{re.escape(c.name + '.weight')}$={t.type.lower()}\n" for c, t in pairs)
 
 
 def quantize_command(
-    plan: Plan, types_file: Path, imatrix_file: Path | None, source: Path, target: Path
+    plan: Plan, types_file: Path, imatrix_file: Path, source: Path, target: Path
 ) -> str:
     """The command line, quoted for a POSIX shell, that makes `target` from `source`.
 
-    types_file: what write_tensor_types wrote. imatrix_file: None for no importance. source: a GGUF
-    in F32, F16 or BF16.
+    types_file: holds tensor_type_file(plan). source: a GGUF in F32, F16 or BF16.
     """
-    words = ["llama-quantize"]
-    if imatrix_file is not None:
-        words += ["--imatrix", str(imatrix_file)]
+    words = ["llama-quantize", "--imatrix", str(imatrix_file)]
     words += ["--tensor-type-file", str(types_file)]
     # "./", since llama-quantize takes a target such as 7b.gguf for the number of a file type.
     words += [str(p) if p.is_absolute() else f"./{p}" for p in (source, target)]
@@ -95,12 +62,12 @@ def _file_type(plan: Plan) -> str:
 
     It fills general.file_type and the types of matrices that are not in the plan.
     """
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for c, t in zip(plan.components, plan.treatments, strict=True):
-        sizes[t.type] = sizes.get(t.type, 0) + c.size_bytes(t)
+        sizes[t.type] += c.size_bytes(t)
     if len(sizes) == 1 and not facts(only := next(iter(sizes))).quantized:
         return only  # the list is ignored, and not needed
     # Only a quantized file type lets the list through, so Q8_0 for F16 and F32 together, say.
     ranked = sorted(sizes, key=lambda t: (-sizes[t], t))
-    named = [t for t in ranked if t in ALLOWED_TYPES and facts(t).quantized] + ["Q8_0"]
-    return _FILE_TYPES.get(named[0], named[0])
+    quantized = [t for t in ranked if t in ALLOWED_TYPES and facts(t).quantized] + ["Q8_0"]
+    return _FILE_TYPES.get(quantized[0], quantized[0])
