@@ -170,7 +170,7 @@ def _means(path: Path) -> dict[str, FloatArray]:
         # As lround: halves go up, which np.round does not do. Where nothing was counted
         # llama-quantize takes ones, that is no weighting.
         whole = np.float32(np.floor(float(counts[0]) + 0.5))
-        means[name.removesuffix(_WEIGHT)] = sums / whole if whole else np.ones_like(sums)
+        means[name.removesuffix(_WEIGHT)] = np.divide(sums, whole) if whole else np.ones_like(sums)
     if experts:
         raise EdgeDtmError(
             f"{path}: {_listed(experts, len(means), 'entries')} belong to a mixture of experts, "

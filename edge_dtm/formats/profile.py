@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import field
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -22,18 +22,9 @@ from edge_dtm.formats.ggml_types import KV_TYPES, WEIGHT_TYPES
 
 SCHEMA_VERSION = 1
 
-# Every number needs a source, the others may have one.
-SOURCE_REQUIRED = (
-    "ram_bytes",
-    "reserve_bytes",
-    "effective_bandwidth_bytes_per_s",
-    "cores",
-    "threads",
-    "n_ctx",
-    "wanted_tokens_per_s",
-    "max_share_of_f16",
-)
-_SOURCE_ALLOWED = {*SOURCE_REQUIRED, "isa_features", "fast_types", "kv_type"}
+# What `sources` says nothing of, and where it need not; it names every number's source.
+_UNSOURCED = ("schema_version", "name", "description", "sources")
+_SOURCE_OPTIONAL = ("isa_features", "fast_types", "kv_type")
 
 
 def _one_line(text: str) -> str:
@@ -69,22 +60,7 @@ _PositiveFloat = Annotated[float, Field(gt=0, lt=2**63)]
 class DeviceProfile(StrictDataclass):
     """One device, as read from a profile file. EdgeDtmError when one is made with a wrong value.
 
-    Attributes:
-        schema_version: version of the file format, ``SCHEMA_VERSION``.
-        name: short name, for instance ``raspberrypi``.
-        description: one line for people.
-        ram_bytes: physical memory, bytes.
-        reserve_bytes: memory that the operating system and other processes keep, bytes.
-        effective_bandwidth_bytes_per_s: memory bytes read per second while llama.cpp decodes.
-        cores: CPU cores.
-        threads: threads llama.cpp should use, at most ``cores``.
-        isa_features: instruction set extensions, for instance ``dotprod``.
-        fast_types: GGML types with fast kernels on this device.
-        n_ctx: context length to reserve memory for, tokens.
-        wanted_tokens_per_s: decoding speed to reach, tokens per second.
-        max_share_of_f16: largest budget as a share of the F16 file, in (0, 1].
-        kv_type: GGML type of the KV cache.
-        sources: where each number comes from, by field name.
+    docs/add-a-profile.md says what each field means; sizes are in bytes.
     """
 
     schema_version: int
@@ -105,37 +81,32 @@ class DeviceProfile(StrictDataclass):
     sources: dict[str, _Line] = field(hash=False)
 
     # A field that was refused itself is not in info.data: one mistake is one offence.
-    @field_validator("reserve_bytes")
+    @field_validator("reserve_bytes", "threads")
     @classmethod
-    def _leaves_memory(cls, value: int, info: ValidationInfo) -> int:
-        if value >= info.data.get("ram_bytes", math.inf):
-            raise ValueError(f"is {value}, leaves nothing of ram_bytes {info.data['ram_bytes']}")
-        return value
-
-    @field_validator("threads")
-    @classmethod
-    def _has_cores(cls, value: int, info: ValidationInfo) -> int:
-        if value > info.data.get("cores", math.inf):
-            raise ValueError(f"is {value}, more than cores {info.data['cores']}")
+    def _is_below(cls, value: int, info: ValidationInfo) -> int:
+        limit, least_room = {"reserve_bytes": ("ram_bytes", 1), "threads": ("cores", 0)}[
+            str(info.field_name)
+        ]
+        if value + least_room > info.data.get(limit, math.inf):
+            raise ValueError(f"is {value}, too much for {limit} {info.data[limit]}")
         return value
 
     @field_validator("sources")
     @classmethod
     def _names_every_number(cls, value: dict[str, str]) -> dict[str, str]:
-        problems = [f"{key!r} is unknown" for key in value if key not in _SOURCE_ALLOWED]
-        problems += [f"no source for {key}" for key in SOURCE_REQUIRED if key not in value]
+        known = [f.name for f in fields(cls) if f.name not in _UNSOURCED]
+        problems = [f"{key!r} is unknown" for key in value if key not in known]
+        missing = [key for key in known if key not in {*value, *_SOURCE_OPTIONAL}]
+        problems += [f"no source for {key}" for key in missing]
         if problems:
             raise ValueError(", ".join(problems))
         return value
 
 
 def profiles_dir() -> Path:
-    """Return the folder with the packaged profiles.
+    """The folder with the packaged profiles: inside an installed package, beside one in a checkout.
 
-    An installed wheel has it inside the package, a source checkout beside the package.
-
-    Raises:
-        EdgeDtmError: neither folder exists.
+    EdgeDtmError when there is neither.
     """
     package = Path(__file__).resolve().parents[1]
     candidates = (package / "device_profiles", package.parent / "device_profiles")
@@ -149,61 +120,48 @@ def profiles_dir() -> Path:
 
 
 def list_profiles() -> list[DeviceProfile]:
-    """Return the packaged profiles, ordered by name.
-
-    Raises:
-        EdgeDtmError: a packaged profile is missing or invalid.
-    """
-    profiles = [_load_file(path) for path in sorted(profiles_dir().glob("*.toml"))]
-    return sorted(profiles, key=lambda profile: profile.name)
+    """The packaged profiles, ordered by name."""
+    return [_load_file(path) for path in sorted(profiles_dir().glob("*.toml"))]
 
 
 def load_profile(name_or_path: str) -> DeviceProfile:
-    """Read and check one profile.
+    """A packaged profile by its name, or one from a path: what ends in ``.toml`` or has a separator.
 
-    Args:
-        name_or_path: name of a packaged profile, or path of a ``.toml`` file. Anything that ends
-            in ``.toml`` or has a path separator is a path.
-
-    Raises:
-        EdgeDtmError: no such profile, an unreadable file, broken TOML or invalid content; the
-            message lists every problem of the file.
+    EdgeDtmError, which lists every problem, when there is none or it cannot be read or is wrong.
     """
     if name_or_path.endswith(".toml") or "/" in name_or_path or "\\" in name_or_path:
         return _load_file(Path(name_or_path))
-    folder = profiles_dir()
-    available = sorted(path.stem for path in folder.glob("*.toml"))
-    if name_or_path not in available:
-        raise EdgeDtmError(
-            f"no device profile named {name_or_path!r}; available: {', '.join(available)}; "
-            "or give the path of a .toml file (docs/add-a-profile.md)"
-        )
-    return _load_file(folder / f"{name_or_path}.toml")
+    if profile := packaged_profile(name_or_path):
+        return profile
+    available = sorted(path.stem for path in profiles_dir().glob("*.toml"))
+    raise EdgeDtmError(
+        f"no device profile named {name_or_path!r}; available: {', '.join(available)}; "
+        "or give the path of a .toml file (docs/add-a-profile.md)"
+    )
 
 
 def packaged_profile(name: object) -> DeviceProfile | None:
     """A packaged profile by its name alone, for a name that a file gave: it is never taken as a
     path. None when there is no such profile."""
-    known = {path.stem for path in profiles_dir().glob("*.toml")}
-    return load_profile(name) if isinstance(name, str) and name in known else None
+    paths = {path.stem: path for path in profiles_dir().glob("*.toml")}
+    return _load_file(paths[name]) if isinstance(name, str) and name in paths else None
 
 
 def _load_file(path: Path) -> DeviceProfile:
     try:
-        with path.open("rb") as stream:
-            table = tomllib.load(stream)
+        table = tomllib.loads(path.read_bytes().decode())
     except OSError as error:
         raise EdgeDtmError(
             f"cannot read device profile {path}: {error.strerror or error}; "
             "check the path and its permissions"
-        ) from error
+        ) from None
     # tomllib leaks a plain ValueError for bad UTF-8, a NUL in the path or a huge integer, and
     # RecursionError for deep nesting.
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise EdgeDtmError(
             f"device profile {path} is not valid TOML: {reason}; correct the file"
-        ) from error
+        ) from None
     source = f"device profile {path}"
     if "schema_version" in table:
         check_version(table, SCHEMA_VERSION, source)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
-from typing import Literal
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.profile import DeviceProfile
 
-Binding = Literal["ram", "speed", "share"]
-
 # limit -> (its name, what to do when it leaves nothing)
-_LIMITS: dict[Binding, tuple[str, str]] = {
+_LIMITS = {
     "ram": ("memory", "lower n_ctx or take a profile of a device with more memory"),
     "speed": ("the wanted speed", "lower wanted_tokens_per_s or n_ctx"),
     "share": (
@@ -25,28 +23,23 @@ _LIMITS: dict[Binding, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class ByteBudget:
-    """The largest GGUF file that a device should get, and the limits it comes from, in bytes.
+    """What "ram", "speed" and "share" each leave for the largest GGUF file of a device, bytes."""
 
-    binding: which limit is the smallest; on a tie the first of ram, speed, share.
-    """
+    limits: Mapping[str, int]
 
-    ram_limit_bytes: int
-    speed_limit_bytes: int
-    share_limit_bytes: int
-    binding: Binding
+    @property
+    def binding(self) -> str:
+        """The smallest limit; on a tie the first of ram, speed, share."""
+        return min(self.limits, key=self.limits.__getitem__)
 
     @property
     def bytes(self) -> int:
-        return min(self.ram_limit_bytes, self.speed_limit_bytes, self.share_limit_bytes)
+        return self.limits[self.binding]
 
     def explain(self) -> str:
         """One line: the budget, the three limits in MB (1e6 bytes), and which of them binds."""
-        return (
-            f"budget {_mb(self.bytes)}, set by {_LIMITS[self.binding][0]} "
-            f"(memory allows {_mb(self.ram_limit_bytes)}, "
-            f"the wanted speed allows {_mb(self.speed_limit_bytes)}, "
-            f"the largest share of the F16 file allows {_mb(self.share_limit_bytes)})"
-        )
+        allowed = [f"{_LIMITS[name][0]} allows {_mb(size)}" for name, size in self.limits.items()]
+        return f"budget {_mb(self.bytes)}, set by {_LIMITS[self.binding][0]} ({', '.join(allowed)})"
 
 
 def byte_budget(
@@ -55,12 +48,12 @@ def byte_budget(
     kv_bytes_per_token: int,
     compute_buffer_bytes: int,
     f16_file_bytes: int,
-    n_ctx: int | None = None,
+    n_ctx: int,
 ) -> ByteBudget:
     """The largest GGUF file for a device, the smallest of three limits.
 
-    - ram: what memory leaves beside the profile's reserve, the KV cache of n_ctx tokens (the
-      profile's when None) and llama.cpp's buffers.
+    - ram: what memory leaves beside the profile's reserve, the KV cache of n_ctx tokens and
+      llama.cpp's buffers.
     - speed: decoding a token reads every weight and the filled part of the KV cache once, and
       memory bandwidth limits it (Pope et al. 2022, arXiv:2211.05102; roofline model: Williams et
       al. 2009, doi:10.1145/1498765.1498785). The cache is half full on average.
@@ -68,13 +61,12 @@ def byte_budget(
 
     EdgeDtmError, with the numbers, when there is no room for any weights.
     """
-    context_tokens = profile.n_ctx if n_ctx is None else n_ctx
-    kv_bytes = context_tokens * kv_bytes_per_token
+    kv_bytes = n_ctx * kv_bytes_per_token
     # Exact arithmetic: floats would round byte counts above 2**53 and could pass a limit by one.
     speed = Fraction(profile.effective_bandwidth_bytes_per_s) / Fraction(
         profile.wanted_tokens_per_s
     )
-    limits: dict[Binding, int] = {
+    limits = {
         "ram": profile.ram_bytes - profile.reserve_bytes - kv_bytes - compute_buffer_bytes,
         "speed": floor(speed - Fraction(kv_bytes, 2)),
         "share": floor(Fraction(profile.max_share_of_f16) * f16_file_bytes),
@@ -83,14 +75,13 @@ def byte_budget(
         raise EdgeDtmError(
             f"no room for a model on {profile.name}: memory leaves {_mb(limits['ram'])} "
             f"(RAM {_mb(profile.ram_bytes)}, reserve {_mb(profile.reserve_bytes)}, "
-            f"KV cache {_mb(kv_bytes)} for {context_tokens} tokens, "
+            f"KV cache {_mb(kv_bytes)} for {n_ctx} tokens, "
             f"buffers {_mb(compute_buffer_bytes)}), "
             f"{profile.wanted_tokens_per_s:g} tokens/s leave {_mb(limits['speed'])}, "
             f"the share of the F16 file leaves {_mb(limits['share'])}; "
             + "; ".join(_LIMITS[limit][1] for limit in limits if limits[limit] <= 0)
         )
-    binding = min(limits, key=lambda limit: limits[limit])
-    return ByteBudget(limits["ram"], limits["speed"], limits["share"], binding)
+    return ByteBudget(limits)
 
 
 def estimate_decode_tokens_per_s(

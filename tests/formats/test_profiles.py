@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -99,7 +98,7 @@ def make_profile(**changes: object) -> DeviceProfile:
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
-# EncodedStore profiles
+# Packaged profiles
 
 
 def test_the_shipped_profiles_are_listed_by_name() -> None:
@@ -115,14 +114,6 @@ def test_a_shipped_profile_has_a_source_for_everything_and_its_file_name(name: s
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_profile_has_a_source_for_every_number_in_the_file(name: str) -> None:
-    table = tomllib.loads((profiles_dir() / f"{name}.toml").read_text(encoding="utf-8"))
-    numbers = {key for key, value in table.items() if isinstance(value, int | float)}
-    assert numbers - {"schema_version"} == set(NUMBERS)
-    assert numbers - {"schema_version"} <= set(table["sources"])
-
-
-@pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_profile_has_room_for_a_1b_model_at_4_bits(name: str) -> None:
     # Llama 3.2 1B: 16 layers, 8 KV heads of 64, F16; 1.24e9 weights.
     budget = byte_budget(
@@ -130,6 +121,7 @@ def test_a_shipped_profile_has_room_for_a_1b_model_at_4_bits(name: str) -> None:
         kv_bytes_per_token=2 * 16 * 8 * 64 * 2,
         compute_buffer_bytes=300_000_000,
         f16_file_bytes=2_480_000_000,
+        n_ctx=load_profile(name).n_ctx,
     )
     assert budget.bytes > 1_240_000_000 * 4.5 / 8
 
@@ -167,27 +159,17 @@ def test_a_profile_is_frozen_and_hashable() -> None:
     assert profile in {profile}
 
 
-def test_a_wrong_name_lists_the_available_ones() -> None:
-    with pytest.raises(EdgeDtmError) as caught:
-        load_profile("raspberry")
-    assert "'raspberry'" in str(caught.value)
-    assert all(name in str(caught.value) for name in SHIPPED)
-
-
-@pytest.mark.parametrize("name", ["", ".", "..", "Raspberrypi"])
-def test_an_odd_name_is_no_profile(name: str) -> None:
-    with pytest.raises(EdgeDtmError, match="available: android-mid"):
+@pytest.mark.parametrize("name", ["raspberry", "Raspberrypi", "", "."])
+def test_a_wrong_name_lists_the_available_ones(name: str) -> None:
+    with pytest.raises(EdgeDtmError, match=", ".join(SHIPPED)):
         load_profile(name)
 
 
-def test_a_missing_file_is_reported(tmp_path: Path) -> None:
-    assert "cannot read" in error_of(str(tmp_path / "absent.toml"))
-
-
-def test_a_folder_is_not_a_profile(tmp_path: Path) -> None:
+def test_what_is_no_file_is_reported(tmp_path: Path) -> None:
     folder = tmp_path / "folder.toml"
     folder.mkdir()
-    assert "cannot read" in error_of(str(folder))
+    for path in (folder, tmp_path / "absent.toml"):
+        assert "cannot read" in error_of(str(path))
 
 
 @pytest.mark.parametrize(
@@ -229,14 +211,6 @@ def test_a_missing_key_is_reported(tmp_path: Path, key: str) -> None:
     assert f"{key}: is missing" in error_of(write_profile(tmp_path, {key: None}))
 
 
-def test_missing_sources_are_reported(tmp_path: Path) -> None:
-    assert "sources: is missing" in error_of(write_profile(tmp_path, sources=False))
-
-
-def test_an_unknown_key_is_reported(tmp_path: Path) -> None:
-    assert "ram_byte: is unknown" in error_of(write_profile(tmp_path, {"ram_byte": "1"}))
-
-
 @pytest.mark.parametrize("key", NUMBERS)
 @pytest.mark.parametrize("value", ["0", "-1", "true", '"4"', "[4]", "0x" + "f" * 5000])
 def test_a_number_has_to_be_a_positive_number(tmp_path: Path, key: str, value: str) -> None:
@@ -244,21 +218,10 @@ def test_a_number_has_to_be_a_positive_number(tmp_path: Path, key: str, value: s
     assert re.search(rf"\b{key}: (is .+, )?should be", message) or "too long" in message
 
 
-@pytest.mark.parametrize("key", NUMBERS[:-2])
-def test_a_count_has_to_be_whole(tmp_path: Path, key: str) -> None:
-    assert f"{key}: is 4.5" in error_of(write_profile(tmp_path, {key: "4.5"}))
-
-
 @pytest.mark.parametrize("key", ["wanted_tokens_per_s", "max_share_of_f16"])
 @pytest.mark.parametrize("value", ["inf", "nan", "-inf", "0.0", "-0.5"])
 def test_a_fraction_has_to_be_finite_and_positive(tmp_path: Path, key: str, value: str) -> None:
     assert f"{key}: is {value}" in error_of(write_profile(tmp_path, {key: value}))
-
-
-def test_a_share_above_the_whole_file_is_reported(tmp_path: Path) -> None:
-    assert "max_share_of_f16: is 1.1" in error_of(
-        write_profile(tmp_path, {"max_share_of_f16": "1.1"})
-    )
 
 
 @pytest.mark.parametrize("key", ["name", "description", "kv_type"])
@@ -273,44 +236,31 @@ def test_a_list_has_to_hold_distinct_strings(tmp_path: Path, key: str, value: st
     assert re.search(rf"\b{key}(\[\d\])?: ", error_of(write_profile(tmp_path, {key: value})))
 
 
-def test_an_unknown_ggml_type_is_reported_with_the_known_ones(tmp_path: Path) -> None:
-    message = error_of(write_profile(tmp_path, {"fast_types": '["Q4_0", "q4_k", "Q4_K_M"]'}))
-    assert "fast_types[1]: is 'q4_k'" in message and "fast_types[2]: is 'Q4_K_M'" in message
-    assert "Q6_K" in message
-
-
-def test_an_unknown_kv_type_is_reported(tmp_path: Path) -> None:
-    assert "kv_type: is 'Q4_K'" in error_of(write_profile(tmp_path, {"kv_type": '"Q4_K"'}))
-
-
-def test_more_threads_than_cores_are_reported(tmp_path: Path) -> None:
-    assert "threads: is 5, more than cores 4" in error_of(write_profile(tmp_path, {"threads": "5"}))
-
-
-@pytest.mark.parametrize("reserve", ["8_000_000_000", "9_000_000_000"])
-def test_a_reserve_that_takes_all_memory_is_reported(tmp_path: Path, reserve: str) -> None:
-    assert "leaves nothing of ram_bytes" in error_of(
-        write_profile(tmp_path, {"reserve_bytes": reserve})
-    )
-
-
-@pytest.mark.parametrize("key", NUMBERS)
-def test_a_number_without_source_is_reported(tmp_path: Path, key: str) -> None:
-    assert f"no source for {key}" in error_of(write_profile(tmp_path, source_changes={key: None}))
-
-
-@pytest.mark.parametrize("value", ['""', '" "', "1"])
-def test_an_empty_source_is_reported(tmp_path: Path, value: str) -> None:
-    assert "sources.cores: " in error_of(write_profile(tmp_path, source_changes={"cores": value}))
-
-
-def test_an_unknown_source_is_reported(tmp_path: Path) -> None:
-    assert "sources: 'core' is unknown" in error_of(
-        write_profile(tmp_path, source_changes={"core": '"x"'})
-    )
+@pytest.mark.parametrize(
+    ("changes", "source_changes", "offence"),
+    [
+        *(({key: "4.5"}, {}, f"{key}: is 4.5") for key in NUMBERS[:-2]),
+        ({"max_share_of_f16": "1.1"}, {}, "max_share_of_f16: is 1.1"),
+        ({"fast_types": '["Q4_0", "q4_k"]'}, {}, "fast_types[1]: is 'q4_k', known are BF16, F16"),
+        ({"kv_type": '"Q4_K"'}, {}, "kv_type: is 'Q4_K'"),
+        ({"threads": "5"}, {}, "threads: is 5, too much for cores 4"),
+        ({"reserve_bytes": "8_000_000_000"}, {}, "too much for ram_bytes"),
+        *(({}, {key: None}, f"no source for {key}") for key in NUMBERS),
+        *(({}, {"cores": value}, "sources.cores: ") for value in ('""', '" "', "1")),
+        ({}, {"core": '"x"'}, "sources: 'core' is unknown"),
+    ],
+)
+def test_an_offence_is_named_with_its_place(
+    tmp_path: Path,
+    changes: dict[str, str | None],
+    source_changes: dict[str, str | None],
+    offence: str,
+) -> None:
+    assert offence in error_of(write_profile(tmp_path, changes, source_changes))
 
 
 def test_sources_have_to_be_a_table(tmp_path: Path) -> None:
+    assert "sources: is missing" in error_of(write_profile(tmp_path, sources=False))
     assert "sources: is 'x'" in error_of(write_profile(tmp_path, {"sources": '"x"'}, sources=False))
 
 
@@ -363,10 +313,13 @@ def test_the_three_limits_by_hand() -> None:
         kv_bytes_per_token=100_000,
         compute_buffer_bytes=300_000_000,
         f16_file_bytes=16_000_000_000,
+        n_ctx=2000,
     )
-    assert budget.ram_limit_bytes == 8_000_000_000 - 1_000_000_000 - 200_000_000 - 300_000_000
-    assert budget.speed_limit_bytes == 2_000_000_000 - 100_000_000
-    assert budget.share_limit_bytes == 8_000_000_000
+    assert budget.limits == {
+        "ram": 8_000_000_000 - 1_000_000_000 - 200_000_000 - 300_000_000,
+        "speed": 2_000_000_000 - 100_000_000,
+        "share": 8_000_000_000,
+    }
     assert (budget.bytes, budget.binding) == (1_900_000_000, "speed")
 
 
@@ -378,7 +331,7 @@ def test_the_three_limits_by_hand() -> None:
         ({}, 2_000_000_000, "share", "set by the largest share of the F16 file"),
     ],
 )
-def test_the_explanation_names_the_binding_limit_and_all_numbers(
+def test_the_explanation_names_the_binding_limit(
     changes: dict[str, object], f16_file_bytes: int, binding: str, words: str
 ) -> None:
     budget = byte_budget(
@@ -386,13 +339,9 @@ def test_the_explanation_names_the_binding_limit_and_all_numbers(
         kv_bytes_per_token=100_000,
         compute_buffer_bytes=300_000_000,
         f16_file_bytes=f16_file_bytes,
+        n_ctx=2000,
     )
-    text = budget.explain()
-    assert budget.binding == binding
-    assert words in text
-    assert len(text.splitlines()) == 1
-    for limit in (budget.ram_limit_bytes, budget.speed_limit_bytes, budget.share_limit_bytes):
-        assert f"{limit / 1e6:,.1f} MB" in text
+    assert budget.binding == binding and words in budget.explain()
 
 
 @pytest.mark.parametrize(
@@ -410,14 +359,12 @@ def test_no_room_is_an_error_with_numbers_and_remedy(
         "kv_bytes_per_token": 1000,
         "compute_buffer_bytes": 0,
         "f16_file_bytes": 16_000_000_000,
+        "n_ctx": 2000,
         **arguments,
     }
     with pytest.raises(EdgeDtmError) as caught:
         byte_budget(make_profile(), **given_arguments)  # type: ignore[arg-type]
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
-    assert number in message
-    assert remedy in message
+    assert number in str(caught.value) and remedy in str(caught.value)
 
 
 GB = 1_000_000_000
@@ -439,10 +386,10 @@ models = st.fixed_dictionaries(
 )
 
 
-def budget_bytes(profile: DeviceProfile, model: dict[str, int], **changes: float) -> int:
+def budget_bytes(profile: DeviceProfile, model: dict[str, int], more_tokens: int = 0) -> int:
     """The budget, with 0 for "no room"."""
     try:
-        return byte_budget(profile, **model, **changes).bytes  # type: ignore[arg-type]
+        return byte_budget(profile, **model, n_ctx=profile.n_ctx + more_tokens).bytes
     except EdgeDtmError as error:
         assert "no room" in str(error)
         return 0
@@ -453,13 +400,8 @@ def test_the_budget_is_the_smallest_limit_and_positive(
     profile: DeviceProfile, model: dict[str, int]
 ) -> None:
     assume(budget_bytes(profile, model))
-    budget = byte_budget(profile, **model)
-    limits = {
-        "ram": budget.ram_limit_bytes,
-        "speed": budget.speed_limit_bytes,
-        "share": budget.share_limit_bytes,
-    }
-    assert 0 < budget.bytes == min(limits.values()) == limits[budget.binding]
+    budget = byte_budget(profile, **model, n_ctx=profile.n_ctx)
+    assert 0 < budget.bytes == min(budget.limits.values()) == budget.limits[budget.binding]
 
 
 @given(devices, models)
@@ -498,7 +440,7 @@ def test_more_context_or_more_speed_never_raise_the_budget(
     profile: DeviceProfile, model: dict[str, int], more_tokens: int, more_speed: float
 ) -> None:
     base = budget_bytes(profile, model)
-    assert budget_bytes(profile, model, n_ctx=profile.n_ctx + more_tokens) <= base
+    assert budget_bytes(profile, model, more_tokens) <= base
     wanted = profile.wanted_tokens_per_s + more_speed
     faster = dataclasses.replace(profile, wanted_tokens_per_s=wanted)
     assert budget_bytes(faster, model) <= base
