@@ -17,11 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from fixtures import tiny_bundle as tiny_bundles
+from hypothesis import settings
 
 from edge_dtm.formats.reference import CALIBRATION, Reference
 
 if TYPE_CHECKING:
     from edge_dtm.formats.plan import Component
+
+# Whoever comes first loads llama.cpp, which takes longer than an example may.
+settings.register_profile("edge-dtm", deadline=None)
+settings.load_profile("edge-dtm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -178,11 +178,7 @@ def _check_kernels(model: Path, probe: Record, threads: int) -> tuple[float, lis
 
     settings = replace(RunSettings.from_json(probe.settings), threads=threads)
     with Scratch("edge-dtm", Path(tempfile.gettempdir())) as folder:
-        kl_nats = probe_model.kl(probe, folder / "probe.gguf", settings)
-    return kl_nats, [
-        KernelCheck(r.type, r.path, r.columns, r.relative_error, r.component, r.ok)
-        for r in check_kernels(model, threads)
-    ]
+        return probe_model.kl(probe, folder / "probe.gguf", settings), check_kernels(model, threads)
 
 
 def _part(whole: Inputs, max_sequences: int | None) -> Inputs:

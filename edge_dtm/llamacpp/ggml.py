@@ -6,20 +6,19 @@ The same C code makes the bytes here and in llama.cpp's tools, so nothing has to
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.ggml_types import facts, row_bytes
+from edge_dtm.llamacpp import llama
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
@@ -38,23 +37,9 @@ class _TypeTraits(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """libggml-base of the installed llama-cpp-python, without importing that package.
-
-    LLAMA_CPP_LIB_PATH is honoured as llama-cpp-python honours it. EdgeDtmError when not found.
-    """
-    folders = [Path(override)] if (override := os.environ.get("LLAMA_CPP_LIB_PATH")) else []
-    spec = importlib.util.find_spec("llama_cpp")
-    if spec is not None and spec.origin is not None:
-        folders.append(Path(spec.origin).parent / "lib")
-    suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
-    names = (f"libggml-base{suffix}", f"ggml-base{suffix}")
-    paths = [path for folder in folders for name in names if (path := folder / name).is_file()]
-    if not paths:
-        raise EdgeDtmError(
-            "libggml-base was not found: install llama-cpp-python (pip install llama-cpp-python)"
-        )
-    lib = ctypes.CDLL(str(paths[0]))
+def library() -> Any:
+    """ggml's functions, by llama.cpp's library: dlsym finds what is in the libraries it links."""
+    lib = ctypes.CDLL(llama.library()._lib._name)
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     lib.ggml_quantize_chunk.restype = ctypes.c_size_t
     lib.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, *[integer] * 3, pointer]

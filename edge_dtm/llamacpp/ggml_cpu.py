@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -63,22 +64,15 @@ class CpuBackend:
     def __init__(self, threads: int) -> None:
         """EdgeDtmError when the library has no CPU backend."""
         llama.redirect_log(llama.library())  # ggml says on stderr what it repacks
-        base = Path(ggml.library()._name)
-        # The registry; dlsym on its handle also finds what is in the libraries it links.
-        registry = base.with_name(base.name.replace("ggml-base", "ggml"))
-        try:
-            self._lib: Any = ctypes.CDLL(str(registry))
-            for name, (result, arguments) in _FUNCTIONS.items():
-                function = getattr(self._lib, name)
-                function.restype, function.argtypes = result, arguments
-        except (OSError, AttributeError) as error:
-            raise EdgeDtmError(
-                f"ggml cannot be used directly ({error}): reinstall llama-cpp-python"
-            ) from None
+        self._lib = ggml.library()
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(self._lib, name)
+            function.restype, function.argtypes = result, arguments
         device = self._lib.ggml_backend_dev_by_type(_CPU_DEVICE)
         if not device:
             # A build whose CPU backends are plug-ins beside the library.
-            self._lib.ggml_backend_load_all_from_path(str(base.parent).encode())
+            folder = Path(self._lib._name).parent
+            self._lib.ggml_backend_load_all_from_path(os.fsencode(folder))
             device = self._lib.ggml_backend_dev_by_type(_CPU_DEVICE)
         if not device:
             raise EdgeDtmError("ggml has no CPU backend: reinstall llama-cpp-python")

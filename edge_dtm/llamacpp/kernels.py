@@ -22,7 +22,6 @@ wrong scale of a block by 32 / n, and one wrong weight by 1 / n, above 1e-5 for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +31,7 @@ import numpy.typing as npt
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats import ggml_types
+from edge_dtm.formats.verdict import KernelCheck
 from edge_dtm.llamacpp import ggml
 from edge_dtm.llamacpp.ggml_cpu import CpuBackend
 from edge_dtm.llamacpp.gguf_header import TensorInfo, read_header
@@ -45,30 +45,7 @@ _STEP, _LARGEST, _BLOCK = 2.0**-7, 127, 32
 _SEED = 22011
 
 
-@dataclass(frozen=True)
-class KernelResult:
-    """One kernel's worst relative error (see the module) on some rows of one real matrix.
-
-    path: "plain", the file's own layout, or "repacked", that of `buffer`, ggml's name of the kind
-    of memory the weights were in. relative_error is inf where ggml gave no finite number.
-    """
-
-    type: str
-    path: Layout
-    buffer: str
-    columns: int
-    rows: int
-    row_length: int
-    component: str
-    relative_error: float
-    tolerance: float
-
-    @property
-    def ok(self) -> bool:
-        return self.relative_error <= self.tolerance
-
-
-def check_kernels(path: Path, threads: int) -> list[KernelResult]:
+def check_kernels(path: Path, threads: int) -> list[KernelCheck]:
     """All kernels that the matrices of a GGUF need on this CPU, in the order of the file.
 
     At most MAX_ROWS rows of one matrix are in memory, and nothing else of the file but its head.
@@ -83,7 +60,7 @@ def check_kernels(path: Path, threads: int) -> list[KernelResult]:
             kinds.setdefault((tensor.type, row_length, rows % _GROUP), tensor)
     if not kinds:
         raise EdgeDtmError(f"{path} has no weight matrix: it is no model; compress one")
-    results: list[KernelResult] = []
+    results: list[KernelCheck] = []
     with CpuBackend(threads) as cpu:
         for tensor in kinds.values():
             rows = tensor.shape[1]
@@ -113,29 +90,21 @@ def decode(type_name: str, data: ggml.ByteArray) -> ggml.FloatArray:
 
 def check_rows(
     cpu: CpuBackend, component: str, type_name: str, data: ggml.ByteArray, weights: ggml.FloatArray
-) -> list[KernelResult]:
+) -> list[KernelCheck]:
     """Multiply the bytes in each layout and for each number of columns, and compare.
 
     data: uint8 (rows, row_bytes), what ggml is handed; weights (rows, row_length): what they mean.
     """
-    rows, row_length = weights.shape
-    x = activations(max(COLUMNS), row_length)
+    x = activations(max(COLUMNS), weights.shape[1])
     exact = x.astype(np.float64) @ weights.T.astype(np.float64)
     scale = np.abs(x).astype(np.float64) @ np.abs(weights).T.astype(np.float64)
-    return [
-        KernelResult(
-            type=type_name,
-            path="plain" if buffer == cpu.plain else "repacked",
-            buffer=buffer,
-            columns=number,
-            rows=rows,
-            row_length=row_length,
-            component=component,
-            relative_error=_relative_error(product, exact[:number], scale[:number]),
-            tolerance=_tolerance(type_name, buffer),
-        )
-        for buffer, number, product in cpu.products(type_name, data, x, COLUMNS)
-    ]
+    checks = []
+    for buffer, number, product in cpu.products(type_name, data, x, COLUMNS):
+        layout: Layout = "plain" if buffer == cpu.plain else "repacked"
+        error = _relative_error(product, exact[:number], scale[:number])
+        ok = error <= tolerance(type_name, buffer)
+        checks.append(KernelCheck(type_name, layout, number, error, component, ok))
+    return checks
 
 
 def activations(columns: int, row_length: int) -> ggml.FloatArray:
@@ -172,7 +141,7 @@ def _relative_error(
     return float(np.where(np.isnan(error), np.inf, error).max())
 
 
-def _tolerance(type_name: str, buffer: str) -> float:
+def tolerance(type_name: str, buffer: str) -> float:
     if "KLEIDIAI" in buffer.upper():
         return 5e-3
     return 1e-3 if type_name == "F16" else 1e-5

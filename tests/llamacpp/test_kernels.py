@@ -76,14 +76,13 @@ def test_this_machine_is_healthy_for_every_type(mixed):
         plain = [r.columns for r in results if r.type == kind and r.path == "plain"]
         assert plain == list(kernels.COLUMNS)
     # Rounding of float32 alone, far below the limit: the activations lost nothing.
-    assert max(r.relative_error for r in results if r.type != "F16") < 1e-6
+    assert max(r.worst_relative_error for r in results if r.type != "F16") < 1e-6
 
 
 def test_repacked_layouts_are_checked_where_this_cpu_has_them(mixed):
     results = check_kernels(mixed, 1)
     repacked = {r.type for r in results if r.path == "repacked"}
-    lib = ctypes.CDLL(ggml.library()._name.replace("ggml-base", "ggml-cpu"))
-    if not lib.ggml_cpu_has_avx2():
+    if not ggml.library().ggml_cpu_has_avx2():
         pytest.skip("which types are repacked is known for AVX2 only")
     assert repacked - {"Q2_K"} == {"Q4_0", "Q4_K", "IQ4_NL"}  # Q2_K with AVX-512
     for kind in repacked:
@@ -102,12 +101,8 @@ def test_each_kind_of_shape_is_checked_once(tmp_path):
         },
     )
     results = check_kernels(path, 1)
-    plain = {(r.component, r.rows, r.row_length) for r in results if r.path == "plain"}
-    assert plain == {
-        ("token_embd", 217, 64),
-        ("blk.0.attn_q", 64, 64),
-        ("blk.0.ffn_down", 64, 160),
-    }
+    plain = {r.component for r in results if r.path == "plain"}
+    assert plain == {"token_embd", "blk.0.attn_q", "blk.0.ffn_down"}
     assert "token_embd" not in {r.component for r in results if r.path == "repacked"}
 
 
@@ -131,8 +126,8 @@ def test_any_flipped_bit_shows_as_much_as_it_changes_the_products(cpu, type_name
         effect = np.abs(x @ (meant.astype(np.float64) - weights).T) / scale
         for result in check_rows(cpu, "c", type_name, wrong, weights):
             expected = effect[: result.columns].max()
-            assert result.relative_error == pytest.approx(expected, rel=1e-3, abs=1e-6)
-            assert result.ok or expected > 0.9 * result.tolerance
+            assert result.worst_relative_error == pytest.approx(expected, rel=1e-3, abs=1e-6)
+            assert result.ok or expected > 0.9 * kernels.tolerance(type_name, "")
             found += not result.ok
     assert found > 0
 
