@@ -67,12 +67,12 @@ def verify(bundle: Path, json_file: Path | None, record: Path | None, options: O
     require_writable(bundle, json_file, record)
     return_freed_buffers()
     with Stages().several() as progress:
-        verified = run(bundle, options, progress)
-    print_verdict(verified.verdict)
-    write_json(json_file, verified.verdict.to_json())
+        verdict, answers = run(bundle, options, progress)
+    print_verdict(verdict)
+    write_json(json_file, verdict.to_json())
     if record is not None:
-        verified.record.save(record)
-    if not verified.verdict.passed:
+        answers.save(record)
+    if not verdict.passed:
         sys.exit(EXIT_VERIFIED_AND_FAILED)
 
 

@@ -12,9 +12,14 @@ from typing import Any
 from edge_dtm.core.errors import EdgeDtmError
 
 Advance = Callable[[int], None]  # the amount done since the last call
-StageProgress = Callable[[str, int, int], None]  # stage, amount done, amount in all
+StageProgress = Callable[[str, int], Advance]  # stage, its amount in all
 
 CACHE_VARIABLE = "EDGE_DTM_CACHE"
+
+
+def no_progress(stage: str, total: int) -> Advance:
+    """A StageProgress that shows nothing."""
+    return lambda amount: None
 
 
 def digest_of(data: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
 from edge_dtm.core.files import Advance, StageProgress
 
@@ -39,12 +39,10 @@ class Stages:
     def several(self) -> Iterator[StageProgress]:
         """For work that names its own stages."""
         with self._bars() as bars:
-            tasks: dict[str, TaskID] = {}
 
-            def progress(stage: str, done: int, total: int) -> None:
-                if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=max(total, 1))
-                bars.update(tasks[stage], completed=done)
+            def progress(stage: str, total: int) -> Advance:
+                task = bars.add_task(stage, total=max(total, 1))
+                return lambda amount: bars.advance(task, amount)
 
             yield progress
 

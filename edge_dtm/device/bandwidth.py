@@ -15,12 +15,11 @@ from statistics import median
 import numpy as np
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.files import StageProgress
+from edge_dtm.core.files import StageProgress, no_progress
 from edge_dtm.core.scratch import Scratch
-from edge_dtm.device.replay import stage_counter
 from edge_dtm.formats import ggml_types
 from edge_dtm.formats.record import RunSettings
-from edge_dtm.llamacpp.llama_gguf import LlamaShape, llama_writer
+from edge_dtm.llamacpp.probe_model import LlamaShape, finish, llama_writer
 from edge_dtm.llamacpp.runner import LlamaRunner
 
 MODEL_BYTES = 256 * 10**6
@@ -69,11 +68,11 @@ class Bandwidth:
 
 
 def measure(
-    model_bytes: int, threads: Sequence[int], progress: StageProgress | None = None
+    model_bytes: int, threads: Sequence[int], progress: StageProgress = no_progress
 ) -> Bandwidth:
     """Decode with models of about model_bytes; threads: the numbers to try, rising."""
     first, *others = MEASURED_TYPES
-    advance = stage_counter(progress, "Decoding", len(threads) + len(others))
+    advance = progress("Decoding", len(threads) + len(others))
     with Scratch("edge-dtm", Path(tempfile.gettempdir())) as folder:
         path = folder / "model.gguf"
 
@@ -141,10 +140,7 @@ def write_model(
     kind = ggml_types.ggml_type(type_name)
     for name, size in matrices.items():
         writer.add_tensor(f"{name}.weight", data[size], raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 def thread_counts(cores: int) -> list[int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.files import StageProgress, write_whole
+from edge_dtm.core.files import StageProgress, no_progress, write_whole
 from edge_dtm.core.machine import Room, read_text, room
 from edge_dtm.device.bandwidth import (
     MEASURED_TYPES,
@@ -48,12 +48,12 @@ class MachineFacts:
 
 
 def detect(
-    name: str, root: Path = Path("/"), progress: StageProgress | None = None
+    name: str, root: Path = Path("/"), progress: StageProgress = no_progress
 ) -> DeviceProfile:
     """Measure this machine, which takes about a minute, and return its profile.
 
     name: the profile's, such as default_name's. root: where proc and sys are.
-    progress: called with stage, done, total. EdgeDtmError where Linux' /proc is missing, llama.cpp
+    EdgeDtmError where Linux' /proc is missing, llama.cpp
     cannot run, or memory or disk do not suffice for measuring.
     """
     total = total_bytes(read_text(root / "proc/meminfo"))

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from edge_dtm.core import machine
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.files import StageProgress
+from edge_dtm.core.files import StageProgress, no_progress
 from edge_dtm.core.metrics import compare
 from edge_dtm.core.scratch import Scratch
 from edge_dtm.device.first_decode import first_decode_in_child
 from edge_dtm.device.inputs import Inputs, check_host_ids, check_tokens, load_inputs
 from edge_dtm.device.judge import against_host, divergences, judge, limits_of_part
-from edge_dtm.device.replay import Replayed, compare_repacking, replay, stage_counter
 from edge_dtm.formats import bundle as bundles
 from edge_dtm.formats.archive import open_bundle
 from edge_dtm.formats.record import Record, RunSettings
@@ -34,7 +34,7 @@ from edge_dtm.llamacpp.gguf_header import check_gguf
 from edge_dtm.llamacpp.llama import runtime_info
 from edge_dtm.llamacpp.memory import require_memory
 from edge_dtm.llamacpp.runner import LlamaRunner, Timing
-from edge_dtm.llamacpp.schedule import context_needed
+from edge_dtm.llamacpp.schedule import context_needed, replay_tokens
 
 SPEED_PROMPT_TOKENS, SPEED_DECODE_TOKENS = 128, 32
 
@@ -68,18 +68,14 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Verified:
-    """The verdict, and what the device answered, for a report."""
-
-    verdict: Verdict
-    record: Record
-
-
-@dataclass(frozen=True)
 class Run:
-    """What this machine computed and how fast. What was not run is None or ()."""
+    """What this machine computed and how fast. What was not run is None or ().
 
-    replayed: Replayed
+    kl_nats: host || device at each position (S, N), None in mode "generate".
+    """
+
+    record: Record
+    kl_nats: npt.NDArray[np.float64] | None
     timing: Timing
     kl_probe_nats: float | None
     kernels: Sequence[KernelCheck]
@@ -96,15 +92,17 @@ class Limits:
     host_meets: bool
 
 
-def verify(bundle_path: Path, options: Options, progress: StageProgress | None = None) -> Verified:
+def verify(
+    bundle_path: Path, options: Options, progress: StageProgress = no_progress
+) -> tuple[Verdict, Record]:
     """Check a bundle, folder or packed, replay its reference on this machine and judge.
 
-    progress: called in the stages "check" (bytes) and "replay" (tokens). EdgeDtmError for a bundle
+    The record is what the device answered. EdgeDtmError for a bundle
     that is not as it was made, that llama.cpp reads differently, that does not fit into memory, or
     that this build of llama.cpp cannot run.
     """
     with open_bundle(Path(bundle_path), trusted=options.trusted) as bundle:
-        bundle.check(stage_counter(progress, "check", bundle.size_bytes))
+        bundle.check(progress("check", bundle.size_bytes))
         check_gguf(bundle.path(bundles.MODEL))
         whole = load_inputs(bundle)
         noise_floor = bundle.manifest.noise_floor(bundle.source)
@@ -141,7 +139,7 @@ def verify(bundle_path: Path, options: Options, progress: StageProgress | None =
             notes=_notes(options, len(part.reference), len(whole.reference), limits),
         )
         meta = {"rows": list(range(len(part.reference)))}
-        return Verified(verdict, replace(run.replayed.record, meta=meta))
+        return verdict, replace(run.record, meta=meta)
 
 
 def _run(
@@ -150,7 +148,7 @@ def _run(
     part: Inputs,
     settings: RunSettings,
     options: Options,
-    progress: StageProgress | None,
+    progress: StageProgress,
 ) -> Run:
     context = max(context_needed(whole.reference), SPEED_PROMPT_TOKENS + SPEED_DECODE_TOKENS)
     require_memory(model, settings, context)
@@ -161,14 +159,26 @@ def _run(
         kl_probe_nats, kernels = _check_kernels(model, whole.probe, settings.threads)
     with LlamaRunner(model, settings, context) as llama:
         check_host_ids(whole.host, llama.n_vocab)
-        replayed = replay(llama, part.reference, part.host, options.mode, progress)
+        advance, kl_nats = progress("replay", replay_tokens(part.reference)), None
+        if options.mode == "generate":
+            record = llama.greedy(part.reference, advance)
+        else:
+            record, kl_nats = llama.beside(part.reference, part.host, advance)
         llama.time_decoding(16, 2)  # the first round is slower
         timing = llama.time_decoding(SPEED_PROMPT_TOKENS, SPEED_DECODE_TOKENS)
     if options.kernels == "compare":
         other = replace(settings, repack=not settings.repack)
         with LlamaRunner(model, other, context) as llama:
-            compared = compare_repacking(llama, part.reference, replayed.record, progress)
-    return Run(replayed, timing, kl_probe_nats, kernels, compared)
+            advance = progress("replay without repacking", replay_tokens(part.reference))
+            compared = _compared(record, *llama.beside(part.reference, record, advance))
+    return Run(record, kl_nats, timing, kl_probe_nats, kernels, compared)
+
+
+def _compared(record: Record, other: Record, kl: npt.NDArray[np.float64]) -> KernelsCompared:
+    """Both layouts of the weights; kl: of the records, (S, N)."""
+    counted = np.arange(kl.shape[1])[None, :] < record.lengths[:, None]
+    differing = compare(record.ids, other.ids, record.lengths).divergent_tokens
+    return KernelsCompared(int(counted.sum()), differing, float(kl[counted].mean()))
 
 
 def _check_kernels(model: Path, probe: Record, threads: int) -> tuple[float, list[KernelCheck]]:
@@ -201,7 +211,7 @@ def _limits(bundled: Thresholds, options: Options, whole: Inputs, part: Inputs) 
 
 
 def _evidence(part: Inputs, run: Run, near_tie_margin: float, decided_margin: float) -> Evidence:
-    record, host = run.replayed.record, part.host
+    record, host = run.record, part.host
     reference, lengths = part.reference, part.reference.generated_lengths
     original, against, first = divergences(
         reference.generated_ids,
@@ -213,9 +223,9 @@ def _evidence(part: Inputs, run: Run, near_tie_margin: float, decided_margin: fl
         record.mode,
     )
     agreement = None
-    if record.mode == "teacher_forced":
+    if run.kl_nats is not None:
         agreement = against_host(
-            host.ids, host.top_logits, record.ids, run.replayed.kl, lengths, decided_margin
+            host.ids, host.top_logits, record.ids, run.kl_nats, lengths, decided_margin
         )
     return Evidence(
         mode=record.mode,

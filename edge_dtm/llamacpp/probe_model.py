@@ -10,21 +10,86 @@ Its weights come from raw PCG64 words, whose stream numpy promises to keep; noth
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_dtm.core.metrics import top_kl
 from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.formats.reference import HELD_OUT, TOP_K, Reference
-from edge_dtm.llamacpp.llama_gguf import LlamaShape, finish, llama_writer
 from edge_dtm.llamacpp.runner import LlamaRunner
 
-HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, VOCAB = 128, 2, 4, 2, 256, 256
-SEQUENCES, PROMPT_TOKENS, TOKENS = 4, 8, 24
-SHAPE = LlamaShape(HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, VOCAB, PROMPT_TOKENS + TOKENS)
+if TYPE_CHECKING:
+    import gguf
+
 SEED = 20251103
+SEQUENCES, PROMPT_TOKENS, TOKENS = 4, 8, 24
+VOCAB = 256
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+    context_tokens: int
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(rows, row_length) of each matrix of a layer, in the order they are written."""
+        kv = self.hidden // self.heads * self.kv_heads
+        return {
+            "attn_q": (self.hidden, self.hidden),
+            "attn_k": (kv, self.hidden),
+            "attn_v": (kv, self.hidden),
+            "attn_output": (self.hidden, self.hidden),
+            "ffn_gate": (self.ffn, self.hidden),
+            "ffn_up": (self.ffn, self.hidden),
+            "ffn_down": (self.hidden, self.ffn),
+        }
+
+
+def llama_writer(path: Path, shape: LlamaShape, name: str | None = None) -> gguf.GGUFWriter:
+    """A writer that has the metadata; tensors are still to be added."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    if name is not None:
+        writer.add_name(name)
+    writer.add_vocab_size(shape.vocab)
+    writer.add_context_length(shape.context_tokens)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.ffn)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_rope_dimension_count(shape.hidden // shape.heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("none")
+    return writer
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write what the writer was given, and close the file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+SHAPE = LlamaShape(
+    hidden=128,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    ffn=256,
+    vocab=VOCAB,
+    context_tokens=PROMPT_TOKENS + TOKENS,
+)
 
 
 def write(path: Path) -> None:
@@ -44,12 +109,12 @@ def write(path: Path) -> None:
         writer.add_tensor(f"{name}.weight", weights.astype(np.float16))
 
     def norm(name: str, gain: float) -> None:
-        writer.add_tensor(f"{name}.weight", np.full(HIDDEN, gain, dtype=np.float32))
+        writer.add_tensor(f"{name}.weight", np.full(SHAPE.hidden, gain, dtype=np.float32))
 
-    matrix("token_embd", VOCAB, HIDDEN)
-    matrix("output", VOCAB, HIDDEN)
+    matrix("token_embd", VOCAB, SHAPE.hidden)
+    matrix("output", VOCAB, SHAPE.hidden)
     norm("output_norm", 3)
-    for layer in range(LAYERS):
+    for layer in range(SHAPE.layers):
         norm(f"blk.{layer}.attn_norm", 1)
         norm(f"blk.{layer}.ffn_norm", 1)
         for name, (rows, columns) in SHAPE.matrices().items():
@@ -79,18 +144,13 @@ def sequences() -> Reference:
 def record(path: Path, settings: RunSettings) -> Record:
     """What the model says on this machine; path: where its GGUF may be written."""
     write(path)
-    with LlamaRunner(path, settings, PROMPT_TOKENS + TOKENS) as llama:
+    with LlamaRunner(path, settings, SHAPE.context_tokens) as llama:
         return llama.teacher_forced(sequences())
 
 
 def kl(host: Record, path: Path, settings: RunSettings) -> float:
     """Mean KL, host || this machine, in nats, over the model's positions."""
     write(path)
-    there = np.zeros_like(host.top_logits)
-
-    def observe(row: int, position: int, logits: npt.NDArray[np.float32]) -> None:
-        there[row, position] = logits[host.top_ids[row, position]]
-
-    with LlamaRunner(path, settings, PROMPT_TOKENS + TOKENS) as llama:
-        llama.teacher_forced(sequences(), observe=observe)
-    return float(top_kl(host.top_logits, there).mean())
+    with LlamaRunner(path, settings, SHAPE.context_tokens) as llama:
+        _, kl_nats = llama.beside(sequences(), host)
+    return float(kl_nats.mean())

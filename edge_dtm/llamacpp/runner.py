@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.files import Advance
-from edge_dtm.formats.record import Record, RunSettings
-from edge_dtm.formats.reference import TOP_K, Reference
+from edge_dtm.core.metrics import top_kl
+from edge_dtm.formats.record import Mode, Record, RunSettings
+from edge_dtm.formats.reference import PADDING, TOP_K, Reference
 from edge_dtm.llamacpp import llama
-from edge_dtm.llamacpp.record_arrays import empty_record, note
 from edge_dtm.llamacpp.schedule import Step, calls, chunks, prompt_steps, steps_of
 
 Observer = Callable[[int, int, npt.NDArray[np.float32]], None]
@@ -120,7 +120,7 @@ class LlamaRunner:
         EdgeDtmError when a sequence does not fit the context or the vocabulary.
         """
         self._check(reference)
-        record = empty_record("teacher_forced", reference, self.settings)
+        record = _empty_record("teacher_forced", reference, self.settings)
         seconds, count = 0.0, 0
         self._lib.llama_memory_clear(self._memory, False)
         width, most = self.settings.sequences_per_call, self.settings.batch_tokens
@@ -138,13 +138,25 @@ class LlamaRunner:
                     if step.target >= 0:
                         logits = self._logits(i)
                         token = int(reference.generated_ids[step.row, step.target])
-                        note(record, step.row, step.target, logits, token)
+                        _note(record, step.row, step.target, logits, token)
                         if observe:
                             observe(step.row, step.target, logits)
                 if progress:
                     progress(len(chunk) + cached)
                 cached = 0
         return replace(record, prefill_tokens_per_s=_rate(count, seconds))
+
+    def beside(
+        self, reference: Reference, other: Record, progress: Advance | None = None
+    ) -> tuple[Record, npt.NDArray[np.float64]]:
+        """teacher_forced, and the KL, other || this run, in nats, at each position (S, N)."""
+        logits_of_top = np.zeros_like(other.top_logits)
+
+        def observe(row: int, position: int, logits: npt.NDArray[np.float32]) -> None:
+            logits_of_top[row, position] = logits[other.top_ids[row, position]]
+
+        record = self.teacher_forced(reference, progress, observe)
+        return record, top_kl(other.top_logits, logits_of_top)
 
     def greedy(self, reference: Reference, progress: Advance | None = None) -> Record:
         """Decode greedily behind each prompt, one token a call, as often as the reference did.
@@ -153,7 +165,7 @@ class LlamaRunner:
         progress and errors as in teacher_forced.
         """
         self._check(reference)
-        record = empty_record("generate", reference, self.settings)
+        record = _empty_record("generate", reference, self.settings)
         seconds, count = [0.0, 0.0], [0, 0]  # prefill, decode
         for row in range(len(reference)):
             self._lib.llama_memory_clear(self._memory, False)
@@ -163,11 +175,11 @@ class LlamaRunner:
                 count[0] += len(chunk)
                 if progress:
                     progress(len(chunk))
-            token = note(record, row, 0, self._logits(len(chunk) - 1))
+            token = _note(record, row, 0, self._logits(len(chunk) - 1))
             for target in range(1, int(reference.generated_lengths[row])):
                 seconds[1] += self._decode([Step(token, len(prompt) + target - 1, target=target)])
                 count[1] += 1
-                token = note(record, row, target, self._logits(0))
+                token = _note(record, row, target, self._logits(0))
                 if progress:
                     progress(1)
         prefill, decode = map(_rate, count, seconds)
@@ -252,3 +264,57 @@ class LlamaRunner:
 
 def _rate(count: int, seconds: float) -> float:
     return count / seconds if count and seconds > 0 else math.nan
+
+
+def _empty_record(mode: Mode, reference: Reference, settings: RunSettings) -> Record:
+    """A record of a reference with nothing in it yet, to be filled by `_note`."""
+    shape = reference.generated_ids.shape
+    return Record(
+        mode=mode,
+        ids=np.full(shape, PADDING, dtype=np.int32),
+        top_ids=np.full((*shape, TOP_K), PADDING, dtype=np.int32),
+        top_logits=np.zeros((*shape, TOP_K), dtype=np.float32),
+        log_normalizers=np.zeros(shape, dtype=np.float32),
+        reference_log_probabilities=np.full(shape, np.nan, dtype=np.float32),
+        lengths=reference.generated_lengths.astype(np.int32),
+        prefill_tokens_per_s=math.nan,
+        decode_tokens_per_s=math.nan,
+        settings=settings.to_json(),
+    )
+
+
+def _note(
+    record: Record, row: int, target: int, logits: npt.NDArray[np.float32], token: int | None = None
+) -> int:
+    """Store one position and return its argmax; token: whose probability is wanted."""
+    ids, values, normalizer = summarize(logits)
+    record.ids[row, target] = ids[0]
+    record.top_ids[row, target] = ids
+    record.top_logits[row, target] = values
+    record.log_normalizers[row, target] = normalizer
+    if token is not None:
+        record.reference_log_probabilities[row, target] = float(logits[token]) - normalizer
+    return int(ids[0])
+
+
+def summarize(
+    logits: npt.NDArray[np.float32],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], float]:
+    """(top ids, top logits falling, log normalizer in nats) of logits (V,), V at least TOP_K.
+
+    On ties the lower id comes first, so the first id is np.argmax's. EdgeDtmError when a logit is
+    nan or infinite.
+    """
+    top = float(logits.max())
+    normalizer = top + math.log(float(np.exp(logits - np.float32(top)).sum(dtype=np.float64)))
+    if not math.isfinite(normalizer):
+        raise EdgeDtmError("the model computes logits that are not finite: its weights are broken")
+    # The eighth largest of the maxima of some stretches is no larger than the eighth logit, so that
+    # what reaches it holds all candidates, ties included, without sorting the vocabulary.
+    stretches = max(min(logits.size // 32, 1024), TOP_K)
+    maxima = np.maximum.reduceat(logits, np.arange(stretches) * logits.size // stretches)
+    bound = np.partition(maxima, stretches - TOP_K)[stretches - TOP_K]
+    candidates = np.flatnonzero(logits >= bound)
+    order = np.lexsort((candidates, -logits[candidates]))[:TOP_K]
+    ids = candidates[order]
+    return ids, logits[ids], normalizer

@@ -12,7 +12,7 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats import ggml_types
 from edge_dtm.formats.ggml_types import ALLOWED_TYPES
 from edge_dtm.llamacpp import ggml, llama
-from edge_dtm.llamacpp.llama_gguf import LlamaShape, finish, llama_writer
+from edge_dtm.llamacpp.probe_model import LlamaShape, finish, llama_writer
 
 # llama.cpp names whole files; with `pure` every matrix gets the type in the name.
 FILE_TYPES = {

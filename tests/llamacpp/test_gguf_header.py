@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.llamacpp.gguf_header import check_gguf, read_header
-from edge_dtm.llamacpp.llama_gguf import finish
+from edge_dtm.llamacpp.probe_model import finish
 
 
 def test_the_head_agrees_with_ggufs_own_reader(tiny_gguf: Path) -> None:

@@ -18,7 +18,7 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.llamacpp import ggml, kernels
 from edge_dtm.llamacpp.ggml_cpu import CpuBackend
 from edge_dtm.llamacpp.kernels import activations, check_kernels, check_rows, decode
-from edge_dtm.llamacpp.llama_gguf import finish
+from edge_dtm.llamacpp.probe_model import finish
 
 BLOCKS_OF_32 = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")
 BLOCKS_OF_256 = ("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS")

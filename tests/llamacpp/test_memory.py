@@ -17,8 +17,8 @@ from edge_dtm.core.machine import Room, room
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.llamacpp import memory
 from edge_dtm.llamacpp.llama import LOG_VARIABLE
-from edge_dtm.llamacpp.llama_gguf import LlamaShape, finish, llama_writer
 from edge_dtm.llamacpp.memory import need, require_memory
+from edge_dtm.llamacpp.probe_model import LlamaShape, finish, llama_writer
 from edge_dtm.llamacpp.runner import LlamaRunner
 
 VOCABULARY = 303

@@ -20,7 +20,7 @@ TENSORS_SHA256 = "91a7dc06b659c8b37b72d9c096763fc189331c54a48cc4fe692be7b95defeb
 TOKENS_SHA256 = "e7eddcefbff2de23bda804c091bf8b472e1b206e676982da9d0324cda56a3fa1"
 MATRICES = ["output"] + [
     f"blk.{layer}.{name}"
-    for layer in range(probe_model.LAYERS)
+    for layer in range(probe_model.SHAPE.layers)
     for name in probe_model.SHAPE.matrices()
 ]
 

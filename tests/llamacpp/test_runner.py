@@ -18,8 +18,7 @@ from edge_dtm.core.metrics import divergent_mask, share_of_divergent_tokens
 from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.formats.reference import PADDING, TOP_K, Reference
 from edge_dtm.llamacpp import schedule
-from edge_dtm.llamacpp.record_arrays import summarize
-from edge_dtm.llamacpp.runner import LlamaRunner
+from edge_dtm.llamacpp.runner import LlamaRunner, summarize
 
 
 def forced(path: Path, reference: Reference, **settings: int) -> Record:

@@ -9,7 +9,7 @@ import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.llamacpp.llama_gguf import LlamaShape, finish, llama_writer
+from edge_dtm.llamacpp.probe_model import LlamaShape, finish, llama_writer
 from edge_dtm.llamacpp.vocabulary import LlamaVocab, tokenize
 
 WORDS = ["Ġhello", "ĊĊ", "ðŁĺ", "naÃ¯ve", "<|im_start|>", "<0x41>"]
