@@ -26,7 +26,11 @@ def against_host(
     lengths: npt.NDArray[np.integer[Any]],
     decided_margin: float,
 ) -> AgainstHost:
-    """host_ids, device_ids, kl (nats, top_kl) of shape (S, N), host_top_logits (S, N, K) falling,
+    """Mean KL over positions, each capped at KL_CAP_NATS; the share of other argmaxes where the
+    host's own margin is at least decided_margin; the host's largest margin, in logits, at which the
+    device chose another token, 0 when it never did.
+
+    host_ids, device_ids, kl (nats, top_kl) of shape (S, N), host_top_logits (S, N, K) falling,
     lengths (S,)."""
     counted = np.arange(host_ids.shape[1])[None, :] < np.asarray(lengths)[:, None]
     other = divergent_mask(host_ids, device_ids, lengths)
@@ -34,10 +38,11 @@ def against_host(
     decided = counted & (margins >= decided_margin)
     n = int(decided.sum())
     return AgainstHost(
-        kl_nats=float(np.minimum(kl[counted], KL_CAP_NATS).mean()) if counted.any() else 0.0,
-        decided_sdt=float((other & decided).sum() / n) if n else 0.0,
-        decided_positions=n,
-        largest_margin=float(margins[other].max()) if other.any() else 0.0,
+        kl_vs_host_nats=float(np.minimum(kl[counted], KL_CAP_NATS).mean())
+        if counted.any()
+        else 0.0,
+        decided_sdt_vs_host=float((other & decided).sum() / n) if n else 0.0,
+        largest_margin_vs_host=float(margins[other].max()) if other.any() else 0.0,
     )
 
 
@@ -86,10 +91,10 @@ def _threshold_checks(e: Evidence, t: Thresholds) -> list[ThresholdCheck]:
         value, limit = f"SDT against the original is {sdt:.3%}", f"at most {t.max_sdt:.3%}"
         checks.append(_check("sdt", sdt <= t.max_sdt, value, limit, of_host=False))
     if e.host is not None:
-        kl, most = e.host.kl_nats, t.max_kl_vs_host
+        kl, most = e.host.kl_vs_host_nats, t.max_kl_vs_host
         value = f"KL against the host's run of this file is {kl:.2g} nats"
         checks.append(_check("kl", kl <= most, value, f"at most {most:.2g}"))
-        share, most = e.host.decided_sdt, t.max_decided_sdt_vs_host
+        share, most = e.host.decided_sdt_vs_host, t.max_decided_sdt_vs_host
         value = f"The share of other tokens where the host was sure ({t.decided_margin:g} logits)"
         checks.append(
             _check("decided", share <= most, f"{value} is {share:.3%}", f"at most {most:.3%}")

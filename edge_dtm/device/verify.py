@@ -135,7 +135,7 @@ def verify(
             performance=_performance(run.timing),
             settings=settings.to_json(),
             runtime=runtime_info(),
-            kernels_compared=run.compared,
+            kernels_compare=run.compared,
             notes=_notes(options, len(part.reference), len(whole.reference), limits),
         )
         meta = {"rows": list(range(len(part.reference)))}

@@ -30,8 +30,8 @@ def print_verdict(verdict: Verdict, console: Console | None = None) -> None:
         table.add_row(*row)
     console.print(table)
     lines = [f"Note: {note}." for note in verdict.notes]
-    if verdict.kernels_compared is not None:
-        lines.append(_repacking(verdict.kernels_compared))
+    if verdict.kernels_compare is not None:
+        lines.append(_repacking(verdict.kernels_compare))
     if not verdict.passed:
         lines.append(verdict.diagnosis.words)
     # Text, not markup: whatever a bundle says stays what it is.
@@ -71,8 +71,8 @@ def _rows(verdict: Verdict) -> Iterator[tuple[str, ...]]:
     yield "identical vs host", f"{host.identical_share:.1%}"
     sure = f"SDT vs host where sure (≥ {limits.decided_margin:g})"
     for label, value, form, most in (
-        ("KL vs host, nats", e.host and e.host.kl_nats, ".2g", limits.max_kl_vs_host),
-        (sure, e.host and e.host.decided_sdt, ".2%", limits.max_decided_sdt_vs_host),
+        ("KL vs host, nats", e.host and e.host.kl_vs_host_nats, ".2g", limits.max_kl_vs_host),
+        (sure, e.host and e.host.decided_sdt_vs_host, ".2%", limits.max_decided_sdt_vs_host),
         ("KL vs host, small F16 model", e.kl_probe_nats, ".2g", limits.max_kl_probe),
     ):
         if value is not None:

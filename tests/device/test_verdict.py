@@ -41,7 +41,7 @@ def evidence(sdt=0.05, fdt=30.0, kl=0.005, decided=0.001, probe=1e-5, kernels=No
         mode=mode,
         against_original=divergence(sdt, fdt),
         against_host=divergence(0.01, 60.0),
-        host=None if mode == "generate" else AgainstHost(kl, decided, 300, 0.25),
+        host=None if mode == "generate" else AgainstHost(kl, decided, 0.25),
         kl_probe_nats=probe,
         kernels=[GOOD_KERNEL] if kernels is None else kernels,
         first_divergent_tokens=[30, 30],
@@ -130,17 +130,18 @@ def test_against_host_is_what_loops_count(replay, decided_margin):
     places = counted(lengths)
     sure = [at for at in places if margins[at] >= decided_margin]
     other = [at for at in places if host[at] != device[at]]
-    assert result.kl_nats == pytest.approx(sum(min(kl[at], 1) for at in places) / len(places))
-    assert result.decided_positions == len(sure)
-    assert result.decided_sdt == (len(set(sure) & set(other)) / len(sure) if sure else 0)
-    assert result.largest_margin == max((margins[at] for at in other), default=0)
+    assert result.kl_vs_host_nats == pytest.approx(
+        sum(min(kl[at], 1) for at in places) / len(places)
+    )
+    assert result.decided_sdt_vs_host == (len(set(sure) & set(other)) / len(sure) if sure else 0)
+    assert result.largest_margin_vs_host == max((margins[at] for at in other), default=0)
 
 
 def test_one_position_cannot_decide_over_thousands():
     ids, lengths = np.zeros((1, 1000), dtype=int), np.array([1000])
     kl = np.zeros((1, 1000))
     kl[0, 0] = 1e6
-    assert against_host(ids, np.zeros((1, 1000, 8)), ids, kl, lengths, 1.0).kl_nats == 1e-3
+    assert against_host(ids, np.zeros((1, 1000, 8)), ids, kl, lengths, 1.0).kl_vs_host_nats == 1e-3
 
 
 @settings(deadline=None, max_examples=60)
@@ -339,7 +340,7 @@ def test_what_json_cannot_say_is_null():
         evidence=evidence(kernels=[endless], probe=None),
         performance={"prefill_tokens_per_s": math.nan, "decode_tokens_per_s": None},
         # A token that the other run thinks impossible, which no cap hides divergence.
-        kernels_compared=KernelsCompared(9, 1, math.inf),
+        kernels_compare=KernelsCompared(9, 1, math.inf),
     ).to_json()
     assert json.loads(json.dumps(data, allow_nan=False)) == data
     assert data["kernels"][0]["worst_relative_error"] is None and data["kl_probe_nats"] is None

@@ -66,8 +66,7 @@ def test_pass(tiny_bundle: Path) -> None:
     assert verdict.evidence.against_original.sdt.value < 0.01
     assert verdict.evidence.against_host.sdt.value == 0
     assert verdict.evidence.host is not None
-    assert verdict.evidence.host.kl_nats == pytest.approx(0, abs=1e-6)
-    assert verdict.evidence.host.decided_positions > 0
+    assert verdict.evidence.host.kl_vs_host_nats == pytest.approx(0, abs=1e-6)
     assert verdict.evidence.kl_probe_nats == pytest.approx(0, abs=1e-6)
     assert {k.type for k in verdict.evidence.kernels} == {"F32"}
     assert verdict.bundle["key_id"] is None
@@ -164,7 +163,7 @@ def test_other_weights_fail(tiny_bundle: Path, seal: Seal, mode: str) -> None:
     if mode == "teacher_forced":
         assert verdict.evidence.against_original.sdt.value > 0.5
         assert verdict.evidence.host is not None
-        assert verdict.evidence.host.kl_nats > 0.3
+        assert verdict.evidence.host.kl_vs_host_nats > 0.3
 
 
 def test_only_the_host_differs(tiny_bundle: Path, seal: Seal) -> None:
@@ -258,9 +257,9 @@ def test_a_probe_that_differs_is_broken_kernels(tiny_bundle: Path, seal: Seal) -
 def test_kernels_compared(tiny_bundle: Path) -> None:
     verdict = verify(tiny_bundle, threads=1, kernels="compare")
     assert verdict.passed
-    assert verdict.kernels_compared is not None
-    assert verdict.kernels_compared.positions == 124
-    assert verdict.kernels_compared.differing_tokens == 0  # F32 is never repacked
+    assert verdict.kernels_compare is not None
+    assert verdict.kernels_compare.positions == 124
+    assert verdict.kernels_compare.differing_tokens == 0  # F32 is never repacked
 
 
 def test_too_little_memory(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def verdict(reference, ids, logits, lengths, sigma, seed, quantized=False):
     evidence = Evidence(
         "teacher_forced", original, against, there, None, [], first, [int(n) for n in lengths]
     )
-    return *judge(evidence, limits, host_meets=True)[::2], there.kl_nats
+    return *judge(evidence, limits, host_meets=True)[::2], there.kl_vs_host_nats
 
 
 def test_healthy_f16_devices_pass_and_worse_ones_fail():

@@ -40,7 +40,7 @@ def verdict(sdt=0.05, kl=0.005, component="blk.0.attn_q", ok=True, mode="teacher
         mode=mode,
         against_original=divergence(sdt, 30.0),
         against_host=divergence(0.01, 60.0),
-        host=None if mode == "generate" else AgainstHost(kl, 0.0012, 300, 0.25),
+        host=None if mode == "generate" else AgainstHost(kl, 0.0012, 0.25),
         kl_probe_nats=2.5e-5,
         kernels=[
             KernelCheck("Q8_0", "plain", 1, 2e-3, "blk.0.attn_q", True),
@@ -147,7 +147,7 @@ def test_what_was_not_measured_has_no_row():
     ],
 )
 def test_kernels_compared(compared, words):
-    text = printed(verdict(kernels_compared=compared))
+    text = printed(verdict(kernels_compare=compared))
     assert words in text.splitlines()[-2]
     assert "repacked weights" not in printed(verdict())
 
