@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -34,24 +33,11 @@ class Thresholds(StrictDataclass):
     max_decided_sdt_vs_host: Share = Field(description="decided_sdt_vs_host, a share.")
     max_kl_probe: Amount = Field(description="kl_probe_nats, nats.")
 
-    def to_json(self) -> dict[str, float]:
-        return asdict(self)
-
 
 # The tolerance of healthy kernels, from emulated ARM devices (docs/emulated-devices.md), with room above: kernels
 # of quantized types round activations each in their own way, those of F16 next to not at all.
-MAX_KL_VS_HOST_NATS = {"quantized": 0.05, "F16": 1e-3}
-
-
-DECIDED_MARGIN_LOGITS = 1.5
-
-
-MAX_DECIDED_SDT_VS_HOST = 0.005
-
-
-MAX_KL_PROBE_NATS = 1e-3
-
-
+MAX_KL_QUANTIZED_NATS, MAX_KL_F16_NATS = 0.05, 1e-3
+DECIDED_MARGIN_LOGITS, MAX_DECIDED_SDT = 1.5, 0.005
 # The room above the host's own figure, in half-widths of its 95 % interval: a healthy device rounds
 # activations otherwise and is as far from the original, at other positions.
 ROOM = 1.5
@@ -66,9 +52,9 @@ def thresholds_from(
 ) -> Thresholds:
     """The thresholds of a bundle whose GGUF did `host` against the original on the host.
 
-    tolerance: how far a device that is not broken may be off (tolerance_of_kernels). quantized: whether the file
-    has other types than F32, F16 and BF16. max_sdt (share) and min_fdt (tokens) are the user's own,
-    who may be stricter than the file is.
+    tolerance: how far a device that is not broken may be off (tolerance_of_kernels). quantized:
+    whether the file has other types than F32, F16 and BF16. max_sdt (share) and min_fdt (tokens)
+    are the user's own, who may be stricter than the file is.
     """
     sdt, fdt = host.sdt, host.fdt
     most = max(sdt.value + ROOM * (sdt.high - sdt.value), tolerance.sdt)
@@ -76,10 +62,10 @@ def thresholds_from(
     return Thresholds(
         max_sdt=min(most, 1.0) if max_sdt is None else max_sdt,
         min_fdt=max(least, 0.0) if min_fdt is None else min_fdt,
-        max_kl_vs_host=MAX_KL_VS_HOST_NATS["quantized" if quantized else "F16"],
+        max_kl_vs_host=MAX_KL_QUANTIZED_NATS if quantized else MAX_KL_F16_NATS,
         decided_margin=DECIDED_MARGIN_LOGITS,
-        max_decided_sdt_vs_host=MAX_DECIDED_SDT_VS_HOST,
-        max_kl_probe=MAX_KL_PROBE_NATS,
+        max_decided_sdt_vs_host=MAX_DECIDED_SDT,
+        max_kl_probe=MAX_KL_F16_NATS,
     )
 
 
@@ -97,19 +83,12 @@ class Tolerance:
     fdt: float
 
 
-EXACT = Tolerance(
-    0.0, math.inf
-)  # of devices that round as the host does: no room beyond its figures
-
-
 def tolerance_of_kernels(
     reference_ids: npt.NDArray[np.integer[Any]],
     top_ids: npt.NDArray[np.integer[Any]],
     top_logits: npt.NDArray[np.floating[Any]],
     lengths: npt.NDArray[np.integer[Any]],
     kl_nats: float = KERNELS_KL_NATS,
-    draws: int = DRAWS,
-    seed: int = 0,
 ) -> Tolerance:
     """What WITHIN of all devices stay in whose mean KL to the host is kl_nats.
 
@@ -127,13 +106,13 @@ def tolerance_of_kernels(
     shares /= shares.sum(axis=-1, keepdims=True)
     spread = float((1 - np.square(shares).sum(axis=-1)).mean())
     deviation = math.sqrt(2 * kl_nats / spread) if spread > 0 else 0.0
-    random = np.random.default_rng(seed)
-    said = np.array(reference_ids)
+    random = np.random.default_rng(0)
+    device_ids = np.array(reference_ids)
     sdt, fdt = [], []
-    for _ in range(draws):
+    for _ in range(DRAWS):
         moved = logits + deviation * random.standard_normal(logits.shape)
-        said[counted] = np.take_along_axis(ids, moved.argmax(axis=-1)[:, None], axis=-1)[:, 0]
-        mask = divergent_mask(reference_ids, said, lengths)
+        device_ids[counted] = np.take_along_axis(ids, moved.argmax(axis=-1)[:, None], axis=-1)[:, 0]
+        mask = divergent_mask(reference_ids, device_ids, lengths)
         sdt.append(share_of_divergent_tokens(mask, lengths))
         fdt.append(float(first_divergent_tokens(mask, lengths).mean()))
     return Tolerance(float(np.quantile(sdt, WITHIN)), float(np.quantile(fdt, 1 - WITHIN)))

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from edge_dtm.core.metrics import Divergence, Interval, compare
 from edge_dtm.device.judge import against_host, divergences, judge, limits_of_part
-from edge_dtm.formats.thresholds import EXACT, Tolerance, thresholds_from
+from edge_dtm.formats.thresholds import Tolerance, thresholds_from
 from edge_dtm.formats.verdict import AgainstHost, Evidence, KernelCheck, KernelsCompared
 from edge_dtm.formats.verdict_file import VerdictFile
 
+EXACT = Tolerance(0.0, math.inf)  # of devices that round as the host does
 GOOD_KERNEL = KernelCheck("Q8_0", "plain", 1, 2e-3, "blk.0.attn_q", True)
 BAD_KERNEL = KernelCheck("Q4_K", "repacked", 32, 0.7, "blk.1.ffn_down", False)
 
