@@ -66,11 +66,6 @@ class GgmlType:
         return 8 * self.block_bytes / self.block_size
 
     @property
-    def layout(self) -> str:
-        """The block as a sum of bytes, for instance `2 (scale) + 32 (weights)`."""
-        return " + ".join(f"{size} ({part})" for part, size in self.parts.items())
-
-    @property
     def quantized(self) -> bool:
         """Whether several weights share a block."""
         return self.block_size > 1

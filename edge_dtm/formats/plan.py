@@ -65,7 +65,9 @@ class Component:
         return self.rows * zeros_per_row(self.row_length, treatment.zero_share)
 
     def size_bytes(self, treatment: Treatment) -> int:
-        return tensor_bytes(treatment.type, self.rows, self.row_length)
+        """Bytes it takes in a GGUF file, padding included."""
+        size = self.rows * ggml_types.row_bytes(treatment.type, self.row_length)
+        return -(-size // TENSOR_ALIGNMENT_BYTES) * TENSOR_ALIGNMENT_BYTES
 
     def fits(self, type_name: str) -> bool:
         return self.row_length % ggml_types.block_size(type_name) == 0
@@ -85,12 +87,6 @@ def distinct_texts(treatments: Iterable[Treatment]) -> dict[Treatment, str]:
 
 def zeros_per_row(row_length: int, zero_share: float) -> int:
     return round(row_length * zero_share)
-
-
-def tensor_bytes(type_name: str, rows: int, row_length: int) -> int:
-    """Bytes a tensor takes in a GGUF file, padding included."""
-    size = rows * ggml_types.row_bytes(type_name, row_length)
-    return -(-size // TENSOR_ALIGNMENT_BYTES) * TENSOR_ALIGNMENT_BYTES
 
 
 def candidate_treatments(
@@ -139,37 +135,29 @@ class Plan:
     treatments: tuple[Treatment, ...]
     fixed_bytes: int
 
-    def __post_init__(self) -> None:
-        if len(self.components) != len(self.treatments):
-            raise ValueError("a plan needs one treatment a component")
-
-    def __getitem__(self, name: str) -> Treatment:
-        return self.by_name()[name]
+    @property
+    def pairs(self) -> list[tuple[Component, Treatment]]:
+        return list(zip(self.components, self.treatments, strict=True))
 
     def by_name(self) -> dict[str, Treatment]:
-        return {c.name: t for c, t in zip(self.components, self.treatments, strict=True)}
+        return {c.name: t for c, t in self.pairs}
 
     @property
     def size_bytes(self) -> int:
         """The exact size of the GGUF file."""
-        pairs = zip(self.components, self.treatments, strict=True)
-        return self.fixed_bytes + sum(c.size_bytes(t) for c, t in pairs)
+        return self.fixed_bytes + sum(c.size_bytes(t) for c, t in self.pairs)
 
     @property
     def zero_share(self) -> float:
         """Zeros of the masks over all weights of the block matrices."""
-        pairs = [
-            (c.zeros(t), c.weights)
-            for c, t in zip(self.components, self.treatments, strict=True)
-            if c.in_block
-        ]
-        total = sum(w for _, w in pairs)
-        return sum(z for z, _ in pairs) / total if total else 0.0
+        in_blocks = [(c, t) for c, t in self.pairs if c.in_block]
+        total = sum(c.weights for c, _ in in_blocks)
+        return sum(c.zeros(t) for c, t in in_blocks) / total if total else 0.0
 
     def type_counts(self) -> dict[str, tuple[int, int]]:
         """Treatment text -> (components, bytes), in order of falling bytes."""
         counts: dict[str, tuple[int, int]] = {}
-        for c, t in zip(self.components, self.treatments, strict=True):
+        for c, t in self.pairs:
             n, size = counts.get(str(t), (0, 0))
             counts[str(t)] = (n + 1, size + c.size_bytes(t))
         return dict(sorted(counts.items(), key=lambda item: -item[1][1]))
@@ -186,7 +174,7 @@ class Plan:
             "fixed_bytes": self.fixed_bytes,
             "components": [
                 {"name": c.name, "rows": c.rows, "row_length": c.row_length, **t.to_json()}
-                for c, t in zip(self.components, self.treatments, strict=True)
+                for c, t in self.pairs
             ],
         }
 

@@ -34,13 +34,12 @@ def tensor_type_file(plan: Plan) -> str:
 
     EdgeDtmError that lists every component with zeros, which llama-quantize cannot make.
     """
-    pairs = list(zip(plan.components, plan.treatments, strict=True))
-    if sparse := [f"{c.name} {t}" for c, t in pairs if t.zero_share]:
+    if sparse := [f"{c.name} {t}" for c, t in plan.pairs if t.zero_share]:
         raise EdgeDtmError(
-            f"llama-quantize cannot prune, and {len(sparse)} of {len(pairs)} components "
+            f"llama-quantize cannot prune, and {len(sparse)} of {len(plan.pairs)} components "
             f"have zeros ({', '.join(sparse)}): compress without --sparsity"
         )
-    return "".join(f"^{re.escape(c.name + '.weight')}$={t.type.lower()}\n" for c, t in pairs)
+    return "".join(f"^{re.escape(c.name + '.weight')}$={t.type.lower()}\n" for c, t in plan.pairs)
 
 
 def quantize_command(
@@ -63,7 +62,7 @@ def _file_type(plan: Plan) -> str:
     It fills general.file_type and the types of matrices that are not in the plan.
     """
     sizes: Counter[str] = Counter()
-    for c, t in zip(plan.components, plan.treatments, strict=True):
+    for c, t in plan.pairs:
         sizes[t.type] += c.size_bytes(t)
     if len(sizes) == 1 and not facts(only := next(iter(sizes))).quantized:
         return only  # the list is ignored, and not needed

@@ -6,7 +6,7 @@ import math
 import gguf
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edge_dtm.core.errors import EdgeDtmError
@@ -18,7 +18,6 @@ from edge_dtm.formats.plan import (
     Treatment,
     candidate_treatments,
     distinct_texts,
-    tensor_bytes,
     uniform,
     zeros_per_row,
 )
@@ -81,12 +80,6 @@ def test_zeros_change_no_size():
     assert dense.size_bytes == sparse.size_bytes
 
 
-def test_tensors_are_padded():
-    assert tensor_bytes("Q4_0", 1, 32) == 32
-    assert tensor_bytes("Q4_0", 3, 32) == 64
-    assert tensor_bytes("F16", 1, 32) == 64
-
-
 @given(st.integers(1, 5000), st.floats(0, 1))
 def test_zeros_per_row_is_the_nearest_number(row_length, share):
     zeros = zeros_per_row(row_length, share)
@@ -133,6 +126,7 @@ def test_hash_is_fixed_and_depends_on_everything():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"schema_version": None}, "schema version None"),
         ({"schema_version": 2}, "schema version 2"),
         ({"schema_version": 1.0}, "schema version 1.0"),
         ({"schema_version": True}, "schema version True"),
@@ -147,11 +141,6 @@ def test_what_is_no_plan_is_refused(change, message):
         Plan.from_json(data)
 
 
-def test_missing_schema_version_is_refused():
-    with pytest.raises(EdgeDtmError, match="schema version None"):
-        Plan.from_json({})
-
-
 @pytest.mark.parametrize(
     ("change", "offence"),
     [({"type": "Q9"}, "Q9"), ({"type": "Q6_K"}, "256"), ({"zero_share": 1.5}, "zero_share")],
@@ -161,11 +150,6 @@ def test_a_treatment_that_is_none_is_refused(change, offence):
     data["components"][1] |= change
     with pytest.raises(EdgeDtmError, match=rf"components\[1\].*{offence}"):
         Plan.from_json(data)
-
-
-def test_a_treatment_for_each_component():
-    with pytest.raises(ValueError, match="one treatment a component"):
-        Plan(COMPONENTS, (Treatment("Q8_0"),), 0)
 
 
 def test_candidates_divide_the_rows_and_prune_blocks_only():
@@ -201,7 +185,7 @@ def test_zeros_that_are_held_are_the_least():
 
 def test_lookup_and_counts():
     plan = plan_of("Q4_0", "F16", "Q4_0", "F16")
-    assert plan["blk.0.ffn_down"] == Treatment("Q4_0")
+    assert plan.by_name()["blk.0.ffn_down"] == Treatment("Q4_0")
     counts = plan.type_counts()
     assert {k: n for k, (n, _) in counts.items()} == {"Q4_0": 2, "F16": 2}
     assert sum(size for _, size in counts.values()) == plan.size_bytes
@@ -222,14 +206,8 @@ def test_texts_get_more_digits_only_where_they_would_read_the_same():
     }
 
 
-@pytest.mark.parametrize("level", SPARSE_LEVELS)
-def test_neighbours_have_texts_of_their_own(level):
-    near = {math.nextafter(level, 0), level, math.nextafter(level, 1)}
-    texts = distinct_texts(Treatment("F16", z) for z in near)
-    assert len(set(texts.values())) == len(texts) == 3
-
-
 @given(st.floats(0.01, 0.95))
+@example(math.nextafter(0.4, 0))
 def test_every_candidate_has_a_text_of_its_own(held):
     found = candidate_treatments(COMPONENTS[2], DEFAULT_TYPES, True, held)
     texts = distinct_texts(found)

@@ -252,7 +252,7 @@ def test_the_least_divergent_share(share):
     table = CostTable(tuple(parts), tuple(kinds for _ in parts), tuple(costs), 500)
     plan = least_divergent_share(table, "Q8_0", "F16", share)
     coarse = [i for i, t in enumerate(plan.treatments) if t.type == "Q8_0"]
-    assert plan["token_embd"] == Treatment("F16") and plan.fixed_bytes == 500
+    assert plan.by_name()["token_embd"] == Treatment("F16") and plan.fixed_bytes == 500
     assert {t.type for t in plan.treatments} <= {"Q8_0", "F16"}
     assert len(coarse) == round(share * 11)  # components, whatever their size
     order = sorted(range(1, 12), key=lambda i: costs[i][0])
