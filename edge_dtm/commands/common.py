@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import os
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edge_dtm.core.errors import EdgeDtmError
+
+if TYPE_CHECKING:
+    from edge_dtm.formats.profile import DeviceProfile
 
 PATH = click.Path(path_type=Path)
 THREADS = click.option(
@@ -24,55 +27,46 @@ def json_option(what: str) -> Callable[[Any], Any]:
     return click.option("--json", "json_file", type=PATH, help=f"Also write {what} as JSON.")
 
 
-class Bytes(click.ParamType[int]):
+def size_bytes(text: str) -> int:
     """A number of bytes with an optional unit: 105000000, 105M (10^6), 4.2G (10^9)."""
-
-    name = "bytes"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        text = str(value).strip().upper()
-        factor = {"K": 10**3, "M": 10**6, "G": 10**9}.get(text[-1:], 1)
-        try:
-            number = float(text if factor == 1 else text[:-1]) * factor
-        except ValueError:
-            self.fail(f"{value!r} is no size: write 105000000, 105M or 4.2G", param, ctx)
-        if not 0 < number < 2**63:
-            self.fail(f"{value!r} is no size a file can have", param, ctx)
-        return int(number)
+    text = text.strip().upper()
+    factor = {"K": 10**3, "M": 10**6, "G": 10**9}.get(text[-1:], 1)
+    try:
+        number = float(text if factor == 1 else text[:-1]) * factor
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no size: write 105000000, 105M or 4.2G") from None
+    if not 0 < number < 2**63:
+        raise click.BadParameter(f"{text!r} is no size a file can have")
+    return int(number)
 
 
-class Types(click.ParamType[tuple[str, ...]]):
+def types(text: str) -> tuple[str, ...]:
     """GGML type names with commas between."""
+    from edge_dtm.formats.ggml_types import ALLOWED_TYPES
 
-    name = "types"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        from edge_dtm.formats.ggml_types import ALLOWED_TYPES
-
-        names = tuple(n.strip() for n in str(value).split(",") if n.strip())
-        if not names or not set(names) <= set(ALLOWED_TYPES):
-            self.fail(f"{value!r}: choose among {', '.join(ALLOWED_TYPES)}", param, ctx)
-        return names
+    names = tuple(n.strip() for n in text.split(",") if n.strip())
+    if not names or not set(names) <= set(ALLOWED_TYPES):
+        raise click.BadParameter(f"{text!r}: choose among {', '.join(ALLOWED_TYPES)}")
+    return names
 
 
-class Loaded(click.ParamType[Any]):
-    """What a function, `package.module:function`, makes of the text."""
+def load_profile(text: str) -> DeviceProfile:
+    from edge_dtm.formats import profile
 
-    def __init__(self, name: str, function: str) -> None:
-        self.name = name
-        self._function = function
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return pkgutil.resolve_name(self._function)(value)
+    return profile.load_profile(text)
 
 
-PROFILE = Loaded("profile", "edge_dtm.formats.profile:load_profile")
+def _trusted_keys(text: str) -> Mapping[str, Any]:
+    from edge_dtm.formats.signing import load_trusted
+
+    return load_trusted(text)
+
+
 TRUSTED_KEYS = click.option(
     "--trusted-keys",
     "trusted",
-    type=Loaded("path", "edge_dtm.formats.signing:load_trusted"),
+    type=_trusted_keys,
+    metavar="PATH",
     help="Folder of .pub files. Refuse a bundle that none of these keys signed.",
 )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from edge_dtm.commands.common import PATH, PROFILE, Bytes, Types, grouped
+from edge_dtm.commands.common import PATH, grouped, load_profile, size_bytes, types
 from edge_dtm.core.errors import EdgeDtmError
 
 if TYPE_CHECKING:
@@ -60,12 +60,16 @@ def _switch(name: str, words: str) -> Callable[[Any], Any]:
 @click.option("--imatrix", type=PATH, help="Use these importance vectors from llama-imatrix.")
 @click.option(
     "--profile",
-    type=PROFILE,
+    type=load_profile,
+    metavar="PROFILE",
     default="raspberrypi",
     help="Device profile: a name or a .toml file.",
 )
 @click.option(
-    "--max-bytes", type=Bytes(), help="Limit of the file size, instead of the profile's: N, NM, NG."
+    "--max-bytes",
+    type=size_bytes,
+    metavar="BYTES",
+    help="Limit of the file size, instead of the profile's: N, NM, NG.",
 )
 @click.option(
     "--max-sdt",
@@ -79,7 +83,7 @@ def _switch(name: str, words: str) -> Callable[[Any], Any]:
 )
 @click.option(
     "--types",
-    type=Types(),
+    type=types,
     help="GGML types to choose from, separated by commas [default: all but Q3_K].",
 )
 @click.option(

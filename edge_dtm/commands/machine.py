@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -11,9 +12,9 @@ import click
 
 from edge_dtm.commands.common import (
     PATH,
-    PROFILE,
     THREADS,
     json_option,
+    load_profile,
     require_writable,
     write_json,
 )
@@ -79,7 +80,10 @@ def doctor(bundle_or_gguf: Path | None, n_ctx: int, json_file: Path | None) -> N
     help="How long to decode, about.",
 )
 @click.option(
-    "--profile", type=PROFILE, help="Device profile to compare with [default: the bundle's]."
+    "--profile",
+    type=load_profile,
+    metavar="PROFILE",
+    help="Device profile to compare with [default: the bundle's].",
 )
 @json_option("the figures")
 def bench(
@@ -190,7 +194,7 @@ def profiles_list() -> None:
 
 
 @profiles.command("show")
-@click.argument("profile", metavar="NAME", type=PROFILE)
+@click.argument("profile", metavar="NAME", type=load_profile)
 def profiles_show(profile: DeviceProfile) -> None:
     """Show every number of a profile with its source."""
     for field in fields(profile):
@@ -209,18 +213,23 @@ def profiles_detect(output: Path | None, name: str | None) -> None:
     Decodes random models in llama.cpp to measure the memory bandwidth. That takes about a minute
     and at least 256 MB in the temporary folder. Run nothing else meanwhile.
     """
+    from edge_dtm.core.files import write_whole
     from edge_dtm.core.progress import Stages
     from edge_dtm.device.cpu import read_cpu
-    from edge_dtm.device.detect import check_name, default_name, detect, require_new, save
+    from edge_dtm.device.detect import check_name, default_name, detect, to_toml
     from edge_dtm.device.linux import board
 
     root = Path("/")
     name = check_name(name or default_name(board(root), read_cpu(root)))
     path = output or Path(f"{name}.toml")
-    require_new(path)
+    if path.suffix != ".toml":
+        raise EdgeDtmError(f"{path} is no name for a profile: let it end in .toml")
+    if os.path.lexists(path):
+        raise EdgeDtmError(f"{path} exists already: give another name with -o, or remove it")
+    require_writable(None, path)
     with Stages().several() as progress:
         profile = detect(name, root, progress)
-    save(profile, path)
+    write_whole(path, to_toml(profile).encode())
     click.echo(
         f"{path}: {profile.description}; {profile.effective_bandwidth_bytes_per_s / 1e9:.2f}e9 "
         f"bytes/s while decoding, threads: {profile.threads}, "

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from edge_dtm.commands.common import PATH, TRUSTED_KEYS, Bytes, beside, require_writable
+from edge_dtm.commands.common import PATH, TRUSTED_KEYS, beside, require_writable, size_bytes
 from edge_dtm.core.errors import EdgeDtmError
 
 
@@ -63,7 +63,10 @@ def pack(bundle: Path, output: Path | None, key_file: Path | None, program: str 
 @click.option("-o", "--output", type=PATH, help="The folder to make [default: FILE without .edge].")
 @TRUSTED_KEYS
 @click.option(
-    "--max-unpacked-bytes", type=Bytes(), help="Refuse what unpacks to more: N, NK, NM or NG."
+    "--max-unpacked-bytes",
+    type=size_bytes,
+    metavar="BYTES",
+    help="Refuse what unpacks to more: N, NK, NM or NG.",
 )
 def unpack(
     file: Path,

@@ -15,6 +15,7 @@ from edge_dtm.device.linux import cpu_capacities, cpu_quota, physical_cores
 from edge_dtm.device.sensors import throttled
 from edge_dtm.llamacpp.gguf_header import TensorInfo
 from edge_dtm.llamacpp.memory import Need
+from edge_dtm.report.numbers import megabytes
 
 TIGHT_SHARE = 0.8  # of the free memory; beyond it the page cache of anything else is lost
 SWAPPED_SHARE = 0.05  # of the memory
@@ -137,11 +138,7 @@ def types(matrices: Sequence[TensorInfo], build: Build, cpu: Cpu) -> Findings:
 def fits(needed: Need, there: Room) -> Findings:
     """File, KV cache and buffers against what this process may still take."""
     total = needed.total_bytes
-    text = (
-        f"the model needs about {_mb(total)} (file {_mb(needed.file_bytes)}, KV cache "
-        f"{_mb(needed.kv_bytes)}, buffers {_mb(needed.buffer_bytes)}), {there.limit} leaves "
-        f"{_mb(there.free_bytes)}"
-    )
+    text = f"it {needed.beside(there)}"
     commands = {"ulimit": "ulimit -v unlimited", "control group": "cat /proc/self/cgroup"}
     command = next(
         (command for words, command in commands.items() if words in there.limit),
@@ -168,7 +165,7 @@ def swap(meminfo: str) -> Findings:
     if used_kib > SWAPPED_SHARE * kib.get("MemTotal", 0):
         yield Finding(
             "warning",
-            f"{_mb(1024 * used_kib)} are swapped out",
+            f"{megabytes(1024 * used_kib)} are swapped out",
             "memory was short, and decoding is as slow as the disk where weights do not stay in "
             "memory: stop what fills it, then empty the swap",
             "sudo swapoff -a && sudo swapon -a",
@@ -247,7 +244,7 @@ def disk(packed_bytes: int, free_bytes: int, place: Path, file_system: str) -> F
     """Whether a packed bundle can be unpacked into the temporary folder, place."""
     command = "TMPDIR=/var/tmp edge-dtm verify BUNDLE"
     if free_bytes < packed_bytes:
-        why = f"{_mb(free_bytes)} are free, unpacked it is larger than {_mb(packed_bytes)}"
+        why = f"{megabytes(free_bytes)} are free, unpacked it is larger than {megabytes(packed_bytes)}"
         yield Finding("error", f"{place} has no room to unpack the bundle", why, command)
     elif file_system == "tmpfs":
         why = "what is unpacked there takes memory from the model"
@@ -257,10 +254,6 @@ def disk(packed_bytes: int, free_bytes: int, place: Path, file_system: str) -> F
 def _shares(sizes: dict[str, int], total: int) -> str:
     """`Q5_0 (12.1 MB, 11 %), IQ3_S (...)`, largest first."""
     return ", ".join(
-        f"{name} ({_mb(size)}, {100 * size / total:.0f} %)"
+        f"{name} ({megabytes(size)}, {100 * size / total:.0f} %)"
         for name, size in sorted(sizes.items(), key=lambda item: -item[1])
     )
-
-
-def _mb(size_bytes: int) -> str:
-    return f"{size_bytes / 1e6:,.1f} MB"

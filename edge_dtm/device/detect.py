@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -13,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.files import StageProgress, no_progress, write_whole
+from edge_dtm.core.files import StageProgress, no_progress
 from edge_dtm.core.machine import Room, read_text, room
 from edge_dtm.device.bandwidth import (
     MEASURED_TYPES,
@@ -27,6 +26,7 @@ from edge_dtm.device.cpu import Build, Cpu, read_cpu, repacked_types
 from edge_dtm.device.first_decode import first_decode_in_child
 from edge_dtm.device.linux import board, cache_bytes, total_bytes, usable_cores
 from edge_dtm.formats.profile import SCHEMA_VERSION, DeviceProfile, load_profile
+from edge_dtm.report.numbers import plural
 
 # Whose choices (context, wanted speed, share, KV type) are taken over, with their sources.
 CHOICES_FROM = "raspberrypi"
@@ -104,7 +104,7 @@ def profile_of(name: str, facts: MachineFacts, measured: Bandwidth, date: str) -
         schema_version=SCHEMA_VERSION,
         name=name,
         description=f"{facts.board or cpu.name}, {facts.ram_bytes / 1e9:.1f} GB, "
-        + _count(facts.cores, "core")
+        + plural(facts.cores, "core")
         + (f" ({cpu.name})" if facts.board and cpu.name != cpu.machine else "")
         + f", CPU only, detected on {date}",
         ram_bytes=facts.ram_bytes,
@@ -135,7 +135,7 @@ def _sources(facts: MachineFacts, measured: Bandwidth, date: str, repacks: bool)
         "reserve_bytes": f"{here}: ram_bytes minus what a process may still take, which "
         f"{room.limit} limited to {room.free_bytes} bytes; detect again when other programs run.",
         "effective_bandwidth_bytes_per_s": f"{here}: tokens per second times file size of "
-        f"decoding in {llama} (compiled with {compiled}) with {_count(measured.threads, 'thread')} "
+        f"decoding in {llama} (compiled with {compiled}) with {plural(measured.threads, 'thread')} "
         f"and models of random weights of {measured.model_bytes / 1e6:.0f} MB, in bytes/s: "
         f"{speeds}; the slower one is taken.",
         "cores": f"Physical cores that the process could use on {date}, by the kernel's topology "
@@ -162,24 +162,3 @@ def _toml_lines(table: Mapping[str, object]) -> list[str]:
         f"{key} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
         for key, value in table.items()
     ]
-
-
-def require_new(path: Path) -> None:
-    """EdgeDtmError unless a new profile can be written to path, asked before measuring."""
-    if path.suffix != ".toml":
-        raise EdgeDtmError(f"{path} is no name for a profile: let it end in .toml")
-    if os.path.lexists(path):
-        raise EdgeDtmError(f"{path} exists already: give another name with -o, or remove it")
-    folder = path.resolve().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise EdgeDtmError(f"{path} cannot be written: give a file in a folder that exists")
-
-
-def save(profile: DeviceProfile, path: Path) -> None:
-    """Write the profile file. EdgeDtmError as in require_new."""
-    require_new(path)
-    write_whole(path, to_toml(profile).encode())
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -10,7 +10,7 @@ import numpy as np
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats import bundle as bundles
-from edge_dtm.formats.record import Record
+from edge_dtm.formats.record import Record, host_answers
 from edge_dtm.formats.reference import Reference
 from edge_dtm.llamacpp import probe_model
 from edge_dtm.llamacpp.vocabulary import tokenize
@@ -35,18 +35,8 @@ def is_gguf(path: Path) -> bool:
 
 def load_inputs(bundle: bundles.Bundle) -> Inputs:
     """EdgeDtmError when the files of the bundle do not belong together."""
-    reference = Reference.load(bundle.path(bundles.REFERENCE))
-    host = Record.load(bundle.path(bundles.HOST_RECORD))
+    reference, host = host_answers(bundle)
     probe = Record.load(bundle.path(bundles.PROBE_RECORD))
-    if not len(reference):
-        raise EdgeDtmError(f"{bundle.source}: its reference has no sequences; make it again")
-    if host.mode != "teacher_forced" or not (
-        host.ids.shape == reference.generated_ids.shape
-        and np.array_equal(host.lengths, reference.generated_lengths)
-    ):
-        raise EdgeDtmError(
-            f"{bundle.source}: its host record does not belong to its reference; make it again"
-        )
     expected = probe_model.sequences()
     known = ((probe.top_ids >= 0) & (probe.top_ids < probe_model.VOCAB)).all()
     if probe.ids.shape != expected.generated_ids.shape or not known:

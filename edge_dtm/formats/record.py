@@ -15,9 +15,11 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.validation import STRICT, StrictDataclass, StrictModel, validated
+from edge_dtm.formats.bundle import HOST_RECORD, REFERENCE, Bundle
 from edge_dtm.formats.reference import (
     TOP_K,
     ArrayTable,
+    Reference,
     check_arrays,
     check_shapes,
     load_npz,
@@ -126,6 +128,12 @@ class Record:
         """The record of some sequences only (an index or boolean array over sequences)."""
         return replace(self, **{name: getattr(self, name)[index] for name in _ARRAYS})
 
+    def belongs_to(self, reference: Reference) -> bool:
+        """Whether it has the reference's sequences, by their lengths."""
+        return self.ids.shape == reference.generated_ids.shape and np.array_equal(
+            self.lengths, reference.generated_lengths
+        )
+
     def save(self, path: Path, meta: Mapping[str, Any] | None = None) -> None:
         """Write an npz file of kind "record"; meta: anything JSON can hold, e.g. provenance."""
         head = {
@@ -161,6 +169,17 @@ class Record:
             raise EdgeDtmError(
                 f"{path} is no readable record file ({error}): make it again"
             ) from None
+
+
+def host_answers(bundle: Bundle) -> tuple[Reference, Record]:
+    """A bundle's reference and the host's record of it. EdgeDtmError when they do not fit."""
+    reference = Reference.load(bundle.path(REFERENCE))
+    host = Record.load(bundle.path(HOST_RECORD))
+    if not len(reference) or host.mode != "teacher_forced" or not host.belongs_to(reference):
+        raise EdgeDtmError(
+            f"{bundle.source}: its host record does not belong to its reference; make it again"
+        )
+    return reference, host
 
 
 class _Head(StrictModel, extra="ignore"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.machine import room
+from edge_dtm.core.machine import Room, room
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.llamacpp.gguf_header import kv_bytes_per_token, read_header
 
@@ -27,6 +27,15 @@ class Need:
     def total_bytes(self) -> int:
         return self.file_bytes + self.kv_bytes + self.buffer_bytes
 
+    def beside(self, there: Room) -> str:
+        """It and what there is, in words."""
+        sizes = (self.total_bytes, self.file_bytes, self.kv_bytes, self.buffer_bytes)
+        total, file, kv, buffers, free = (f"{n / 1e6:,.1f} MB" for n in (*sizes, there.free_bytes))
+        return (
+            f"needs about {total} here (file {file}, KV cache {kv}, buffers {buffers}), "
+            f"{there.limit} leaves {free}"
+        )
+
 
 def need(path: Path, settings: RunSettings, context_tokens: int) -> Need:
     """Of a Llama GGUF whose longest sequence has context_tokens.
@@ -44,9 +53,6 @@ def require_memory(path: Path, settings: RunSettings, context_tokens: int) -> No
     needed, there = need(path, settings, context_tokens), room()
     if needed.total_bytes > there.free_bytes:
         raise EdgeDtmError(
-            f"too little memory: {path.name} needs about {needed.total_bytes / 1e6:,.0f} MB here "
-            f"(file {needed.file_bytes / 1e6:,.0f}, KV cache {needed.kv_bytes / 1e6:,.0f}, buffers "
-            f"{needed.buffer_bytes / 1e6:,.0f}), {there.limit} leaves "
-            f"{there.free_bytes / 1e6:,.0f} MB: stop other programs, raise the limit, or compress "
-            "with a smaller --max-bytes"
+            f"too little memory: {path.name} {needed.beside(there)}: stop other programs, raise "
+            "the limit, or compress with a smaller --max-bytes"
         )

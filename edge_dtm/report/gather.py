@@ -19,8 +19,8 @@ from edge_dtm.core.validation import Count, StrictModel, validated
 from edge_dtm.formats import bundle as bundles
 from edge_dtm.formats.bundle import Bundle, Manifest
 from edge_dtm.formats.plan import Plan
-from edge_dtm.formats.record import Record
-from edge_dtm.formats.reference import HELD_OUT, Reference
+from edge_dtm.formats.record import Record, host_answers
+from edge_dtm.formats.reference import Reference
 from edge_dtm.formats.verdict_file import ShareInterval, device_name, read_verdict
 from edge_dtm.report import examples
 from edge_dtm.report.charts import MeasuredFile, Series
@@ -108,14 +108,9 @@ def gather(
     record_file: Path | None = None,
 ) -> Report:
     """bundle: checked. EdgeDtmError when a file is damaged or belongs to another bundle."""
-    reference = Reference.load(bundle.path(bundles.REFERENCE)).part(HELD_OUT)
-    host = Record.load(bundle.path(bundles.HOST_RECORD))
-    if not len(reference) or not _same_shape(host, reference):
-        raise EdgeDtmError(
-            f"{bundle.source}: its host record does not belong to its reference; make it again"
-        )
-    host_answers = Answers.of("this file, on the host", reference, host)
-    shown, record, part = host_answers, host, reference
+    reference, host = host_answers(bundle)
+    shown = answers = Answers.of("this file, on the host", reference, host)
+    record, part = host, reference
     if record_file is not None:
         record = Record.load(record_file)
         part = _part_of(record, reference, record_file)
@@ -135,7 +130,7 @@ def gather(
         devices=devices,
         host=compare(ids, host.ids, lengths, reference.margins, margin),
         host_prefill_tokens_per_s=host.prefill_tokens_per_s,
-        host_answers=host_answers,
+        host_answers=answers,
         shown=shown,
         curves=[
             *(d.series() for d in devices),
@@ -159,7 +154,7 @@ def _part_of(record: Record, reference: Reference, path: Path) -> Reference:
     """
     rows = list(range(len(record)))
     part = reference.rows(np.array(rows[: len(reference)], dtype=np.int64))
-    fits = _same_shape(record, part) and record.meta.get("rows", rows) == rows
+    fits = record.belongs_to(part) and record.meta.get("rows", rows) == rows
     if fits and record.mode == "teacher_forced":
         counted = np.arange(record.ids.shape[1])[None, :] < record.lengths[:, None]
         there = (record.top_ids == part.generated_ids[:, :, None]) & counted[:, :, None]
@@ -171,12 +166,6 @@ def _part_of(record: Record, reference: Reference, path: Path) -> Reference:
             f"{path} does not belong to this bundle: give the record that verify wrote for it"
         )
     return part
-
-
-def _same_shape(record: Record, reference: Reference) -> bool:
-    return record.ids.shape == reference.generated_ids.shape and np.array_equal(
-        record.lengths, reference.generated_lengths
-    )
 
 
 def _device(bundle: Bundle, path: Path, reference: Reference) -> Device:

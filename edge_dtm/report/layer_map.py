@@ -18,9 +18,9 @@ OUTSIDE = ("token_embd", "output")
 PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _TREATMENT = re.compile(r"(\w+)(?:\+(\d+(?:\.\d+)?)% zeros)?")  # plan.Treatment.text
 _IN_BLOCK = re.compile(r"blk\.(\d{1,6})\.(.+)")
-# Palest and strongest percent of the colour, and between which two neither ink has a contrast of
-# 4.5 (WCAG 2.2, 1.4.3) on the light page; on the dark one white reads on all of them.
-_PALE, _STRONG, _GAP = 8, 100, (70, 82)
+# Palest and strongest percent of the colour; up to here the page's ink has a contrast of 4.5 on it
+# (WCAG 2.2, 1.4.3).
+_PALE, _STRONG = 8, 70
 
 
 def layer_map(
@@ -57,16 +57,7 @@ class MapCell:
     @property
     def percent(self) -> int:
         """Of the colour in the mix with the paper."""
-        percent = _PALE + self.strength * (_STRONG - _PALE)
-        low, high = _GAP
-        return round(
-            percent if not low < percent < high else min(_GAP, key=lambda p: abs(p - percent))
-        )
-
-    @property
-    def is_dark(self) -> bool:
-        """Whether white is read better on it."""
-        return self.percent >= _GAP[1]
+        return round(_PALE + self.strength * (_STRONG - _PALE))
 
 
 def treatment_cells(plan: Plan) -> dict[str, MapCell]:

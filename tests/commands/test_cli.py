@@ -16,7 +16,7 @@ from fixtures.tiny_bundle import FILES, seal
 from fixtures.tiny_bundle import plan as any_plan
 
 from edge_dtm.cli import main
-from edge_dtm.commands.common import Bytes
+from edge_dtm.commands.common import size_bytes
 from edge_dtm.commands.device import EXIT_VERIFIED_AND_FAILED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +78,7 @@ def test_verify_without_torch(tiny_bundle: Path) -> None:
     [("105000000", 105_000_000), ("105M", 105_000_000), ("4.2G", 4_200_000_000), ("64k", 64_000)],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert Bytes().convert(text, None, None) == size
+    assert size_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "many", "-3", "0", "1e99", "nan", "inf", "12X", "M"])

@@ -67,9 +67,3 @@ def test_rows_by_layer() -> None:
     texts = text_rows(dict.fromkeys(names, "F16"))
     assert [row[0] for row in texts] == ["output", "3", "11"]
     assert texts[1][1:] == ("", "", "", "", "", "F16", "")
-
-
-def test_no_colour_lies_where_neither_ink_is_read() -> None:
-    percents = [MapCell("", i / 100).percent for i in range(101)]
-    assert percents == sorted(percents) and (percents[0], percents[-1]) == (8, 100)
-    assert not any(70 < p < 82 for p in percents)
