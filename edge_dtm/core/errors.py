@@ -1,5 +1,10 @@
 """The one exception whose message is meant for the person at the terminal."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 _LIMIT = 1000  # characters; some messages list every problem of a file
 
 
@@ -13,6 +18,15 @@ class EdgeDtmError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(_one_line(message))
+
+
+@contextmanager
+def os_errors(what: str) -> Iterator[None]:
+    """An OSError within becomes an EdgeDtmError that begins with what failed."""
+    try:
+        yield
+    except OSError as error:
+        raise EdgeDtmError(f"{what}: {error.strerror or error}") from None
 
 
 def _one_line(message: str) -> str:

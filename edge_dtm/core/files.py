@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.errors import EdgeDtmError, os_errors
 
 Advance = Callable[[int], None]  # the amount done since the last call
 StageProgress = Callable[[str, int], Advance]  # stage, its amount in all
@@ -29,11 +29,8 @@ def digest_of(data: Any) -> str:
 
 def read_within(path: Path, limit_bytes: int) -> bytes:
     """EdgeDtmError when the file cannot be read or is larger."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit_bytes + 1)
-    except OSError as error:
-        raise EdgeDtmError(f"cannot read {path}: {error.strerror or error}") from None
+    with os_errors(f"cannot read {path}"), path.open("rb") as file:
+        data = file.read(limit_bytes + 1)
     if len(data) > limit_bytes:
         raise EdgeDtmError(f"{path} is above {limit_bytes} bytes: it is none of ours")
     return data
@@ -52,13 +49,11 @@ def write_whole(path: Path, data: bytes) -> None:
     # Hidden: a bundle with half a file in it would not be as it was made.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        write_synced(temporary, data)
-        temporary.replace(path)
-    except OSError as error:
+        with os_errors(f"cannot write {path}"):
+            write_synced(temporary, data)
+            temporary.replace(path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise EdgeDtmError(
-            f"{path} could not be written ({error.strerror or error}): free some space"
-        ) from None
 
 
 def cache_dir() -> Path:

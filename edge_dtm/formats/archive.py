@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 
 import zstandard
 
-from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.errors import EdgeDtmError, os_errors
 from edge_dtm.core.files import Advance
 from edge_dtm.core.scratch import Scratch
 from edge_dtm.formats.bundle import MANIFEST, SIGNATURE, Bundle, Manifest, read_head
 from edge_dtm.formats.signing import Trusted, check_signature, sign_manifest
-from edge_dtm.formats.unpack import TRAILER_HEAD, disk_error, unpack_into
+from edge_dtm.formats.unpack import TRAILER_HEAD, unpack_into
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -46,25 +46,19 @@ def open_bundle(
     if not path.exists():
         raise EdgeDtmError(f"{path} does not exist")
     place = Path(tempfile.gettempdir())
-    try:
+    with os_errors(f"cannot unpack {path} into {place}"):
         scratch = Scratch("edge-dtm", place)
-    except OSError as error:
-        raise disk_error(f"cannot unpack {path} into {place}", error) from None
     try:
-        folder = scratch.path / "bundle"
-        unpack_into(path, folder, progress, trusted, None)
-        bundle = _open_folder(path, folder, trusted)
+        unpack_into(path, scratch.path / "bundle", progress, trusted, None)
+        return _open_folder(path, scratch.path / "bundle", trusted, scratch)
     except BaseException:
         scratch.close()
         raise
-    bundle._temporary = scratch
-    return bundle
 
 
 def pack(
     folder: Path,
     out_path: Path,
-    level: int = COMPRESSION_LEVEL,
     progress: Advance | None = None,
     sign_with: Ed25519PrivateKey | None = None,
 ) -> str | None:
@@ -86,13 +80,13 @@ def pack(
     if out_path.is_dir():
         raise EdgeDtmError(f"{out_path} is a folder: give the name of a file")
     heads = {MANIFEST: data} if signature is None else {MANIFEST: data, SIGNATURE: signature}
-    try:
-        with Scratch(out_path.name, out_path.parent) as scratch:
-            with (scratch / out_path.name).open("w+b") as file:
-                _write(file, heads, folder, manifest, level, progress)
-            (scratch / out_path.name).replace(out_path)
-    except OSError as error:
-        raise disk_error(f"cannot write {out_path}", error) from None
+    with (
+        os_errors(f"cannot write {out_path}"),
+        Scratch(out_path.name, out_path.parent) as scratch,
+    ):
+        with (scratch / out_path.name).open("w+b") as file:
+            _write(file, heads, folder, manifest, progress)
+        (scratch / out_path.name).replace(out_path)
     return key
 
 
@@ -113,19 +107,19 @@ def unpack(
     """
     if os.path.lexists(out_dir):
         raise EdgeDtmError(f"{out_dir} exists already: give another folder or remove it")
-    try:
-        with Scratch(out_dir.name, out_dir.parent) as scratch:
-            key = unpack_into(file, scratch / "bundle", progress, trusted, max_unpacked_bytes)
-            (scratch / "bundle").rename(out_dir)
-    except OSError as error:
-        raise disk_error(f"cannot write {out_dir}", error) from None
+    with os_errors(f"cannot write {out_dir}"), Scratch(out_dir.name, out_dir.parent) as scratch:
+        key = unpack_into(file, scratch / "bundle", progress, trusted, max_unpacked_bytes)
+        (scratch / "bundle").rename(out_dir)
     return key
 
 
-def _open_folder(source: Path, folder: Path, trusted: Trusted | None) -> Bundle:
+def _open_folder(
+    source: Path, folder: Path, trusted: Trusted | None, temporary: Scratch | None = None
+) -> Bundle:
     data, signature = read_head(folder)
     key = check_signature(data, signature, trusted, source)
-    return Bundle(source, folder, Manifest.parse(data, str(folder / MANIFEST)), key)
+    manifest = Manifest.parse(data, str(folder / MANIFEST))
+    return Bundle(source, folder, manifest, key, temporary)
 
 
 def _write(
@@ -133,11 +127,10 @@ def _write(
     heads: dict[str, bytes],
     folder: Path,
     manifest: Manifest,
-    level: int,
     progress: Advance | None,
 ) -> None:
     # One thread: with several, the bytes depend on how many.
-    compressor = zstandard.ZstdCompressor(level=level, write_checksum=True, threads=0)
+    compressor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_checksum=True, threads=0)
     with (
         compressor.stream_writer(file, closefd=False) as stream,
         # GNU writes a size above 8 GiB into the header itself, so a bundle never has the extended

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from edge_dtm.core import strict_json
-from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.errors import EdgeDtmError, os_errors
 from edge_dtm.core.files import Advance, read_within, write_whole
 from edge_dtm.core.scratch import Scratch
 from edge_dtm.core.validation import Count, Sha256, StrictModel, check_version, validated
@@ -47,7 +48,15 @@ class FileEntry(StrictModel, extra="ignore"):
 
 
 def _plain_names(files: dict[str, FileEntry]) -> dict[str, FileEntry]:
-    if problems := _name_problems(list(files)):
+    problems = [
+        f"{name!r} is not a plain file name"
+        for name in files
+        if not _NAME.fullmatch(name) or name.casefold() in (MANIFEST, SIGNATURE)
+    ]
+    folded = Counter(name.casefold() for name in files)
+    # A file system that ignores case would let one overwrite the other.
+    problems += [f"{name!r} comes twice" for name in files if folded[name.casefold()] > 1]
+    if problems:
         raise ValueError("; ".join(problems))
     return files
 
@@ -157,24 +166,18 @@ def write_manifest(
 ) -> Manifest:
     """Hash the files, plain names in folder, and write manifest.json, whole or not at all.
 
-    A manifest.sig of an earlier manifest is removed.
-    EdgeDtmError for a missing file, a name that is not plain, or a value JSON cannot hold.
+    A manifest.sig of an earlier manifest is removed. ValueError or TypeError for a value that JSON
+    cannot hold, EdgeDtmError when a file cannot be read or the disk is full.
     """
-    problems = _name_problems(list(files))
-    problems += [f"{name} is missing" for name in files if not (folder / name).is_file()]
-    if problems:
-        raise EdgeDtmError(f"cannot write the manifest of {folder}: {'; '.join(problems)}")
-    entries = {name: _entry(folder / name) for name in files}
+    with os_errors(f"cannot write the manifest of {folder}"):
+        entries = {name: _entry(folder / name) for name in files}
     manifest = Manifest(
         files=entries,
         thresholds=thresholds,
         provenance=dict(provenance),
         measured=dict(measured),
     )
-    try:
-        text = json.dumps(manifest.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise EdgeDtmError(f"cannot write the manifest of {folder}: {error}") from None
+    text = json.dumps(manifest.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n"
     write_whole(folder / MANIFEST, text.encode())
     (folder / SIGNATURE).unlink(missing_ok=True)
     return manifest
@@ -192,20 +195,6 @@ def read_head(folder: Path) -> tuple[bytes, bytes | None]:
         read_within(manifest, MANIFEST_LIMIT_BYTES),
         read_within(signature, SIGNATURE_LIMIT_BYTES) if signature.exists() else None,
     )
-
-
-def _name_problems(names: Sequence[str]) -> list[str]:
-    problems = [
-        f"{name!r} is not a plain file name"
-        for name in names
-        if not _NAME.fullmatch(name) or name.casefold() in (MANIFEST, SIGNATURE)
-    ]
-    folded = [name.casefold() for name in names]
-    # A file system that ignores case would let one overwrite the other.
-    problems += [
-        f"{name!r} comes twice" for i, name in enumerate(names) if name.casefold() in folded[:i]
-    ]
-    return problems
 
 
 def _entry(path: Path, progress: Advance | None = None) -> FileEntry:

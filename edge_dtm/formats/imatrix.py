@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.errors import EdgeDtmError, os_errors
 
 if TYPE_CHECKING:
     from edge_dtm.formats.plan import Component
@@ -61,7 +61,10 @@ def write_imatrix(
         )
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with closing(gguf.GGUFWriter(temporary, "imatrix")) as writer:
+        with (
+            os_errors(f"cannot write {path}"),
+            closing(gguf.GGUFWriter(temporary, "imatrix")) as writer,
+        ):
             writer.kv_data[0].clear()  # general.architecture, which llama-imatrix does not write
             writer.add_type("imatrix")
             writer.add_array("imatrix.datasets", list(datasets))
@@ -73,12 +76,8 @@ def write_imatrix(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
-        temporary.replace(path)
-    except OSError as error:
-        raise EdgeDtmError(
-            f"{path} could not be written ({error.strerror or error}): free some space or choose "
-            "another folder"
-        ) from None
+            writer.close()
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -90,18 +89,17 @@ def read_imatrix(path: Path) -> dict[str, FloatArray]:
     the file is no GGUF (the older binary form is none), is not whole, holds NaN, infinite or
     negative values, or mixtures of experts.
     """
+    if not path.exists():
+        raise EdgeDtmError(f"{path} does not exist: make it with {COMMAND}")
+    with os_errors(f"cannot read {path}"), path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise EdgeDtmError(
+            f"{path} is no GGUF (the older binary form of imatrix files is not read): make it "
+            f"again as GGUF with a current llama-imatrix: {COMMAND}"
+        )
     try:
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise EdgeDtmError(
-                    f"{path} is no GGUF (the older binary form of imatrix files is not read): make it "
-                    f"again as GGUF with a current llama-imatrix: {COMMAND}"
-                )
         return _means(path)
-    except FileNotFoundError:
-        raise EdgeDtmError(f"{path} does not exist: make it with {COMMAND}") from None
-    except OSError as error:
-        raise EdgeDtmError(f"{path} cannot be read ({error.strerror or error})") from None
     # gguf-py does not check what it reads; a damaged file ends in any of these.
     except (ValueError, LookupError, TypeError, ArithmeticError, struct.error) as error:
         text = " ".join(str(error).split()) or type(error).__name__

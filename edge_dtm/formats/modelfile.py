@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.errors import EdgeDtmError, os_errors
 from edge_dtm.core.scratch import Scratch
 from edge_dtm.formats.archive import open_bundle
 from edge_dtm.formats.bundle import MODEL
@@ -34,17 +34,20 @@ def write_folder(bundle_folder: Path, out_dir: Path) -> None:
     context_tokens = min(model_context(model), planned_context(bundle.manifest.provenance))
     if os.path.lexists(out_dir) and not _is_ours(out_dir):
         raise EdgeDtmError(f"{out_dir} exists and holds other files: give another name with -o")
-    try:
-        with Scratch(out_dir.name, out_dir.parent) as scratch:
-            folder = scratch / "new"
-            folder.mkdir()
-            _link_or_copy(model, folder / MODEL)
-            (folder / MODELFILE).write_text(modelfile(context_tokens), encoding="utf-8")
-            if out_dir.exists():
-                out_dir.rename(scratch / "old")
-            folder.rename(out_dir)
-    except OSError as error:
-        raise EdgeDtmError(f"cannot write {out_dir}: {error.strerror or error}") from None
+    with (
+        os_errors(f"cannot write {out_dir}"),
+        Scratch(out_dir.name, out_dir.parent) as scratch,
+    ):
+        folder = scratch / "new"
+        folder.mkdir()
+        try:
+            os.link(model, folder / MODEL)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(model, folder / MODEL)
+        (folder / MODELFILE).write_text(modelfile(context_tokens), encoding="utf-8")
+        if out_dir.exists():
+            out_dir.rename(scratch / "old")
+        folder.rename(out_dir)
 
 
 def modelfile(context_tokens: int) -> str:
@@ -88,10 +91,3 @@ def _is_ours(folder: Path) -> bool:
         and not folder.is_symlink()
         and {item.name for item in folder.iterdir()} <= {MODEL, MODELFILE}
     )
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)

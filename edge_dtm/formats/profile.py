@@ -16,7 +16,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
-from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.errors import EdgeDtmError, os_errors
 from edge_dtm.core.validation import STRICT, StrictDataclass, check_version, validated
 from edge_dtm.formats.ggml_types import KV_TYPES, WEIGHT_TYPES
 
@@ -149,12 +149,8 @@ def packaged_profile(name: object) -> DeviceProfile | None:
 
 def _load_file(path: Path) -> DeviceProfile:
     try:
-        table = tomllib.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise EdgeDtmError(
-            f"cannot read device profile {path}: {error.strerror or error}; "
-            "check the path and its permissions"
-        ) from None
+        with os_errors(f"cannot read device profile {path}"):
+            table = tomllib.loads(path.read_bytes().decode())
     # tomllib leaks a plain ValueError for bad UTF-8, a NUL in the path or a huge integer, and
     # RecursionError for deep nesting.
     except (ValueError, RecursionError) as error:

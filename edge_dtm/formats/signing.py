@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from edge_dtm.core import strict_json
-from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.errors import EdgeDtmError, os_errors
 from edge_dtm.core.validation import check_version
 
 SCHEMA_VERSION = 1
@@ -88,12 +88,8 @@ def load_trusted(folder: str | Path) -> dict[str, Ed25519PublicKey]:
     EdgeDtmError when there is none, when one cannot be read, and when one is a private key, which
     does not belong on a device.
     """
-    try:
+    with os_errors(f"cannot read the trusted keys in {folder}"):
         paths = sorted(p for p in Path(folder).iterdir() if p.name.endswith(PUBLIC_SUFFIX))
-    except OSError as error:
-        raise EdgeDtmError(
-            f"cannot read the trusted keys in {folder}: {error.strerror or error}"
-        ) from None
     if not paths:
         raise EdgeDtmError(
             f"{folder} holds no trusted keys: put the .pub files of those you trust there"
@@ -189,31 +185,22 @@ def _load_public(path: Path) -> Ed25519PublicKey:
 
 
 def _read_key(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(_KEY_FILE_LIMIT_BYTES)
-    except OSError as error:
-        raise EdgeDtmError(f"cannot read the key {path}: {error.strerror or error}") from None
+    with os_errors(f"cannot read the key {path}"), path.open("rb") as file:
+        return file.read(_KEY_FILE_LIMIT_BYTES)
 
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:
     """Write a file that is not there yet; half of it never stays, on a full disk or Ctrl-C."""
-    try:
+    if os.path.lexists(path):
+        raise EdgeDtmError(f"{path} exists already: give another name, keys are not replaced")
+    with os_errors(f"cannot write {path}"):
         # The rights from the start: a file that is made narrower later can be opened before.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    except FileExistsError:
-        raise EdgeDtmError(
-            f"{path} exists already: give another name, keys are not replaced"
-        ) from None
-    except OSError as error:
-        raise EdgeDtmError(f"cannot write {path}: {error.strerror or error}") from None
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException as error:
-        path.unlink()
-        if isinstance(error, OSError):
-            raise EdgeDtmError(f"cannot write {path}: {error.strerror or error}") from None
-        raise
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            path.unlink()
+            raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -12,7 +11,7 @@ from typing import BinaryIO, cast
 
 import zstandard
 
-from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.errors import EdgeDtmError, os_errors
 from edge_dtm.core.files import Advance, write_synced
 from edge_dtm.formats.bundle import (
     COPY_BYTES,
@@ -31,12 +30,6 @@ _TAR_END_LIMIT_BYTES = 2**20
 # Magic number of a skippable frame, any of sixteen, and the size of what it holds.
 TRAILER_HEAD = (0x184D2A5E).to_bytes(4, "little") + (32).to_bytes(4, "little")
 _TRAILER_BYTES = len(TRAILER_HEAD) + 32
-
-
-def disk_error(what: str, error: OSError) -> EdgeDtmError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return EdgeDtmError(f"{what}: the disk is full; make room and start again")
-    return EdgeDtmError(f"{what}: {error.strerror or error}")
 
 
 class _Hashed:
@@ -135,17 +128,11 @@ def unpack_into(
     max_unpacked_bytes: int | None,
 ) -> str | None:
     """Make folder and unpack into it; what is there when this fails is worth nothing."""
-    try:
+    with os_errors(f"cannot read {path}"):
         source = path.open("rb")
-    except OSError as error:
-        raise EdgeDtmError(f"cannot read {path}: {error.strerror or error}") from None
-    with source:
-        archive = _Archive(path, source)
-        try:
-            folder.mkdir()
-            return _unpack(path, archive, folder, progress, trusted, max_unpacked_bytes)
-        except OSError as error:
-            raise disk_error(f"cannot unpack {path} into {folder.parent.parent}", error) from None
+    with source, os_errors(f"cannot unpack {path} into {folder.parent.parent}"):
+        folder.mkdir()
+        return _unpack(path, _Archive(path, source), folder, progress, trusted, max_unpacked_bytes)
 
 
 def _unpack(

@@ -129,10 +129,10 @@ def test_bad_values_are_not_written(value, tmp_path):
 
 
 def test_failing_write_leaves_nothing(tmp_path):
-    with pytest.raises(EdgeDtmError, match="could not be written"):
+    with pytest.raises(EdgeDtmError, match="cannot write"):
         written(tmp_path / "no folder" / "i.gguf")
     (tmp_path / "taken").mkdir()
-    with pytest.raises(EdgeDtmError, match="could not be written"):
+    with pytest.raises(EdgeDtmError, match="cannot write"):
         written(tmp_path / "taken")
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
@@ -253,7 +253,7 @@ def test_damage_is_an_error_or_other_values(tmp_path):
 
 def test_no_file(tmp_path):
     refused(tmp_path / "i.gguf", "does not exist", "llama-imatrix -m")
-    refused(tmp_path, "cannot be read")
+    refused(tmp_path, "cannot read")
 
 
 COMPONENTS = (
