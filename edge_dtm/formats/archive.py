@@ -12,6 +12,7 @@ import io
 import os
 import tarfile
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,8 @@ import zstandard
 from edge_dtm.core.errors import EdgeDtmError, os_errors
 from edge_dtm.core.files import Advance
 from edge_dtm.core.scratch import Scratch
-from edge_dtm.formats.bundle import MANIFEST, SIGNATURE, Bundle, Manifest, read_head
-from edge_dtm.formats.signing import Trusted, check_signature, sign_manifest
+from edge_dtm.formats.bundle import MANIFEST, SIGNATURE, Bundle, read_head
+from edge_dtm.formats.signing import Trusted, sign_manifest
 from edge_dtm.formats.unpack import TRAILER_HEAD, unpack_into
 
 if TYPE_CHECKING:
@@ -42,15 +43,15 @@ def open_bundle(
     `sign.check_signature`.
     """
     if path.is_dir():
-        return _open_folder(path, path, trusted)
+        return Bundle.of(path, path, *read_head(path), trusted)
     if not path.exists():
         raise EdgeDtmError(f"{path} does not exist")
     place = Path(tempfile.gettempdir())
     with os_errors(f"cannot unpack {path} into {place}"):
         scratch = Scratch("edge-dtm", place)
     try:
-        unpack_into(path, scratch.path / "bundle", progress, trusted, None)
-        return _open_folder(path, scratch.path / "bundle", trusted, scratch)
+        bundle = unpack_into(path, scratch.path / "bundle", progress, trusted, None)
+        return replace(bundle, temporary=scratch)
     except BaseException:
         scratch.close()
         raise
@@ -74,9 +75,8 @@ def pack(
     data, signature = read_head(folder)
     if sign_with is not None:
         signature = sign_manifest(data, sign_with)
-    key = check_signature(data, signature, None, folder)
-    manifest = Manifest.parse(data, str(folder / MANIFEST))
-    Bundle(folder, folder, manifest).check()
+    bundle = Bundle.of(folder, folder, data, signature)
+    bundle.check()
     if out_path.is_dir():
         raise EdgeDtmError(f"{out_path} is a folder: give the name of a file")
     heads = {MANIFEST: data} if signature is None else {MANIFEST: data, SIGNATURE: signature}
@@ -85,9 +85,9 @@ def pack(
         Scratch(out_path.name, out_path.parent) as scratch,
     ):
         with (scratch / out_path.name).open("w+b") as file:
-            _write(file, heads, folder, manifest, progress)
+            _write(file, heads, bundle, progress)
         (scratch / out_path.name).replace(out_path)
-    return key
+    return bundle.key_id
 
 
 def unpack(
@@ -108,25 +108,15 @@ def unpack(
     if os.path.lexists(out_dir):
         raise EdgeDtmError(f"{out_dir} exists already: give another folder or remove it")
     with os_errors(f"cannot write {out_dir}"), Scratch(out_dir.name, out_dir.parent) as scratch:
-        key = unpack_into(file, scratch / "bundle", progress, trusted, max_unpacked_bytes)
+        bundle = unpack_into(file, scratch / "bundle", progress, trusted, max_unpacked_bytes)
         (scratch / "bundle").rename(out_dir)
-    return key
-
-
-def _open_folder(
-    source: Path, folder: Path, trusted: Trusted | None, temporary: Scratch | None = None
-) -> Bundle:
-    data, signature = read_head(folder)
-    key = check_signature(data, signature, trusted, source)
-    manifest = Manifest.parse(data, str(folder / MANIFEST))
-    return Bundle(source, folder, manifest, key, temporary)
+    return bundle.key_id
 
 
 def _write(
     file: io.BufferedRandom,
     heads: dict[str, bytes],
-    folder: Path,
-    manifest: Manifest,
+    bundle: Bundle,
     progress: Advance | None,
 ) -> None:
     # One thread: with several, the bytes depend on how many.
@@ -137,10 +127,12 @@ def _write(
         # headers that unpack refuses.
         tarfile.open(fileobj=stream, mode="w|", format=tarfile.GNU_FORMAT) as archive,
     ):
-        for name in (*heads, *sorted(manifest.files)):
+        for name in (*heads, *sorted(bundle.manifest.files)):
             info = tarfile.TarInfo(name)
             info.mode = 0o644
-            with io.BytesIO(heads[name]) if name in heads else (folder / name).open("rb") as source:
+            with (
+                io.BytesIO(heads[name]) if name in heads else bundle.path(name).open("rb") as source
+            ):
                 info.size = source.seek(0, os.SEEK_END)
                 source.seek(0)
                 archive.addfile(info, source)

@@ -22,6 +22,7 @@ from edge_dtm.core.errors import EdgeDtmError, os_errors
 from edge_dtm.core.files import Advance, read_within, write_whole
 from edge_dtm.core.scratch import Scratch
 from edge_dtm.core.validation import Count, Sha256, StrictModel, check_version, validated
+from edge_dtm.formats.signing import Trusted, check_signature
 from edge_dtm.formats.thresholds import Thresholds
 
 SCHEMA_VERSION = 2
@@ -101,14 +102,27 @@ class Bundle:
     """An opened bundle; a context manager, because a packed one lies in a temporary folder.
 
     source: what was opened; folder: where its files are; key_id: of the key that signed the
-    manifest, None when it is not signed.
+    manifest, None when it is not signed; temporary: the folder around folder, to be removed.
     """
 
     source: Path
     folder: Path
     manifest: Manifest
     key_id: str | None = None
-    _temporary: Scratch | None = None
+    temporary: Scratch | None = None
+
+    @classmethod
+    def of(
+        cls,
+        source: Path,
+        folder: Path,
+        manifest: bytes,
+        signature: bytes | None,
+        trusted: Trusted | None = None,
+    ) -> Bundle:
+        """manifest, signature: the contents of the two files. EdgeDtmError as in check_signature."""
+        key = check_signature(manifest, signature, trusted, source)
+        return cls(source, folder, Manifest.parse(manifest, f"{source}: {MANIFEST}"), key)
 
     def __enter__(self) -> Bundle:
         return self
@@ -118,9 +132,9 @@ class Bundle:
 
     def close(self) -> None:
         """Remove the temporary folder of a packed bundle; a second call does nothing."""
-        if self._temporary is not None:
-            self._temporary.close()
-            self._temporary = None
+        if self.temporary is not None:
+            self.temporary.close()
+            self.temporary = None
 
     @property
     def size_bytes(self) -> int:

@@ -19,10 +19,10 @@ from edge_dtm.formats.bundle import (
     MANIFEST_LIMIT_BYTES,
     SIGNATURE,
     SIGNATURE_LIMIT_BYTES,
+    Bundle,
     FileEntry,
-    Manifest,
 )
-from edge_dtm.formats.signing import Trusted, check_signature
+from edge_dtm.formats.signing import Trusted
 
 # More than any level up to 22 needs; without a bound a frame may ask for gigabytes.
 _WINDOW_LIMIT_BYTES = 2**27
@@ -126,65 +126,41 @@ def unpack_into(
     progress: Advance | None,
     trusted: Trusted | None,
     max_unpacked_bytes: int | None,
-) -> str | None:
+) -> Bundle:
     """Make folder and unpack into it; what is there when this fails is worth nothing."""
-    with os_errors(f"cannot read {path}"):
-        source = path.open("rb")
-    with source, os_errors(f"cannot unpack {path} into {folder.parent.parent}"):
+    place = folder.parent.parent
+    with os_errors(f"cannot unpack {path} into {place}"), path.open("rb") as source:
         folder.mkdir()
-        return _unpack(path, _Archive(path, source), folder, progress, trusted, max_unpacked_bytes)
-
-
-def _unpack(
-    path: Path,
-    archive: _Archive,
-    folder: Path,
-    progress: Advance | None,
-    trusted: Trusted | None,
-    max_unpacked_bytes: int | None,
-) -> str | None:
-    member = archive.header()
-    if member is None or member.name != MANIFEST:
-        raise EdgeDtmError(f"{path} is no packed bundle: {MANIFEST} is not its first member")
-    data, signature = archive.contents(member, MANIFEST_LIMIT_BYTES), None
-    member = archive.header()
-    if member is not None and member.name == SIGNATURE:
-        signature = archive.contents(member, SIGNATURE_LIMIT_BYTES)
+        archive = _Archive(path, source)
         member = archive.header()
-    key = check_signature(data, signature, trusted, path)
-    manifest = Manifest.parse(data, f"{path}: {MANIFEST}")
-    _check_room(path, manifest, folder, max_unpacked_bytes)
-    write_synced(folder / MANIFEST, data, "xb")
-    if signature is not None:
-        write_synced(folder / SIGNATURE, signature, "xb")
-    missing = dict(manifest.files)
-    while member is not None:
-        entry = missing.pop(member.name, None)
-        if entry is None:
-            raise archive.refusal(f"{member.name!r} is not listed, or comes twice")
-        _unpack_member(archive, member, entry, folder, progress)
+        if member is None or member.name != MANIFEST:
+            raise EdgeDtmError(f"{path} is no packed bundle: {MANIFEST} is not its first member")
+        data, signature = archive.contents(member, MANIFEST_LIMIT_BYTES), None
         member = archive.header()
-    if missing:
-        raise EdgeDtmError(f"{path} lacks {', '.join(sorted(missing))}: pack or copy it again")
-    archive.check_end()
-    return key
-
-
-def _check_room(
-    path: Path, manifest: Manifest, folder: Path, max_unpacked_bytes: int | None
-) -> None:
-    needed = sum(entry.size_bytes for entry in manifest.files.values())
-    if max_unpacked_bytes is not None and needed > max_unpacked_bytes:
-        raise EdgeDtmError(
-            f"{path} unpacks to {needed} bytes, {max_unpacked_bytes} are allowed: do not use it, "
-            f"or raise --max-unpacked-bytes"
-        )
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise EdgeDtmError(
-            f"{path} unpacks to {needed} bytes, only {free} are free in {folder.parent.parent}: "
-            f"make room"
-        )
+        if member is not None and member.name == SIGNATURE:
+            signature = archive.contents(member, SIGNATURE_LIMIT_BYTES)
+            member = archive.header()
+        bundle = Bundle.of(path, folder, data, signature, trusted)
+        for limit, words in (
+            (max_unpacked_bytes, "are allowed: do not use it, or raise --max-unpacked-bytes"),
+            (shutil.disk_usage(folder).free, f"are free in {place}: make room"),
+        ):
+            if limit is not None and bundle.size_bytes > limit:
+                raise EdgeDtmError(f"{path} unpacks to {bundle.size_bytes} bytes, {limit} {words}")
+        write_synced(folder / MANIFEST, data, "xb")
+        if signature is not None:
+            write_synced(folder / SIGNATURE, signature, "xb")
+        missing = dict(bundle.manifest.files)
+        while member is not None:
+            entry = missing.pop(member.name, None)
+            if entry is None:
+                raise archive.refusal(f"{member.name!r} is not listed, or comes twice")
+            _unpack_member(archive, member, entry, folder, progress)
+            member = archive.header()
+        if missing:
+            raise EdgeDtmError(f"{path} lacks {', '.join(sorted(missing))}: pack or copy it again")
+        archive.check_end()
+    return bundle
 
 
 def _unpack_member(
