@@ -25,7 +25,7 @@ def loads(data: bytes) -> Any:
     """The tree of UTF-8 text. ValueError, in one line, for no JSON or more than any of our files has."""
     text = data.decode()
     try:
-        tree = json.loads(text, parse_int=_integer, parse_float=_real, parse_constant=_no_constant)
+        tree = json.loads(text, parse_int=_integer, parse_float=_real, parse_constant=_real)
         too_deep = _depth(tree) > MAX_DEPTH
     except RecursionError:
         too_deep = True
@@ -44,11 +44,15 @@ def _depth(node: Any) -> int:
 
 def read(path: Path) -> Any:
     """The tree of a JSON file of LIMIT_BYTES at most. EdgeDtmError, in one line, for another."""
-    data = read_within(path, LIMIT_BYTES)
+    return parse(read_within(path, LIMIT_BYTES), str(path))
+
+
+def parse(data: bytes, source: str) -> Any:
+    """The tree of UTF-8 text. EdgeDtmError, in one line that begins with source, for another."""
     try:
         return loads(data)
     except ValueError as error:
-        raise EdgeDtmError(f"{path} is no JSON ({error}): make it again") from None
+        raise EdgeDtmError(f"{source} is no JSON ({error}): make or copy it again") from None
 
 
 def plain(tree: Any) -> Any:
@@ -74,9 +78,5 @@ def _integer(text: str) -> int:
 def _real(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"the number {text[:_SHOWN]} is too large")
+        raise ValueError(f"{text[:_SHOWN]} is no JSON number, or too large")
     return value
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")

@@ -65,11 +65,13 @@ def validated(model: type[T], tree: object, source: str, remedy: str) -> T:
         _refuse(error, source, remedy)
 
 
-def check_version(tree: object, version: int, source: str) -> None:
-    """EdgeDtmError when tree is no object or has another schema version.
+def check_version(tree: object, version: int, source: str, kind: str | None = None) -> None:
+    """EdgeDtmError when tree is no object, or has another schema version or kind.
 
     Asked before validated: the fields of another version would only give misleading offences.
     """
+    if kind is not None and not (isinstance(tree, dict) and tree.get("kind") == kind):
+        raise EdgeDtmError(f"{source} holds no {kind}: give another file")
     value = tree.get("schema_version") if isinstance(tree, dict) else None
     if type(value) is not int or value != version:
         raise EdgeDtmError(

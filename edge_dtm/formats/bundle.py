@@ -87,13 +87,8 @@ class Manifest(StrictModel, extra="ignore"):
     @classmethod
     def parse(cls, data: bytes, source: str) -> Manifest:
         """EdgeDtmError, naming source, unless data is a manifest of this schema."""
-        try:
-            tree = strict_json.loads(data)
-        except ValueError as error:
-            raise EdgeDtmError(f"{source} is no JSON ({error}): copy the bundle again") from None
-        if not isinstance(tree, dict) or tree.get("kind") != KIND:
-            raise EdgeDtmError(f"{source} is not the manifest of an edge-dtm bundle")
-        check_version(tree, SCHEMA_VERSION, source)
+        tree = strict_json.parse(data, source)
+        check_version(tree, SCHEMA_VERSION, source, KIND)
         return validated(cls, tree, source, "copy the bundle again")
 
 

@@ -148,11 +148,15 @@ class Plan:
         return self.fixed_bytes + sum(c.size_bytes(t) for c, t in self.pairs)
 
     @property
+    def zeros(self) -> int:
+        """Zeros of all masks, which only block matrices have."""
+        return sum(c.zeros(t) for c, t in self.pairs if c.in_block)
+
+    @property
     def zero_share(self) -> float:
         """Zeros of the masks over all weights of the block matrices."""
-        in_blocks = [(c, t) for c, t in self.pairs if c.in_block]
-        total = sum(c.weights for c, _ in in_blocks)
-        return sum(c.zeros(t) for c, t in in_blocks) / total if total else 0.0
+        total = sum(c.weights for c in self.components if c.in_block)
+        return self.zeros / total if total else 0.0
 
     def type_counts(self) -> dict[str, tuple[int, int]]:
         """Treatment text -> (components, bytes), in order of falling bytes."""

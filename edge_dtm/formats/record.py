@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from edge_dtm.core import strict_json
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.validation import STRICT, StrictDataclass, StrictModel, validated
 from edge_dtm.formats.bundle import HOST_RECORD, REFERENCE, Bundle
@@ -139,12 +140,13 @@ class Record:
         head = {
             "kind": "record",
             "mode": self.mode,
-            "prefill_tokens_per_s": _number_or_none(self.prefill_tokens_per_s),
-            "decode_tokens_per_s": _number_or_none(self.decode_tokens_per_s),
-            "settings": dict(self.settings),
-            "meta": dict(self.meta if meta is None else meta),
+            "prefill_tokens_per_s": self.prefill_tokens_per_s,
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+            "settings": self.settings,
+            "meta": self.meta if meta is None else meta,
         }
-        save_npz(path, {name: getattr(self, name) for name in _ARRAYS}, head)
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        save_npz(path, arrays, strict_json.plain(head))
 
     @classmethod
     def load(cls, path: Path) -> Record:
@@ -157,14 +159,7 @@ class Record:
             lengths = arrays["lengths"]
             if lengths.size and not 0 <= lengths.min() <= lengths.max() <= arrays["ids"].shape[-1]:
                 raise ValueError("a length lies outside its row")
-            return cls(
-                mode=head.mode,
-                prefill_tokens_per_s=_none_to_nan(head.prefill_tokens_per_s),
-                decode_tokens_per_s=_none_to_nan(head.decode_tokens_per_s),
-                settings=head.settings,
-                meta=head.meta,
-                **arrays,
-            )
+            return cls(**{**dict(head), **arrays})
         except (IndexError, ValueError) as error:
             raise EdgeDtmError(
                 f"{path} is no readable record file ({error}): make it again"
@@ -182,17 +177,17 @@ def host_answers(bundle: Bundle) -> tuple[Reference, Record]:
     return reference, host
 
 
+# JSON says a nan with null.
+_Speed = Annotated[
+    float,
+    Field(allow_inf_nan=True),
+    BeforeValidator(lambda value: math.nan if value is None else value),
+]
+
+
 class _Head(StrictModel, extra="ignore"):
     mode: Mode
-    prefill_tokens_per_s: float | None
-    decode_tokens_per_s: float | None
+    prefill_tokens_per_s: _Speed
+    decode_tokens_per_s: _Speed
     settings: dict[str, Any]
     meta: dict[str, Any]
-
-
-def _number_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no nan
-
-
-def _none_to_nan(value: float | None) -> float:
-    return math.nan if value is None else value

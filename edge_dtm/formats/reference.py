@@ -190,9 +190,7 @@ def load_npz(
             _check_contents(file)
             with zipfile.ZipFile(file) as members:
                 meta = strict_json.loads(_read_arrays(members, ["meta"])["meta"].tobytes())
-                if not isinstance(meta, dict) or meta.get("kind") != kind:
-                    raise EdgeDtmError(f"{path} holds no {kind}: give another file")
-                check_version(meta, SCHEMA_VERSION, str(path))
+                check_version(meta, SCHEMA_VERSION, str(path), kind)
                 return _read_arrays(members, names), meta
     except FileNotFoundError:
         raise EdgeDtmError(f"{path} does not exist") from None

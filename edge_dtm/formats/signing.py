@@ -69,13 +69,10 @@ def load_private(path: Path) -> Ed25519PrivateKey:
     data = _read_key(path)
     try:
         key = serialization.load_pem_private_key(data, password=None)
-    except TypeError:
+    except (TypeError, ValueError, UnsupportedAlgorithm):  # TypeError: it has a passphrase
         raise EdgeDtmError(
-            f"{path} is locked with a passphrase: give a key as edge-dtm keygen makes it"
-        ) from None
-    except (ValueError, UnsupportedAlgorithm):
-        raise EdgeDtmError(
-            f"{path} is no private key: give the .key file that edge-dtm keygen made"
+            f"{path} is no private key without a passphrase: give the .key file that edge-dtm "
+            "keygen made"
         ) from None
     if not isinstance(key, Ed25519PrivateKey):
         raise EdgeDtmError(f"{path} is no {ALGORITHM} key: make one with edge-dtm keygen")
@@ -137,9 +134,7 @@ def check_signature(
         )
     public, raw = _parse(signature, source)
     named = key_id(public)
-    if trusted is not None and (
-        named not in trusted or trusted[named].public_bytes_raw() != public.public_bytes_raw()
-    ):
+    if trusted is not None and trusted.get(named) != public:
         raise EdgeDtmError(
             f"{source} is signed with the key {named}, trusted are {', '.join(sorted(trusted))}: "
             f"do not use it, unless you know whose key that is and add its .pub file"

@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 
 from edge_dtm.core import strict_json
-from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.validation import (
     Amount,
     Count,
@@ -211,11 +210,10 @@ def schema_text() -> str:
 def read_verdict(path: Path) -> dict[str, Any]:
     """A verdict as Verdict.to_json wrote it. EdgeDtmError, in one line, for anything else."""
     tree = strict_json.read(path)
-    if not isinstance(tree, dict) or tree.get("kind") != KIND:
-        raise EdgeDtmError(f"{path} is no verdict: give a file that edge-dtm verify --json wrote")
-    check_version(tree, SCHEMA_VERSION, str(path))
+    check_version(tree, SCHEMA_VERSION, str(path), KIND)
     validated(VerdictFile, tree, str(path), "verify again")
-    return tree
+    plain: dict[str, Any] = tree
+    return plain
 
 
 def device_name(data: Mapping[str, Any]) -> str:

@@ -150,17 +150,13 @@ def _cheapest(table: CostTable, max_bytes: int, reward: float) -> Plan:
             f"the smallest plan takes {min(smallest):,} bytes, the budget is {max_bytes:,}: raise "
             f"--max-bytes by {min(smallest) - max_bytes:,} or allow smaller --types"
         )
-    return min(plans, key=lambda plan: table.cost(plan) - reward * _zeros(plan))
-
-
-def _zeros(plan: Plan) -> int:
-    return sum(c.zeros(t) for c, t in zip(plan.components, plan.treatments, strict=True))
+    return min(plans, key=lambda plan: table.cost(plan) - reward * plan.zeros)
 
 
 def _give_back_zeros(table: CostTable, plan: Plan, zero_share: float) -> Plan:
     """Give back the zeros beyond the share asked for, where each given back saves most."""
     weights = sum(c.weights for c in plan.components if c.in_block)
-    excess = _zeros(plan) - round(zero_share * weights)
+    excess = plan.zeros - round(zero_share * weights)
     treatments = list(plan.treatments)
     while excess > 0:
         lowerings = list(_lowerings(table, treatments, excess))

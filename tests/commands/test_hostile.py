@@ -311,7 +311,7 @@ def test_what_is_not_finite_is_written_as_null() -> None:
     ("data", "words"),
     [
         (b"[-Infinity]", "-Infinity is no JSON number"),
-        (b"[-1e400]", "is too large"),
+        (b"[-1e400]", "too large"),
         (b"9" * 100_000, "too many digits"),
         (b"[" * 33 + b"]" * 33, "nested too deeply"),
         (b"[" * 10**5, "nested too deeply"),

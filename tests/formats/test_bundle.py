@@ -115,7 +115,7 @@ def change(tree: dict[str, Any], path: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("kind", "holiday pictures", "not the manifest"),
+        ("kind", "holiday pictures", "holds no edge-dtm bundle"),
         ("schema_version", 1, "schema version 1"),
         ("schema_version", 3, "schema version 3"),
         ("schema_version", "2", "schema version '2'"),
@@ -168,7 +168,7 @@ def test_every_offence_is_in_one_line(folder: Path) -> None:
 @pytest.mark.parametrize("data", [b"", b"[" * 100_000, b"\xff\xfe", b"[]", b"{}"])
 def test_a_manifest_that_is_none_is_refused(folder: Path, data: bytes) -> None:
     (folder / "manifest.json").write_bytes(data)
-    with pytest.raises(EdgeDtmError, match=r"is no JSON|not the manifest"):
+    with pytest.raises(EdgeDtmError, match=r"is no JSON|holds no edge-dtm bundle"):
         open_bundle(folder)
 
 

@@ -181,7 +181,7 @@ def test_private_keys(tmp_path: Path) -> None:
         (ec.generate_private_key(ec.SECP256R1()).private_bytes(PEM, PKCS8, NO_LOCK), "no Ed25519"),
         (
             KEY.private_bytes(PEM, PKCS8, serialization.BestAvailableEncryption(b"x")),
-            "locked with a passphrase",
+            "without a passphrase",
         ),
     ):
         path.write_bytes(data)

@@ -137,7 +137,11 @@ def read_profile(data: bytes, folder: Path) -> None:
     try:
         profile = load_profile(str(path))
         byte_budget(
-            profile, kv_bytes_per_token=1000, compute_buffer_bytes=1000, f16_file_bytes=10**8
+            profile,
+            kv_bytes_per_token=1000,
+            compute_buffer_bytes=1000,
+            f16_file_bytes=10**8,
+            n_ctx=profile.n_ctx,
         )
     finally:
         path.unlink()
