@@ -25,8 +25,8 @@ def inspect(file: Path, json_file: Path | None) -> None:
 
     from edge_dtm.formats.archive import SUFFIX, open_bundle
     from edge_dtm.formats.bundle import MODEL
-    from edge_dtm.llamacpp.gguf_header import check_gguf
-    from edge_dtm.llamacpp.tensors import describe
+    from edge_dtm.llamacpp.ggml import zero_shares
+    from edge_dtm.llamacpp.gguf_header import check_gguf, read_header
     from edge_dtm.report.layer_map import PARTS, text_rows
     from edge_dtm.report.summary import ZEROS_NOTE
 
@@ -41,7 +41,7 @@ def inspect(file: Path, json_file: Path | None) -> None:
                 f"{file}, {MODEL} of it",
             )
         check_gguf(path)
-        tensors, size = describe(path), path.stat().st_size
+        tensors, zeros, size = read_header(path).tensors, zero_shares(path), path.stat().st_size
     sizes: dict[str, list[int]] = {}
     for t in tensors:
         sizes.setdefault(t.type, []).append(t.size_bytes)
@@ -49,15 +49,26 @@ def inspect(file: Path, json_file: Path | None) -> None:
     for type_name, each in sorted(sizes.items(), key=lambda item: -sum(item[1])):
         types.add_row(type_name, str(len(each)), f"{sum(each):,}", f"{sum(each) / size:.1%}")
     layers = Table("layer", *PARTS, box=None, pad_edge=False)
-    for row in text_rows({t.component: t.text for t in tensors if t.is_matrix}):
+    types_shown = {t.component: t.type for t in tensors if t.is_matrix}
+    many = {name: f" {share:.0%}0" for name, share in zeros.items() if share >= 0.05}
+    for row in text_rows({name: text + many.get(name, "") for name, text in types_shown.items()}):
         layers.add_row(*row)
     console = Console()
     console.print(f"{name}: {size:,} bytes", highlight=False, soft_wrap=True)
     console.print(types, layers, sep="\n")
-    if any((t.zero_share or 0) >= 0.05 for t in tensors):
+    if many:
         console.print(f"%0: share of exact zeros (F16, Q8_0), shown from 5 %. {ZEROS_NOTE}")
-    data = {"file": path.name, "size_bytes": size, "tensors": [t.to_json() for t in tensors]}
-    write_json(json_file, data)
+    listed = [
+        {
+            "name": t.name,
+            "type": t.type,
+            "shape": t.shape[::-1],
+            "size_bytes": t.size_bytes,
+            "zero_share": zeros.get(t.component),
+        }
+        for t in tensors
+    ]
+    write_json(json_file, {"file": path.name, "size_bytes": size, "tensors": listed})
 
 
 @click.command()

@@ -29,8 +29,7 @@ DECODE_TOKENS = 16
 MEASURED_TYPES = ("Q4_0", "Q8_0")  # little and much memory for one multiplication
 SAME_SPEED = 0.97  # of the best: then fewer threads do
 # The matrices of TinyLlama 1.1B.
-HIDDEN, FFN, HEADS, KV_HEADS, VOCAB = 2048, 5632, 32, 4, 256
-_NORMS = ("attn_norm", "ffn_norm")
+TINY_LLAMA = LlamaShape(2048, 1, 32, 4, 5632, 256, 512)
 
 
 @dataclass(frozen=True)
@@ -109,36 +108,32 @@ def decoding_rate(path: Path, threads: int) -> Rate:
 
 
 def write_model(
-    path: Path, type_name: str, size_bytes: int, hidden: int = HIDDEN, ffn: int = FFN
+    path: Path, type_name: str, size_bytes: int, shape: LlamaShape = TINY_LLAMA
 ) -> None:
     """A Llama GGUF with random matrices of one type, of about size_bytes, at least one layer.
 
     Each matrix repeats a few rows that ggml quantized: the memory is real, and its numbers are
-    ordinary ones.
+    ordinary ones. shape: of one layer.
     """
     from edge_dtm.llamacpp import ggml
 
-    shape = LlamaShape(hidden, 1, HEADS, KV_HEADS, ffn, VOCAB, 512)
     layer_bytes = sum(
-        rows * ggml_types.row_bytes(type_name, columns)
-        for rows, columns in shape.matrices().values()
+        s[0] * ggml_types.row_bytes(type_name, s[1])
+        for name, s in shape.tensors().items()
+        if name.startswith("blk.") and len(s) == 2
     )
     shape = replace(shape, layers=max(round(size_bytes / layer_bytes), 1))
     random = np.random.default_rng(0)
-    matrices = {"token_embd": (VOCAB, hidden), "output": (VOCAB, hidden)}
-    for i in range(shape.layers):
-        matrices |= {f"blk.{i}.{name}": size for name, size in shape.matrices().items()}
-    data = {}
-    for rows, columns in set(matrices.values()):
-        values = random.standard_normal((64, columns)) / np.sqrt(columns)
-        block = ggml.quantize(type_name, values.astype(np.float32), threads=1)
-        data[rows, columns] = np.resize(block, (rows, block.shape[1]))
+    kind, data = ggml_types.ggml_type(type_name), {}
     writer = llama_writer(path, shape)
-    layer_norms = [f"blk.{i}.{norm}" for i in range(shape.layers) for norm in _NORMS]
-    for name in ("output_norm", *layer_norms):
-        writer.add_tensor(f"{name}.weight", np.ones(hidden, dtype=np.float32))
-    kind = ggml_types.ggml_type(type_name)
-    for name, size in matrices.items():
+    for name, size in shape.tensors().items():
+        if len(size) == 1:
+            writer.add_tensor(f"{name}.weight", np.ones(size, dtype=np.float32))
+            continue
+        if size not in data:
+            values = random.standard_normal((64, size[1])) / np.sqrt(size[1])
+            block = ggml.quantize(type_name, values.astype(np.float32), threads=1)
+            data[size] = np.resize(block, (size[0], block.shape[1]))
         writer.add_tensor(f"{name}.weight", data[size], raw_dtype=kind)
     finish(writer)
 

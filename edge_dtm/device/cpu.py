@@ -7,10 +7,8 @@ have the names of `llama_print_system_info` (ggml/src/ggml-cpu/ggml-cpu.cpp of l
 
 from __future__ import annotations
 
-import ctypes
 import platform
 import re
-import struct
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,20 +33,19 @@ X86_FLAGS: dict[str, tuple[str, ...]] = {
     "AVX512_BF16": ("avx512_bf16",),
     "AMX_INT8": ("amx_tile", "amx_int8"),
 }
-# Feature: (auxiliary vector entry, bits), of Linux' arch/arm64/include/uapi/asm/hwcap.h. Fused
-# multiply-add is part of Armv8's Advanced SIMD. Both kinds of FP16 are asked for, as llama.cpp does.
-AT_HWCAP, AT_HWCAP2 = 16, 26
-ARM_BITS: dict[str, tuple[int, tuple[int, ...]]] = {
-    "NEON": (AT_HWCAP, (1,)),
-    "ARM_FMA": (AT_HWCAP, (1,)),
-    "FP16_VA": (AT_HWCAP, (9, 10)),
-    "DOTPROD": (AT_HWCAP, (20,)),
-    "SVE": (AT_HWCAP, (22,)),
-    "SVE2": (AT_HWCAP2, (1,)),
-    "MATMUL_INT8": (AT_HWCAP2, (13,)),
-    "BF16": (AT_HWCAP2, (14,)),
-    "SME": (AT_HWCAP2, (23,)),
-    "SME2": (AT_HWCAP2, (37,)),
+# Fused multiply-add is part of Armv8's Advanced SIMD. Both kinds of FP16 are asked for, as llama.cpp
+# does.
+ARM_FLAGS: dict[str, tuple[str, ...]] = {
+    "NEON": ("asimd",),
+    "ARM_FMA": ("asimd",),
+    "FP16_VA": ("fphp", "asimdhp"),
+    "DOTPROD": ("asimddp",),
+    "SVE": ("sve",),
+    "SVE2": ("sve2",),
+    "MATMUL_INT8": ("i8mm",),
+    "BF16": ("bf16",),
+    "SME": ("sme",),
+    "SME2": ("sme2",),
 }
 # What makes decoding or prompts clearly faster in llama.cpp's kernels; a build without one of these
 # that the CPU has is worth another build.
@@ -108,21 +105,6 @@ def parse_system_info(text: str, version: str = "") -> Build:
     return Build(frozenset(features), version)
 
 
-def x86_features(flags: Collection[str]) -> frozenset[str]:
-    """From the flags of /proc/cpuinfo."""
-    return frozenset(name for name, needed in X86_FLAGS.items() if set(needed) <= set(flags))
-
-
-def arm_features(hwcap: int, hwcap2: int) -> frozenset[str]:
-    """From getauxval(AT_HWCAP) and getauxval(AT_HWCAP2) of 64-bit Linux."""
-    words = {AT_HWCAP: hwcap, AT_HWCAP2: hwcap2}
-    return frozenset(
-        name
-        for name, (entry, bits) in ARM_BITS.items()
-        if all(words[entry] >> bit & 1 for bit in bits)
-    )
-
-
 def cpu_name(cpuinfo: str) -> str:
     """The CPU's name from the text of /proc/cpuinfo, all kinds of cores, empty when it has none."""
     # On ARM a `model name` says no more than "ARMv8 Processor rev 3 (v8l)".
@@ -140,14 +122,12 @@ def read_cpu(root: Path = Path("/")) -> Cpu:
     """This machine's. root: where proc is."""
     machine = platform.machine()
     cpuinfo = read_text(root / "proc/cpuinfo")
-    features, known = frozenset[str](), frozenset[str]()
-    if machine == "aarch64" and struct.calcsize("P") == 8:
-        words = _auxiliary(AT_HWCAP), _auxiliary(AT_HWCAP2)
-        if words[0]:
-            features, known = arm_features(*words), frozenset(ARM_BITS)
-    elif flags := re.search(r"^flags\s*:\s*(.+)$", cpuinfo, re.M):
-        features, known = x86_features(flags[1].split()), frozenset(X86_FLAGS)
-    return Cpu(machine, cpu_name(cpuinfo) or machine, features, known)
+    arm = machine == "aarch64"
+    line = re.search(rf"^{'Features' if arm else 'flags'}\s*:\s*(.+)$", cpuinfo, re.M)
+    flags = set(line[1].split()) if line else set()
+    table = (ARM_FLAGS if arm else X86_FLAGS) if line else {}
+    features = frozenset(name for name, needed in table.items() if flags.issuperset(needed))
+    return Cpu(machine, cpu_name(cpuinfo) or machine, features, frozenset(table))
 
 
 def missing_on_cpu(build: Build, cpu: Cpu) -> list[str]:
@@ -185,13 +165,3 @@ def rebuild_command(version: str = "", *options: str) -> str:
         f'CMAKE_ARGS="{" ".join(("-DGGML_NATIVE=ON", *options))}" pip install --force-reinstall '
         f"--no-cache-dir --no-deps --no-binary llama-cpp-python {package}"
     )
-
-
-def _auxiliary(entry: int) -> int:
-    """getauxval of the C library, 0 where there is none."""
-    try:
-        function = ctypes.CDLL(None).getauxval
-    except (AttributeError, OSError):
-        return 0
-    function.restype, function.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
-    return int(function(entry))

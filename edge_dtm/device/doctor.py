@@ -74,9 +74,7 @@ def matrices_of(path: Path) -> list[TensorInfo]:
     tensors = read_header(path).tensors
     # Of an embedding table one row a token is read, unless it is the output matrix, too.
     untied = any(t.name == "output.weight" for t in tensors)
-    return [
-        t for t in tensors if len(t.shape) == 2 and not (untied and t.name == "token_embd.weight")
-    ]
+    return [t for t in tensors if t.is_matrix and not (untied and t.name == "token_embd.weight")]
 
 
 def _model(path: Path, n_ctx: int, root: Path, build: Build | None, cpu: Cpu) -> Iterator[Finding]:

@@ -38,7 +38,7 @@ def load_inputs(bundle: bundles.Bundle) -> Inputs:
     reference, host = host_answers(bundle)
     probe = Record.load(bundle.path(bundles.PROBE_RECORD))
     expected = probe_model.sequences()
-    known = ((probe.top_ids >= 0) & (probe.top_ids < probe_model.VOCAB)).all()
+    known = ((probe.top_ids >= 0) & (probe.top_ids < probe_model.SHAPE.vocab)).all()
     if probe.ids.shape != expected.generated_ids.shape or not known:
         raise EdgeDtmError(f"{bundle.source}: its probe record is not ours; make it again")
     return Inputs(reference, host, probe)

@@ -18,7 +18,7 @@ from edge_dtm.host.distill.stage import Distillation
 from edge_dtm.host.measure import model_path
 from edge_dtm.host.values import Candidate, Measurement, NoiseFloor, Run
 from edge_dtm.llamacpp import probe_model
-from edge_dtm.llamacpp.tensors import describe
+from edge_dtm.llamacpp.ggml import zero_shares
 from edge_dtm.report import summary
 from edge_dtm.search.allocation import frontier
 from edge_dtm.search.cost_table import CostTable, Prediction, Predictor
@@ -52,7 +52,8 @@ def finish(
     probe = work / "probe.gguf"
     probe_model.record(probe, run.run_settings).save(work / bundle.PROBE_RECORD)
     probe.unlink()
-    report = summary.markdown(plan, results, details, _zero_shares(run, plan))
+    zeros = zero_shares(model_path(run)) if plan.zero_share else {}
+    report = summary.markdown(plan, results, details, zeros)
     (work / bundle.REPORT).write_text(report)
     for name in (bundle.MANIFEST, bundle.SIGNATURE):
         (out / name).unlink(missing_ok=True)
@@ -160,11 +161,3 @@ def _thresholds(run: Run, plan: Plan, measurement: Measurement, held_out: Refere
     )
     quantized = any(facts(t.type).quantized for t in plan.treatments)
     return thresholds_from(measurement.divergence, tolerance, quantized, goal.max_sdt, goal.min_fdt)
-
-
-def _zero_shares(run: Run, plan: Plan) -> dict[str, float]:
-    """Component -> share of exact zeros in the file."""
-    if not plan.zero_share:
-        return {}
-    tensors = describe(model_path(run))
-    return {t.component: t.zero_share or 0.0 for t in tensors if t.is_matrix}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.ggml_types import facts, row_bytes
 from edge_dtm.llamacpp import llama
+from edge_dtm.llamacpp.gguf_header import read_header
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
@@ -101,6 +103,18 @@ def dequantize(
 
     _over_rows(chunk, data.shape[0], threads)
     return out
+
+
+def zero_shares(path: Path) -> dict[str, float]:
+    """Share of exact zeros in each matrix of a GGUF whose type does not hide them, by component."""
+    shares: dict[str, float] = {}
+    for t in read_header(path).tensors:
+        if t.is_matrix and facts(t.type).holds_zeros:
+            row_length, rows = t.shape
+            raw = np.memmap(path, np.uint8, "r", t.offset_bytes, (rows, t.size_bytes // rows))
+            values = dequantize(t.type, raw, row_length)
+            shares[t.component] = 1 - np.count_nonzero(values) / values.size
+    return shares
 
 
 def _over_rows(chunk: Callable[[int, int], None], rows: int, threads: int | None) -> None:

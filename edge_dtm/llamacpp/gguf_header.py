@@ -42,6 +42,14 @@ class TensorInfo:
     def end_bytes(self) -> int:
         return self.offset_bytes + self.size_bytes
 
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.shape) == 2
+
+    @property
+    def component(self) -> str:
+        return self.name.removesuffix(".weight")
+
 
 @dataclass(frozen=True)
 class Header:

@@ -55,7 +55,7 @@ def check_kernels(path: Path, threads: int) -> list[KernelCheck]:
     # One matrix of each kind. An odd vocabulary is not repacked, while others of its type are.
     kinds: dict[tuple[str, int, int], TensorInfo] = {}
     for tensor in read_header(path).tensors:
-        if len(tensor.shape) == 2:
+        if tensor.is_matrix:
             row_length, rows = tensor.shape
             kinds.setdefault((tensor.type, row_length, rows % _GROUP), tensor)
     if not kinds:
@@ -67,7 +67,7 @@ def check_kernels(path: Path, threads: int) -> list[KernelCheck]:
             shape = (rows, tensor.size_bytes // rows)
             whole = np.memmap(path, np.uint8, "r", tensor.offset_bytes, shape)
             data = np.array(whole[_some_rows(rows)])
-            name = tensor.name.removesuffix(".weight")
+            name = tensor.component
             results += check_rows(cpu, name, tensor.type, data, decode(tensor.type, data))
     return results
 

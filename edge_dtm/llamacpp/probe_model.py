@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 SEED = 20251103
 SEQUENCES, PROMPT_TOKENS, TOKENS = 4, 8, 24
-VOCAB = 256
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,12 @@ class LlamaShape:
     vocab: int
     context_tokens: int
 
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        """(rows, row_length) of each matrix of a layer, in the order they are written."""
-        kv = self.hidden // self.heads * self.kv_heads
-        return {
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """By name without `.weight`: (rows, row_length) of a matrix, (length,) of a norm."""
+        kv, table = self.hidden // self.heads * self.kv_heads, (self.vocab, self.hidden)
+        layer = {
+            "attn_norm": (self.hidden,),
+            "ffn_norm": (self.hidden,),
             "attn_q": (self.hidden, self.hidden),
             "attn_k": (kv, self.hidden),
             "attn_v": (kv, self.hidden),
@@ -50,6 +51,9 @@ class LlamaShape:
             "ffn_gate": (self.ffn, self.hidden),
             "ffn_up": (self.ffn, self.hidden),
             "ffn_down": (self.hidden, self.ffn),
+        }
+        return {"token_embd": table, "output": table, "output_norm": (self.hidden,)} | {
+            f"blk.{i}.{name}": shape for i in range(self.layers) for name, shape in layer.items()
         }
 
 
@@ -87,7 +91,7 @@ SHAPE = LlamaShape(
     heads=4,
     kv_heads=2,
     ffn=256,
-    vocab=VOCAB,
+    vocab=256,
     context_tokens=PROMPT_TOKENS + TOKENS,
 )
 
@@ -102,30 +106,20 @@ def write(path: Path) -> None:
         return (raw.astype(np.float64) / 2.0**52 - 1).reshape(shape)
 
     writer = llama_writer(path, SHAPE, "edge-dtm probe")
-
-    def matrix(name: str, rows: int, columns: int) -> None:
-        # The standard deviation of a uniform in -1 to 1 is 1 / sqrt(3).
-        weights = uniform(rows, columns) * np.sqrt(3 / columns)
-        writer.add_tensor(f"{name}.weight", weights.astype(np.float16))
-
-    def norm(name: str, gain: float) -> None:
-        writer.add_tensor(f"{name}.weight", np.full(SHAPE.hidden, gain, dtype=np.float32))
-
-    matrix("token_embd", VOCAB, SHAPE.hidden)
-    matrix("output", VOCAB, SHAPE.hidden)
-    norm("output_norm", 3)
-    for layer in range(SHAPE.layers):
-        norm(f"blk.{layer}.attn_norm", 1)
-        norm(f"blk.{layer}.ffn_norm", 1)
-        for name, (rows, columns) in SHAPE.matrices().items():
-            matrix(f"blk.{layer}.{name}", rows, columns)
+    for name, shape in SHAPE.tensors().items():
+        if len(shape) == 2:
+            # The standard deviation of a uniform in -1 to 1 is 1 / sqrt(3).
+            weights = (uniform(*shape) * np.sqrt(3 / shape[1])).astype(np.float16)
+        else:
+            weights = np.full(shape, 3 if name == "output_norm" else 1, dtype=np.float32)
+        writer.add_tensor(f"{name}.weight", weights)
     finish(writer)
 
 
 def sequences() -> Reference:
     """The fixed token ids that the model is fed; nobody generated them."""
     words = np.random.PCG64(SEED + 1).random_raw(SEQUENCES * (PROMPT_TOKENS + TOKENS))
-    ids = (words % VOCAB).astype(np.int32).reshape(SEQUENCES, -1)
+    ids = (words % SHAPE.vocab).astype(np.int32).reshape(SEQUENCES, -1)
     shape = (SEQUENCES, TOKENS)
     return Reference(
         prompt_ids=ids[:, :PROMPT_TOKENS],

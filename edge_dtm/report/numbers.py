@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -66,15 +67,4 @@ def plural(count: int, one: str) -> str:
 
 def spelled(value: Any) -> str:
     """A value of free-form JSON in one line."""
-    match value:
-        case Mapping():
-            return ", ".join(f"{k}: {spelled(v)}" for k, v in value.items())
-        case list() | tuple():
-            return ", ".join(map(spelled, value))
-        case None:
-            return NOTHING
-        case bool():
-            return "yes" if value else "no"
-        case int() if abs(value) >= 100_000:
-            return f"{value:,}"
-    return str(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

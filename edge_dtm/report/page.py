@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -47,6 +48,7 @@ def page(report: Report) -> str:
         treatment_map=None if plan is None else layer_map(treatment_cells(plan)),
         cost_map=layer_map(cost_cells(costs)) if costs else None,
         total_cost=sum(costs.values()),
+        limits=asdict(report.manifest.thresholds),
     )
     return _UNSEEN.sub("\ufffd", document)
 
@@ -114,6 +116,6 @@ def _figures(report: Report) -> list[tuple[str, list[TableCell]]]:
             host, *devices = (plain(s and s * scale, digits) for s in speeds)
             add(label, devices, host)
     if verdicts:
-        add("threads", [spelled(v["settings"].get("threads")) for v in verdicts])
+        add("threads", [plain(number(v["settings"], "threads"), 0) for v in verdicts])
         add("llama-cpp-python", [v["runtime"]["llama_cpp_python"] for v in verdicts])
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import gguf
@@ -24,11 +25,13 @@ from edge_dtm.device.bandwidth import (
 from edge_dtm.llamacpp import ggml
 from edge_dtm.llamacpp.gguf_header import check_gguf
 
+SMALL = dataclasses.replace(module.TINY_LLAMA, hidden=256, ffn=512)
+
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 def test_the_model_is_a_llama_of_that_type_and_size(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "m.gguf"
-    write_model(path, kind, 2_000_000, hidden=256, ffn=512)
+    write_model(path, kind, 2_000_000, shape=SMALL)
     check_gguf(path)
     assert abs(path.stat().st_size / 2_000_000 - 1) < 0.3  # a layer is 0.3 to 0.6 MB
     matrices = [t for t in gguf.GGUFReader(path).tensors if len(t.shape) == 2]
@@ -42,7 +45,7 @@ def test_the_model_is_a_llama_of_that_type_and_size(tmp_path: Path, kind: str) -
 
 def test_rates_are_positive_and_of_the_threads_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    write_model(path, "Q4_0", 1, hidden=256, ffn=512)
+    write_model(path, "Q4_0", 1, shape=SMALL)
     rate = decoding_rate(path, 1)
     assert rate.threads == 1 and len(rate.values) == module.REPEATS and min(rate.values) > 0
 

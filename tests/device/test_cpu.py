@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures.boards import NATIVE, PI4, PI5, UNKNOWN
+from fixtures.boards import NATIVE, PI4, PI5, UNKNOWN, put
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_dtm.device import cpu as module
 from edge_dtm.device.cpu import (
-    ARM_BITS,
+    ARM_FLAGS,
     X86_FLAGS,
     Build,
     Cpu,
-    arm_features,
     cpu_name,
     missing_on_cpu,
     parse_system_info,
@@ -27,7 +25,6 @@ from edge_dtm.device.cpu import (
     rebuild_command,
     repacked_types,
     unused_by_build,
-    x86_features,
 )
 
 # As printed by llama.cpp on this kind of machine.
@@ -35,12 +32,12 @@ X86_INFO = (
     "CPU : SSE3 = 1 | SSSE3 = 1 | AVX = 1 | AVX2 = 1 | F16C = 1 | FMA = 1 | BMI2 = 1 | "
     "LLAMAFILE = 1 | OPENMP = 1 | REPACK = 1 | "
 )
-# AT_HWCAP and AT_HWCAP2 as QEMU 10 gives them to a program on these CPUs.
-HWCAPS = {
-    "cortex-a72": (0x8FB, 0),
-    "cortex-a76": (0x119FFB, 0),
-    "neoverse-v1": (0xCFFFFFFB, 0x17201),
-}
+X86_FEATURES = frozenset({"SSE3", "SSSE3", "AVX", "AVX2", "F16C", "FMA", "BMI2"})
+# The flags of these CPUs that QEMU 10 shows a program.
+A72 = "fp asimd aes pmull sha1 sha2 crc32 cpuid"
+A76 = f"{A72} atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp"
+V1 = f"{A76} jscvt fcma sha3 sm3 sm4 sha512 sve asimdfhm dit svei8mm svebf16 i8mm bf16 rng"
+X86 = "fpu sse2 pni ssse3 avx avx2 fma f16c bmi2 avx512f avx512cd avx512bw avx512dq"
 
 
 @pytest.mark.parametrize(
@@ -56,18 +53,25 @@ def test_system_info(text: str, features: set[str]) -> None:
     assert parse_system_info(text, "0.3.36") == Build(frozenset(features), "0.3.36")
 
 
-def test_arm_features_of_boards() -> None:
-    assert arm_features(*HWCAPS["cortex-a72"]) == PI4.features
-    assert arm_features(*HWCAPS["cortex-a76"]) == PI5.features
-    assert arm_features(*HWCAPS["neoverse-v1"]) == PI5.features | {"SVE", "MATMUL_INT8", "BF16"}
-    assert "FP16_VA" not in arm_features(1 << 10 | 1 << 1, 0)  # half of it is none
-
-
-def test_x86_flags() -> None:
-    flags = "fpu sse2 pni ssse3 avx avx2 fma f16c bmi2 avx512f avx512cd avx512bw avx512dq"
-    features = x86_features(flags.split())
-    assert {"AVX2", "FMA", "F16C"} <= features and "AVX512" not in features
-    assert "AVX512" in x86_features([*flags.split(), "avx512vl"])
+@pytest.mark.parametrize(
+    ("machine", "line", "features"),
+    [
+        ("aarch64", f"Features\t: {A72}", PI4.features),
+        ("aarch64", f"Features\t: {A76}", PI5.features),
+        ("aarch64", f"Features\t: {V1}", PI5.features | {"SVE", "MATMUL_INT8", "BF16"}),
+        ("aarch64", f"Features\t: {A72} fphp", PI4.features),  # half of it is none
+        ("x86_64", f"flags\t\t: {X86}", X86_FEATURES),
+        ("x86_64", f"flags\t\t: {X86} avx512vl", X86_FEATURES | {"AVX512"}),
+    ],
+)
+def test_features(
+    machine: str, line: str, features: frozenset[str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(module.platform, "machine", lambda: machine)
+    put(tmp_path, "proc/cpuinfo", f"processor\t: 0\n{line}\n")
+    cpu = read_cpu(tmp_path)
+    assert cpu.features == features
+    assert cpu.known == frozenset(ARM_FLAGS if machine == "aarch64" else X86_FLAGS)
 
 
 def test_names_of_cpus() -> None:
@@ -95,22 +99,6 @@ def test_a_machine_that_tells_nothing_lacks_nothing(tmp_path: Path, monkeypatch:
     cpu = read_cpu(tmp_path)
     assert cpu == UNKNOWN
     assert missing_on_cpu(parse_system_info(X86_INFO), cpu) == []
-
-
-def test_a_32_bit_python_knows_no_arm_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    # There the bits mean something else.
-    monkeypatch.setattr(module.platform, "machine", lambda: "aarch64")
-    monkeypatch.setattr(module.struct, "calcsize", lambda _: 4)
-    monkeypatch.setattr(module, "_auxiliary", lambda _: -1)
-    monkeypatch.setattr(module, "read_text", lambda _: "")
-    assert read_cpu().known == frozenset()
-    monkeypatch.setattr(module.struct, "calcsize", lambda _: 8)
-    assert read_cpu().features == frozenset(ARM_BITS)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc and musl")
-def test_getauxval_gives_the_page_size() -> None:
-    assert module._auxiliary(6) == os.sysconf("SC_PAGE_SIZE")  # AT_PAGESZ
 
 
 @given(

@@ -139,9 +139,10 @@ def test_detect_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     info = runtime_info()
     build = parse_system_info(info["system_info"], info["llama_cpp_python"])
     real = write_model
+    small = dataclasses.replace(bandwidth.TINY_LLAMA, hidden=256, ffn=512)
     monkeypatch.setattr(module, "first_decode_in_child", lambda: build)
     monkeypatch.setattr(
-        bandwidth, "write_model", lambda path, kind, size: real(path, kind, 1, 256, 512)
+        bandwidth, "write_model", lambda path, kind, size: real(path, kind, 1, small)
     )
     result = run("-o", tmp_path / "me.toml", "--name", "me")
     assert result.exit_code == 0, result.output

@@ -38,8 +38,8 @@ from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.measure import RECORD, noise_floor
 from edge_dtm.host.quantize.treat import treat
 from edge_dtm.host.trajectory.prompts import packaged_prompts
+from edge_dtm.llamacpp.gguf_header import read_header
 from edge_dtm.llamacpp.runner import LlamaRunner
-from edge_dtm.llamacpp.tensors import describe
 
 TOKENS, MAX_BYTES = 24, 1_600_000
 BUNDLE = {
@@ -113,7 +113,7 @@ def test_bundle_is_what_its_plan_says(bundle: Path) -> None:
     types = {t.type for t in plan.treatments}
     assert any(t.endswith("_K") for t in types), types
     assert not plan.zero_share
-    found = {t.component: t.type for t in describe(bundle / "model.gguf") if t.is_matrix}
+    found = {t.component: t.type for t in read_header(bundle / "model.gguf").tensors if t.is_matrix}
     assert found == {name: t.type for name, t in plan.by_name().items()}
     assert json.loads((bundle / "plan.json").read_text())["sha256"] == plan.hash
 

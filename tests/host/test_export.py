@@ -29,8 +29,8 @@ from edge_dtm.host.export import (
     write_measured,
 )
 from edge_dtm.host.quantize.treat import treat, treated_values
+from edge_dtm.llamacpp.ggml import zero_shares
 from edge_dtm.llamacpp.runner import LlamaRunner
-from edge_dtm.llamacpp.tensors import describe
 
 VARIANTS = ["sentencepiece", "bpe", "bias_rope"]
 Importance = dict[str, np.ndarray[Any, Any] | None]
@@ -153,10 +153,7 @@ def test_zeros_are_those_asked_for(checkpoint: Checkpoint, kind: str, tmp_path: 
     export_gguf(checkpoint, dense, tmp_path / "dense", importance)
     export_gguf(checkpoint, plan, tmp_path / "sparse", importance)
     assert plan.size_bytes == dense.size_bytes
-    dense_zeros, zeros = (
-        {t.component: t.zero_share or 0.0 for t in describe(tmp_path / name) if t.is_matrix}
-        for name in ("dense", "sparse")
-    )
+    dense_zeros, zeros = (zero_shares(tmp_path / name) for name in ("dense", "sparse"))
     assert max(dense_zeros.values()) < 0.05
     for c, t in zip(plan.components, plan.treatments, strict=True):
         in_mask = c.zeros(t) / c.weights

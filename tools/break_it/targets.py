@@ -26,9 +26,9 @@ from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.formats.reference import HELD_OUT, Reference
 from edge_dtm.formats.verdict_file import device_name, read_verdict
 from edge_dtm.llamacpp import memory
+from edge_dtm.llamacpp.ggml import zero_shares
 from edge_dtm.llamacpp.gguf_header import check_gguf
 from edge_dtm.llamacpp.schedule import calls, context_needed, replay_tokens
-from edge_dtm.llamacpp.tensors import describe
 from edge_dtm.search.budget import byte_budget
 
 DISK_LIMIT_BYTES = 128 * 2**20
@@ -156,7 +156,7 @@ def read_gguf_again(data: bytes, folder: Path) -> None:
     path = _written(data, folder)
     check_gguf(path)
     memory.need(path, tiny_bundle.SETTINGS, 64)
-    describe(path)
+    zero_shares(path)
 
 
 def read_verdict_file(data: bytes, folder: Path) -> None:
