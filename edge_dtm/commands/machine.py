@@ -106,8 +106,7 @@ def bench(
     from edge_dtm.formats.archive import open_bundle
     from edge_dtm.formats.profile import packaged_profile
     from edge_dtm.formats.record import RunSettings
-    from edge_dtm.llamacpp.gguf_header import check_gguf
-    from edge_dtm.llamacpp.memory import require_memory
+    from edge_dtm.llamacpp.gguf_header import check_gguf, require_memory
 
     require_writable(source, json_file)
     most = threads or default_threads()
@@ -146,6 +145,8 @@ def _print_performance(
     from rich.console import Console
     from rich.table import Table
 
+    from edge_dtm.report.numbers import plural
+
     zone = max(p.temperatures_c_after, key=p.temperatures_c_after.__getitem__, default="")
     before, after = (t.get(zone) for t in (p.temperatures_c_before, p.temperatures_c_after))
     start = "" if before is None else f"{before:.0f} to "
@@ -167,16 +168,10 @@ def _print_performance(
     for label, value, form in rows:
         if value is not None:
             table.add_row(label, format(value, form))
-    console = Console()
-    console.print(table)
-    if p.sweep:
-        sweep = Table()
-        for name in ("threads", "prefill, tokens/s", "decode, tokens/s"):
-            sweep.add_column(name, justify="right")
-        for s in p.sweep:
-            speeds = (s.prefill_tokens_per_s, s.decode_tokens_per_s)
-            sweep.add_row(str(s.threads), *(f"{speed:.1f}" for speed in speeds))
-        console.print(sweep)
+    for s in p.sweep:
+        speeds = f"{s.decode_tokens_per_s:.1f}, {s.prefill_tokens_per_s:.1f}"
+        table.add_row(f"decode, prefill, tokens/s, {plural(s.threads, 'thread')}", speeds)
+    Console().print(table)
 
 
 @click.group()
@@ -214,10 +209,10 @@ def profiles_detect(output: Path | None, name: str | None) -> None:
     and at least 256 MB in the temporary folder. Run nothing else meanwhile.
     """
     from edge_dtm.core.files import write_whole
+    from edge_dtm.core.machine import board
     from edge_dtm.core.progress import Stages
     from edge_dtm.device.cpu import read_cpu
     from edge_dtm.device.detect import check_name, default_name, detect, to_toml
-    from edge_dtm.device.linux import board
 
     root = Path("/")
     name = check_name(name or default_name(board(root), read_cpu(root)))

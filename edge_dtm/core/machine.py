@@ -1,4 +1,7 @@
-"""What this process may still take of memory, and how freed buffers go back to the system."""
+"""What Linux says of this machine in /proc and /sys, and what this process may take of it.
+
+`root` is the folder that stands for /.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,15 +33,20 @@ def read_text(path: Path) -> str:
         return ""
 
 
+def meminfo(root: Path = Path("/")) -> dict[str, int]:
+    """/proc/meminfo, in bytes; empty where it cannot be read."""
+    lines = re.findall(r"^(\w+):\s+(\d+) kB", read_text(root / "proc/meminfo"), re.MULTILINE)
+    return {name: 1024 * int(kib) for name, kib in lines}
+
+
 def room(root: Path = Path("/")) -> Room:
     """The tightest of free memory, the control group's limit and this process's own (ulimit -v).
 
-    root: where proc and sys are. Infinite room where the system tells nothing.
+    Infinite room where the system tells nothing.
     """
     rooms = [Room(2**62, "nothing that can be read")]
-    available = re.search(r"^MemAvailable:\s+(\d+)", read_text(root / "proc/meminfo"), re.MULTILINE)
-    if available:
-        rooms.append(Room(int(available[1]) * 1024, "free memory"))
+    if (available := meminfo(root).get("MemAvailable")) is not None:
+        rooms.append(Room(available, "free memory"))
     for folder, version_1 in control_groups(root, "memory"):
         free = _free_in_group(folder, version_1)
         if free is not None:
@@ -113,3 +121,67 @@ def peak_rss_bytes() -> int:
         return int(peak[1]) * 1024
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(largest if sys.platform == "darwin" else largest * 1024)
+
+
+def cpu_quota(root: Path) -> float | None:
+    """CPUs that the control group allows, the least of it and those above; None without limit."""
+    quotas = []
+    for folder, version_1 in control_groups(root, "cpu"):
+        if version_1:
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            words = [read_text(folder / name).strip() for name in names]
+        else:
+            words = read_text(folder / "cpu.max").split()
+        # "max" or -1 is no limit.
+        if words and all(word.isdigit() for word in words):
+            quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
+
+
+def cpu_capacities(root: Path, cpus: Sequence[int]) -> list[int]:
+    """The kernel's cpu_capacity (1024 is the fastest) of each CPU, empty where it has none."""
+    return [int(text) for text in _of_each_cpu(root, cpus, "cpu_capacity") if text.isdigit()]
+
+
+def physical_cores(root: Path, cpus: Sequence[int]) -> int:
+    """Cores among these CPUs, 0 where the kernel tells nothing."""
+    return len(set(_of_each_cpu(root, cpus, "topology/thread_siblings_list")))
+
+
+def _of_each_cpu(root: Path, cpus: Sequence[int], name: str) -> list[str]:
+    """The CPUs' files of that name, empty unless all of them have it."""
+    folder = root / "sys/devices/system/cpu"
+    texts = [read_text(folder / f"cpu{n}" / name).strip() for n in cpus]
+    return texts if all(texts) else []
+
+
+def file_system_of(place: Path, mounts: str) -> str:
+    """The type of the file system that place is on. mounts: the text of /proc/mounts."""
+    entries = re.findall(r"^\S+ (\S+) (\S+)", mounts, re.M)
+    types = {Path(point.replace("\\040", " ")): name for point, name in entries}
+    return next((types[p] for p in (place, *place.parents) if p in types), "")
+
+
+def cache_bytes(root: Path) -> int:
+    """All last-level caches together, 0 where the kernel tells nothing."""
+    sizes: dict[tuple[int, str], int] = {}
+    for folder in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cache/index[0-9]*"):
+        names = ("level", "size", "shared_cpu_list")
+        level, size, shared = (read_text(folder / name).strip() for name in names)
+        if level.isdigit() and size.endswith("K"):
+            sizes[int(level), shared] = 1024 * int(size.removesuffix("K"))
+    last_level = max((level for level, _ in sizes), default=0)
+    return sum(size for (level, _), size in sizes.items() if level == last_level)
+
+
+def usable_cores(root: Path) -> int:
+    """Physical cores that this process may use and its control group allows."""
+    cpus = usable_cpus()
+    count = physical_cores(root, cpus) or len(cpus)
+    quota = cpu_quota(root)
+    return count if quota is None else max(min(count, int(quota)), 1)
+
+
+def board(root: Path) -> str:
+    """The board's name in the device tree, empty on a machine without one."""
+    return " ".join(read_text(root / "proc/device-tree/model").replace("\0", " ").split())

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import platform
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edge_dtm.core.machine import Room, read_text, usable_cpus
+from edge_dtm.core.machine import (
+    Room,
+    cpu_capacities,
+    cpu_quota,
+    physical_cores,
+    read_text,
+    usable_cpus,
+)
 from edge_dtm.device.cpu import Build, Cpu, rebuild_command, repacked_types, unused_by_build
-from edge_dtm.device.linux import cpu_capacities, cpu_quota, physical_cores
 from edge_dtm.device.sensors import throttled
-from edge_dtm.llamacpp.gguf_header import TensorInfo
-from edge_dtm.llamacpp.memory import Need
+from edge_dtm.llamacpp.gguf_header import Need, TensorInfo
 from edge_dtm.report.numbers import megabytes
 
 TIGHT_SHARE = 0.8  # of the free memory; beyond it the page cache of anything else is lost
@@ -158,14 +162,13 @@ def fits(needed: Need, there: Room) -> Findings:
         )
 
 
-def swap(meminfo: str) -> Findings:
-    """Whether memory was short already. meminfo: the text of /proc/meminfo."""
-    kib = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+) kB", meminfo, re.M)}
-    used_kib = kib.get("SwapTotal", 0) - kib.get("SwapFree", 0)
-    if used_kib > SWAPPED_SHARE * kib.get("MemTotal", 0):
+def swap(meminfo: Mapping[str, int]) -> Findings:
+    """Whether memory was short already. meminfo: in bytes."""
+    used = meminfo.get("SwapTotal", 0) - meminfo.get("SwapFree", 0)
+    if used > SWAPPED_SHARE * meminfo.get("MemTotal", 0):
         yield Finding(
             "warning",
-            f"{megabytes(1024 * used_kib)} are swapped out",
+            f"{megabytes(used)} are swapped out",
             "memory was short, and decoding is as slow as the disk where weights do not stay in "
             "memory: stop what fills it, then empty the swap",
             "sudo swapoff -a && sudo swapon -a",

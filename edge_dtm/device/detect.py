@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.files import StageProgress, no_progress
-from edge_dtm.core.machine import Room, read_text, room
+from edge_dtm.core.machine import Room, board, cache_bytes, meminfo, room, usable_cores
 from edge_dtm.device.bandwidth import (
     MEASURED_TYPES,
     SAME_SPEED,
@@ -24,7 +24,6 @@ from edge_dtm.device.bandwidth import (
 )
 from edge_dtm.device.cpu import Build, Cpu, read_cpu, repacked_types
 from edge_dtm.device.first_decode import first_decode_in_child
-from edge_dtm.device.linux import board, cache_bytes, total_bytes, usable_cores
 from edge_dtm.formats.profile import SCHEMA_VERSION, DeviceProfile, load_profile
 from edge_dtm.report.numbers import plural
 
@@ -56,7 +55,7 @@ def detect(
     EdgeDtmError where Linux' /proc is missing, llama.cpp
     cannot run, or memory or disk do not suffice for measuring.
     """
-    total = total_bytes(read_text(root / "proc/meminfo"))
+    total = meminfo(root).get("MemTotal")
     if not total:
         raise EdgeDtmError(
             "profiles detect reads /proc/meminfo, which is not there: write the profile by hand "

@@ -11,17 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edge_dtm.core.machine import default_threads, read_text, room
+from edge_dtm.core.machine import default_threads, file_system_of, meminfo, read_text, room
 from edge_dtm.device import checks
 from edge_dtm.device.checks import Finding
 from edge_dtm.device.cpu import Build, Cpu, read_cpu
 from edge_dtm.device.first_decode import try_first_decode
 from edge_dtm.device.inputs import is_gguf
-from edge_dtm.device.linux import file_system_of
 from edge_dtm.device.sensors import vcgencmd
 from edge_dtm.formats.record import RunSettings
-from edge_dtm.llamacpp.gguf_header import TensorInfo, check_gguf, read_header
-from edge_dtm.llamacpp.memory import need
+from edge_dtm.llamacpp.gguf_header import TensorInfo, check_gguf, need, read_header
 
 SCHEMA_VERSION = 1
 _LEVELS = ("error", "warning", "note", "ok")
@@ -48,7 +46,7 @@ def examine(path: Path | None, n_ctx: int, root: Path = Path("/")) -> list[Findi
     findings += checks.cores(root, default_threads())
     findings += checks.governor(root)
     findings += checks.throttling(vcgencmd("get_throttled"))
-    findings += checks.swap(read_text(root / "proc/meminfo"))
+    findings += checks.swap(meminfo(root))
     if path is not None:
         findings += _model(path, n_ctx, root, build, cpu)
     return sorted(findings, key=lambda finding: _LEVELS.index(finding.level))

@@ -244,7 +244,7 @@ class Sampler:
         self._stop = threading.Event()
 
     def __enter__(self) -> Sampler:
-        self._energy()  # what was used before is not this block's
+        self._add_energy(0)  # what was used before is not this block's
         self._stop.clear()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._began = time.perf_counter()
@@ -266,17 +266,11 @@ class Sampler:
                 return
             self._add_energy()
 
-    def _add_energy(self) -> None:
-        used = self._energy()
-        if self.joules is not None:
-            self.joules += used
-
-    def _energy(self) -> float:
-        """Joules since the last reading."""
+    def _add_energy(self, share: int = 1) -> None:
+        """What was used since the last reading."""
         if self._sensor is not None and self.joules is not None:
             try:
-                return self._sensor.joules()
+                self.joules += share * self._sensor.joules()
             except (OSError, ValueError) as error:
                 self.joules = None
                 self.failure = f"power by {self._sensor.name}: {_reason(error)}"
-        return 0.0

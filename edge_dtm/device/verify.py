@@ -30,9 +30,8 @@ from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.formats.thresholds import Thresholds
 from edge_dtm.formats.verdict import Evidence, KernelCheck, KernelsCompared, Mode, Verdict
 from edge_dtm.llamacpp import probe_model
-from edge_dtm.llamacpp.gguf_header import check_gguf
+from edge_dtm.llamacpp.gguf_header import check_gguf, require_memory
 from edge_dtm.llamacpp.llama import runtime_info
-from edge_dtm.llamacpp.memory import require_memory
 from edge_dtm.llamacpp.runner import LlamaRunner, Timing
 from edge_dtm.llamacpp.schedule import context_needed, replay_tokens
 

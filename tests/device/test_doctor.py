@@ -25,8 +25,7 @@ from edge_dtm.device.cpu import X86_FLAGS, Build, Cpu
 from edge_dtm.device.doctor import errors, examine, matrices_of
 from edge_dtm.formats.archive import pack
 from edge_dtm.formats.ggml_types import ALLOWED_TYPES
-from edge_dtm.llamacpp.gguf_header import TensorInfo
-from edge_dtm.llamacpp.memory import Need
+from edge_dtm.llamacpp.gguf_header import Need, TensorInfo
 
 AVX2 = frozenset({"AVX", "AVX2", "FMA", "F16C"})
 LAPTOP = Cpu("x86_64", "laptop", AVX2, frozenset(X86_FLAGS))
@@ -159,9 +158,9 @@ def test_each_limit_of_memory_has_its_command(
     [(0, 0, []), (100, 100, []), (200, 160, []), (200, 100, ["warning"])],
 )
 def test_swap(total: int, free: int, expected: list[str]) -> None:
-    text = f"MemTotal: 1000 kB\nMemFree: 7 kB\nSwapTotal: {total} kB\nSwapFree: {free} kB\n"
-    assert levels(checks.swap(text)) == expected
-    assert levels(checks.swap("")) == []
+    meminfo = {"MemTotal": 1000, "MemFree": 7, "SwapTotal": total, "SwapFree": free}
+    assert levels(checks.swap(meminfo)) == expected
+    assert levels(checks.swap({})) == []
 
 
 def test_disk(tmp_path: Path) -> None:

@@ -264,9 +264,9 @@ def test_kernels_compared(tiny_bundle: Path) -> None:
 
 def test_too_little_memory(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from edge_dtm.core import machine
-    from edge_dtm.llamacpp import memory
+    from edge_dtm.llamacpp import gguf_header
 
-    monkeypatch.setattr(memory, "room", lambda: machine.Room(10**6, "a test"))
+    monkeypatch.setattr(gguf_header, "room", lambda: machine.Room(10**6, "a test"))
     with pytest.raises(EdgeDtmError, match="too little memory"):
         verify(tiny_bundle, threads=1)
 

@@ -15,9 +15,9 @@ from edge_dtm.core import machine
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.machine import Room, room
 from edge_dtm.formats.record import RunSettings
-from edge_dtm.llamacpp import memory
+from edge_dtm.llamacpp import gguf_header
+from edge_dtm.llamacpp.gguf_header import need, require_memory
 from edge_dtm.llamacpp.llama import LOG_VARIABLE
-from edge_dtm.llamacpp.memory import need, require_memory
 from edge_dtm.llamacpp.probe_model import LlamaShape, finish, llama_writer
 from edge_dtm.llamacpp.runner import LlamaRunner
 
@@ -195,9 +195,9 @@ def test_the_tightest_of_all_counts(root, monkeypatch):
 
 def test_too_little_memory(tiny_gguf, monkeypatch):
     least = need(tiny_gguf, MANY, 256).total_bytes
-    monkeypatch.setattr(memory, "room", lambda: Room(least, "x"))
+    monkeypatch.setattr(gguf_header, "room", lambda: Room(least, "x"))
     require_memory(tiny_gguf, MANY, 256)
-    monkeypatch.setattr(memory, "room", lambda: Room(least - 1, "the limit"))
+    monkeypatch.setattr(gguf_header, "room", lambda: Room(least - 1, "the limit"))
     with pytest.raises(EdgeDtmError, match=r"gguf .*the limit"):
         require_memory(tiny_gguf, MANY, 256)
 

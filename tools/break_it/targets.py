@@ -25,7 +25,7 @@ from edge_dtm.formats.profile import load_profile, profiles_dir
 from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.formats.reference import HELD_OUT, Reference
 from edge_dtm.formats.verdict_file import device_name, read_verdict
-from edge_dtm.llamacpp import memory
+from edge_dtm.llamacpp import gguf_header
 from edge_dtm.llamacpp.ggml import zero_shares
 from edge_dtm.llamacpp.gguf_header import check_gguf
 from edge_dtm.llamacpp.schedule import calls, context_needed, replay_tokens
@@ -155,7 +155,7 @@ def read_gguf_again(data: bytes, folder: Path) -> None:
     """What else reads the head of a file that check_gguf let through: verify and inspect."""
     path = _written(data, folder)
     check_gguf(path)
-    memory.need(path, tiny_bundle.SETTINGS, 64)
+    gguf_header.need(path, tiny_bundle.SETTINGS, 64)
     zero_shares(path)
 
 

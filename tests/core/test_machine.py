@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from fixtures.boards import put
 
-from edge_dtm.device import linux as module
-from edge_dtm.device.linux import (
+from edge_dtm.core import machine as module
+from edge_dtm.core.machine import (
     cache_bytes,
     cpu_quota,
     file_system_of,
-    total_bytes,
+    meminfo,
     usable_cores,
 )
 
@@ -43,9 +43,10 @@ def test_cores_that_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert usable_cores(tmp_path) == 1
 
 
-def test_memory_of_the_machine() -> None:
-    assert total_bytes("MemTotal:        8245032 kB\nMemFree: 1 kB") == 8245032 * 1024
-    assert total_bytes("") == 0
+def test_memory_of_the_machine(tmp_path: Path) -> None:
+    assert meminfo(tmp_path) == {}
+    put(tmp_path, "proc/meminfo", "MemTotal:        8245032 kB\nHugePages_Total: 3\nX: much kB")
+    assert meminfo(tmp_path) == {"MemTotal": 8245032 * 1024}
 
 
 def test_file_systems() -> None:
