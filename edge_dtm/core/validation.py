@@ -56,11 +56,7 @@ def validated(model: type[T], tree: object, source: str, remedy: str) -> T:
     EdgeDtmError that begins with source, lists every offence with its place and ends with remedy.
     """
     try:
-        text = json.dumps(tree, default=str)
-    except ValueError:  # TOML's hexadecimal numbers can be longer than Python prints any
-        raise EdgeDtmError(f"{source} is wrong: a number in it is too long; {remedy}") from None
-    try:
-        return TypeAdapter(model).validate_json(text)
+        return TypeAdapter(model).validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         _refuse(error, source, remedy)
 
@@ -114,8 +110,5 @@ def _reason(detail: ErrorDetails) -> str:
 
 
 def _shown(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python prints no integer above 4300 digits, but TOML hex can hold one
-        return "a huge number"
+    text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

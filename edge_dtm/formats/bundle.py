@@ -72,9 +72,6 @@ class Manifest(StrictModel, extra="ignore"):
     provenance: dict[str, Any]
     measured: dict[str, Any]
 
-    def to_json(self) -> dict[str, Any]:
-        return {"schema_version": SCHEMA_VERSION, "kind": KIND, **self.model_dump()}
-
     def noise_floor(self, source: Path) -> dict[str, Any]:
         """What was measured of it. EdgeDtmError, naming source, when its near_tie_margin is no
         number of 0 or more; it may be absent."""
@@ -92,7 +89,7 @@ class Manifest(StrictModel, extra="ignore"):
         return validated(cls, tree, source, "copy the bundle again")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Bundle:
     """An opened bundle; a context manager, because a packed one lies in a temporary folder.
 
@@ -123,13 +120,8 @@ class Bundle:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Remove the temporary folder of a packed bundle; a second call does nothing."""
         if self.temporary is not None:
             self.temporary.close()
-            self.temporary = None
 
     @property
     def size_bytes(self) -> int:
@@ -186,7 +178,8 @@ def write_manifest(
         provenance=dict(provenance),
         measured=dict(measured),
     )
-    text = json.dumps(manifest.to_json(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    tree = {"schema_version": SCHEMA_VERSION, "kind": KIND, **manifest.model_dump()}
+    text = json.dumps(tree, indent=2, sort_keys=True, allow_nan=False) + "\n"
     write_whole(folder / MANIFEST, text.encode())
     (folder / SIGNATURE).unlink(missing_ok=True)
     return manifest

@@ -151,6 +151,7 @@ def _load_file(path: Path) -> DeviceProfile:
     try:
         with os_errors(f"cannot read device profile {path}"):
             table = tomllib.loads(path.read_bytes().decode())
+        repr(table)  # ValueError for a hexadecimal number that is longer than Python prints any
     # tomllib leaks a plain ValueError for bad UTF-8, a NUL in the path or a huge integer, and
     # RecursionError for deep nesting.
     except (ValueError, RecursionError) as error:

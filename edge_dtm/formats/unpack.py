@@ -65,18 +65,15 @@ class _Archive:
             cast(BinaryIO, self._source), read_across_frames=True
         )
 
-    def _read_some(self, size: int) -> bytes:
-        """That many bytes, or what is left."""
+    def read(self, size: int, or_less: bool = False) -> bytes:
+        """That many bytes; or_less: what is left will do."""
         try:
-            return self._stream.read(size)
+            data = self._stream.read(size)
         except zstandard.ZstdError as error:
             raise EdgeDtmError(
                 f"{self._path} is damaged or no packed bundle ({error}): copy it again"
             ) from None
-
-    def read(self, size: int) -> bytes:
-        data = self._read_some(size)
-        if len(data) < size:
+        if len(data) < size and not or_less:
             raise EdgeDtmError(f"{self._path} is truncated: copy it again")
         return data
 
@@ -112,7 +109,7 @@ class _Archive:
 
     def check_end(self) -> None:
         rest = 0
-        while part := self._read_some(COPY_BYTES):
+        while part := self.read(COPY_BYTES, or_less=True):
             rest += len(part)
             if part.strip(b"\0") or rest > _TAR_END_LIMIT_BYTES:
                 raise self.refusal("it has data behind its end")

@@ -382,7 +382,7 @@ def test_a_full_disk_is_one_line(
 ACTIONS: dict[str, Callable[..., object]] = {
     "pack": lambda made, packed, target, progress=None: pack(made, target, progress=progress),
     "unpack": lambda made, packed, target, progress=None: unpack(packed, target, progress),
-    "open": lambda made, packed, target, progress=None: open_bundle(packed, progress).close(),
+    "open": lambda made, packed, target, progress=None: open_bundle(packed, progress).__exit__(),
 }
 
 

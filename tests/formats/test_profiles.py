@@ -179,9 +179,10 @@ def test_what_is_no_file_is_reported(tmp_path: Path) -> None:
         b"name = 'a'\nname = 'b'\n",
         b"name = '\xff'\n",
         b"ram_bytes = " + b"9" * 5000 + b"\n",
+        b"ram_bytes = 0x" + b"f" * 5000 + b"\n",
         b"a = " + b"[" * 100_000 + b"\n",
     ],
-    ids=["syntax", "duplicate key", "not UTF-8", "huge number", "deep nesting"],
+    ids=["syntax", "duplicate key", "not UTF-8", "huge number", "huge hexadecimal", "deep nesting"],
 )
 def test_broken_toml_is_reported(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.toml"
@@ -212,10 +213,10 @@ def test_a_missing_key_is_reported(tmp_path: Path, key: str) -> None:
 
 
 @pytest.mark.parametrize("key", NUMBERS)
-@pytest.mark.parametrize("value", ["0", "-1", "true", '"4"', "[4]", "0x" + "f" * 5000])
+@pytest.mark.parametrize("value", ["0", "-1", "true", '"4"', "[4]"])
 def test_a_number_has_to_be_a_positive_number(tmp_path: Path, key: str, value: str) -> None:
     message = error_of(write_profile(tmp_path, {key: value}))
-    assert re.search(rf"\b{key}: (is .+, )?should be", message) or "too long" in message
+    assert re.search(rf"\b{key}: (is .+, )?should be", message)
 
 
 @pytest.mark.parametrize("key", ["wanted_tokens_per_s", "max_share_of_f16"])
@@ -264,7 +265,7 @@ def test_sources_have_to_be_a_table(tmp_path: Path) -> None:
     assert "sources: is 'x'" in error_of(write_profile(tmp_path, {"sources": '"x"'}, sources=False))
 
 
-@pytest.mark.parametrize("version", ["2", "0", '"1"', "1.0", "true", "0x" + "f" * 5000])
+@pytest.mark.parametrize("version", ["2", "0", '"1"', "1.0", "true"])
 def test_another_schema_version_is_the_only_complaint(tmp_path: Path, version: str) -> None:
     message = error_of(write_profile(tmp_path, {"schema_version": version, "new_key": "1"}))
     assert "schema version" in message
