@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from edge_dtm.core.errors import EdgeDtmError, os_errors
-from edge_dtm.core.scratch import Scratch
 from edge_dtm.formats.archive import open_bundle
 from edge_dtm.formats.bundle import MODEL
 from edge_dtm.formats.profile import packaged_profile
@@ -24,30 +23,25 @@ DEFAULT_CONTEXT_TOKENS = 4096  # where no profile says for how many the memory w
 
 
 def write_folder(bundle_folder: Path, out_dir: Path) -> None:
-    """Put the GGUF of a checked bundle and a Modelfile into out_dir, whole or not at all.
+    """Put the GGUF of a checked bundle and then a Modelfile into out_dir.
 
-    The GGUF is linked where the file system can, else copied. An out_dir that this function made
-    is replaced; EdgeDtmError for any other.
+    The GGUF is linked where the file system can, else copied. EdgeDtmError when out_dir holds
+    other files.
     """
     bundle = open_bundle(bundle_folder)
     model = bundle.path(MODEL)
     context_tokens = min(model_context(model), planned_context(bundle.manifest.provenance))
-    if os.path.lexists(out_dir) and not _is_ours(out_dir):
-        raise EdgeDtmError(f"{out_dir} exists and holds other files: give another name with -o")
-    with (
-        os_errors(f"cannot write {out_dir}"),
-        Scratch(out_dir.name, out_dir.parent) as scratch,
-    ):
-        folder = scratch / "new"
-        folder.mkdir()
+    with os_errors(f"cannot write {out_dir}"):
+        out_dir.mkdir(exist_ok=True)
+        if {item.name for item in out_dir.iterdir()} - {MODEL, MODELFILE}:
+            raise EdgeDtmError(f"{out_dir} holds other files: give another name with -o")
+        for name in (MODELFILE, MODEL):
+            (out_dir / name).unlink(missing_ok=True)
         try:
-            os.link(model, folder / MODEL)
+            os.link(model, out_dir / MODEL)
         except OSError:  # another file system, or one without links
-            shutil.copyfile(model, folder / MODEL)
-        (folder / MODELFILE).write_text(modelfile(context_tokens), encoding="utf-8")
-        if out_dir.exists():
-            out_dir.rename(scratch / "old")
-        folder.rename(out_dir)
+            shutil.copyfile(model, out_dir / MODEL)
+        (out_dir / MODELFILE).write_text(modelfile(context_tokens), encoding="utf-8")
 
 
 def modelfile(context_tokens: int) -> str:
@@ -83,11 +77,3 @@ def planned_context(provenance: Mapping[str, Any]) -> int:
     """The context length in tokens for which a bundle's memory was planned."""
     profile = packaged_profile(provenance.get("profile"))
     return DEFAULT_CONTEXT_TOKENS if profile is None else profile.n_ctx
-
-
-def _is_ours(folder: Path) -> bool:
-    return (
-        folder.is_dir()
-        and not folder.is_symlink()
-        and {item.name for item in folder.iterdir()} <= {MODEL, MODELFILE}
-    )
