@@ -11,45 +11,39 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _SUFFIX = ".edge-dtm"
 
 
-class Scratch:
-    """A new folder, hidden in parent and readable by its owner only; a context manager.
+@contextmanager
+def scratch_folder(name: str = "edge-dtm", parent: Path | None = None) -> Iterator[Path]:
+    """A new folder, hidden in parent (the temporary folder where there is none) and readable by
+    its owner only, removed at the end with all that is in it.
 
     name: says what it is for, such as the name of the file to be made. Folders that killed runs
     left in parent under the same name are removed first, if they are the user's own. OSError when
     parent cannot be written.
     """
-
-    def __init__(self, name: str, parent: Path) -> None:
-        _remove_abandoned(name, parent)
-        while True:
-            self.path = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=_SUFFIX, dir=parent))
-            try:
-                lock = os.open(self.path, os.O_RDONLY)
-            except FileNotFoundError:
-                continue  # another run took it for abandoned, before it was locked
-            # None: a file system without locks.
-            if _lock(lock) is not False and self.path.exists():
-                self._lock: int | None = lock
-                return
-            os.close(lock)
-
-    def __enter__(self) -> Path:
-        return self.path
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Remove the folder with all that is in it; a second call does nothing."""
-        if self._lock is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = None
+    parent = parent or Path(tempfile.gettempdir())
+    _remove_abandoned(name, parent)
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=_SUFFIX, dir=parent))
+        try:
+            lock = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another run took it for abandoned, before it was locked
+        # None: a file system without locks.
+        if _lock(lock) is not False and path.exists():
+            break
+        os.close(lock)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
 
 
 def _lock(descriptor: int) -> bool | None:

@@ -6,7 +6,6 @@ Tokens per second times file size are bytes per second: the definition that
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.files import StageProgress, no_progress
-from edge_dtm.core.scratch import Scratch
+from edge_dtm.core.scratch import scratch_folder
 from edge_dtm.formats import ggml_types
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.llamacpp.probe_model import LlamaShape, finish, llama_writer
@@ -72,7 +71,7 @@ def measure(
     """Decode with models of about model_bytes; threads: the numbers to try, rising."""
     first, *others = MEASURED_TYPES
     advance = progress("Decoding", len(threads) + len(others))
-    with Scratch("edge-dtm", Path(tempfile.gettempdir())) as folder:
+    with scratch_folder() as folder:
         path = folder / "model.gguf"
 
         def rate(count: int) -> Rate:

@@ -10,11 +10,10 @@ import json
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.scratch import Scratch
+from edge_dtm.core.scratch import scratch_folder
 from edge_dtm.device.cpu import Build, missing_on_cpu, parse_system_info, read_cpu, rebuild_command
 from edge_dtm.formats.record import RunSettings
 
@@ -116,7 +115,7 @@ def main() -> None:
     answer = {"system_info": info["system_info"], "version": info["llama_cpp_python"]}
     print(json.dumps(answer), flush=True)
     settings = RunSettings(threads=1, parallel_sequences=1)
-    with Scratch("edge-dtm", Path(tempfile.gettempdir())) as folder:
+    with scratch_folder() as folder:
         for path in _small_models(folder):
             with LlamaRunner(path, settings, 32) as llama:
                 llama.time_decoding(16, 2)

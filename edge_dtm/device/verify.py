@@ -7,7 +7,6 @@ checked; nothing is decoded here before a child has shown that this build of lla
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from edge_dtm.core import machine
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.files import StageProgress, no_progress
 from edge_dtm.core.metrics import compare
-from edge_dtm.core.scratch import Scratch
+from edge_dtm.core.scratch import scratch_folder
 from edge_dtm.device.first_decode import first_decode_in_child
 from edge_dtm.device.inputs import Inputs, check_host_ids, check_tokens, load_inputs
 from edge_dtm.device.judge import against_host, divergences, judge, limits_of_part
@@ -186,7 +185,7 @@ def _check_kernels(model: Path, probe: Record, threads: int) -> tuple[float, lis
     from edge_dtm.llamacpp.kernels import check_kernels
 
     settings = replace(RunSettings.from_json(probe.settings), threads=threads)
-    with Scratch("edge-dtm", Path(tempfile.gettempdir())) as folder:
+    with scratch_folder() as folder:
         return probe_model.kl(probe, folder / "probe.gguf", settings), check_kernels(model, threads)
 
 

@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 import tarfile
-import tempfile
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ import zstandard
 
 from edge_dtm.core.errors import EdgeDtmError, os_errors
 from edge_dtm.core.files import Advance
-from edge_dtm.core.scratch import Scratch
+from edge_dtm.core.scratch import scratch_folder
 from edge_dtm.formats.bundle import MANIFEST, SIGNATURE, Bundle, read_head
 from edge_dtm.formats.signing import Trusted, sign_manifest
 from edge_dtm.formats.unpack import TRAILER_HEAD, unpack_into
@@ -46,15 +46,10 @@ def open_bundle(
         return Bundle.of(path, path, *read_head(path), trusted)
     if not path.exists():
         raise EdgeDtmError(f"{path} does not exist")
-    place = Path(tempfile.gettempdir())
-    with os_errors(f"cannot unpack {path} into {place}"):
-        scratch = Scratch("edge-dtm", place)
-    try:
-        bundle = unpack_into(path, scratch.path / "bundle", progress, trusted, None)
-        return replace(bundle, temporary=scratch)
-    except BaseException:
-        scratch.close()
-        raise
+    with os_errors(f"cannot unpack {path}"), ExitStack() as stack:
+        folder = stack.enter_context(scratch_folder()) / "bundle"
+        bundle = unpack_into(path, folder, progress, trusted, None)
+        return replace(bundle, temporary=stack.pop_all())
 
 
 def pack(
@@ -82,7 +77,7 @@ def pack(
     heads = {MANIFEST: data} if signature is None else {MANIFEST: data, SIGNATURE: signature}
     with (
         os_errors(f"cannot write {out_path}"),
-        Scratch(out_path.name, out_path.parent) as scratch,
+        scratch_folder(out_path.name, out_path.parent) as scratch,
     ):
         with (scratch / out_path.name).open("w+b") as file:
             _write(file, heads, bundle, progress)
@@ -107,7 +102,10 @@ def unpack(
     """
     if os.path.lexists(out_dir):
         raise EdgeDtmError(f"{out_dir} exists already: give another folder or remove it")
-    with os_errors(f"cannot write {out_dir}"), Scratch(out_dir.name, out_dir.parent) as scratch:
+    with (
+        os_errors(f"cannot write {out_dir}"),
+        scratch_folder(out_dir.name, out_dir.parent) as scratch,
+    ):
         bundle = unpack_into(file, scratch / "bundle", progress, trusted, max_unpacked_bytes)
         (scratch / "bundle").rename(out_dir)
     return bundle.key_id

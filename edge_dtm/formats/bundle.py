@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,6 @@ from pydantic import AfterValidator, Field
 from edge_dtm.core import strict_json
 from edge_dtm.core.errors import EdgeDtmError, os_errors
 from edge_dtm.core.files import Advance, read_within, write_whole
-from edge_dtm.core.scratch import Scratch
 from edge_dtm.core.validation import Count, Sha256, StrictModel, check_version, validated
 from edge_dtm.formats.signing import Trusted, check_signature
 from edge_dtm.formats.thresholds import Thresholds
@@ -94,14 +94,14 @@ class Bundle:
     """An opened bundle; a context manager, because a packed one lies in a temporary folder.
 
     source: what was opened; folder: where its files are; key_id: of the key that signed the
-    manifest, None when it is not signed; temporary: the folder around folder, to be removed.
+    manifest, None when it is not signed; temporary: removes the folder of a packed one.
     """
 
     source: Path
     folder: Path
     manifest: Manifest
     key_id: str | None = None
-    temporary: Scratch | None = None
+    temporary: ExitStack | None = None
 
     @classmethod
     def of(
