@@ -14,8 +14,7 @@ from statistics import median
 import numpy as np
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.files import StageProgress, no_progress
-from edge_dtm.core.scratch import scratch_folder
+from edge_dtm.core.files import StageProgress, no_progress, scratch_folder
 from edge_dtm.formats import ggml_types
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.llamacpp.probe_model import LlamaShape, finish, llama_writer

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.scratch import scratch_folder
+from edge_dtm.core.files import scratch_folder
 from edge_dtm.device.cpu import Build, missing_on_cpu, parse_system_info, read_cpu, rebuild_command
 from edge_dtm.formats.record import RunSettings
 

@@ -17,9 +17,8 @@ import numpy.typing as npt
 
 from edge_dtm.core import machine
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.files import StageProgress, no_progress
+from edge_dtm.core.files import StageProgress, no_progress, scratch_folder
 from edge_dtm.core.metrics import compare
-from edge_dtm.core.scratch import scratch_folder
 from edge_dtm.device.first_decode import first_decode_in_child
 from edge_dtm.device.inputs import Inputs, check_host_ids, check_tokens, load_inputs
 from edge_dtm.device.judge import against_host, divergences, judge, limits_of_part

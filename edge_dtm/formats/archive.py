@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 import zstandard
 
 from edge_dtm.core.errors import EdgeDtmError, os_errors
-from edge_dtm.core.files import Advance
-from edge_dtm.core.scratch import scratch_folder
+from edge_dtm.core.files import Advance, scratch_folder
 from edge_dtm.formats.bundle import MANIFEST, SIGNATURE, Bundle, read_head
 from edge_dtm.formats.signing import Trusted, sign_manifest
 from edge_dtm.formats.unpack import TRAILER_HEAD, unpack_into

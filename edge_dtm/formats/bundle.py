@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field
 from edge_dtm.core import strict_json
 from edge_dtm.core.errors import EdgeDtmError, os_errors
 from edge_dtm.core.files import Advance, read_within, write_whole
-from edge_dtm.core.validation import Count, Sha256, StrictModel, check_version, validated
+from edge_dtm.core.strict_json import Count, Sha256, StrictModel, check_version, validated
 from edge_dtm.formats.signing import Trusted, check_signature
 from edge_dtm.formats.thresholds import Thresholds
 

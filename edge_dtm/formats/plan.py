@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.validation import Share, StrictModel, check_version, validated
+from edge_dtm.core.strict_json import Share, StrictModel, check_version, validated
 from edge_dtm.formats import ggml_types
 from edge_dtm.formats.ggml_types import SPARSE_TYPES
 

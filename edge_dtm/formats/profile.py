@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
 from edge_dtm.core.errors import EdgeDtmError, os_errors
-from edge_dtm.core.validation import STRICT, StrictDataclass, check_version, validated
+from edge_dtm.core.strict_json import STRICT, StrictDataclass, check_version, validated
 from edge_dtm.formats.ggml_types import KV_TYPES, WEIGHT_TYPES
 
 SCHEMA_VERSION = 1

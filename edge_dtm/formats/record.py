@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from edge_dtm.core import strict_json
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.validation import STRICT, StrictDataclass, StrictModel, validated
+from edge_dtm.core.strict_json import STRICT, StrictDataclass, StrictModel, validated
 from edge_dtm.formats.bundle import HOST_RECORD, REFERENCE, Bundle
 from edge_dtm.formats.reference import (
     TOP_K,

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from edge_dtm.core import strict_json
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.files import write_whole
-from edge_dtm.core.validation import StrictModel, check_version, validated
+from edge_dtm.core.strict_json import StrictModel, check_version, validated
 
 SCHEMA_VERSION = 1
 PADDING = -1

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from edge_dtm.core import strict_json
 from edge_dtm.core.errors import EdgeDtmError, os_errors
-from edge_dtm.core.validation import check_version
+from edge_dtm.core.strict_json import check_version
 
 SCHEMA_VERSION = 1
 ALGORITHM = "Ed25519"

@@ -16,7 +16,7 @@ from edge_dtm.core.metrics import (
     first_divergent_tokens,
     share_of_divergent_tokens,
 )
-from edge_dtm.core.validation import STRICT, Amount, Share, StrictDataclass
+from edge_dtm.core.strict_json import STRICT, Amount, Share, StrictDataclass
 
 
 @dataclass(frozen=True, config=STRICT)

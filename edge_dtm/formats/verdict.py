@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from edge_dtm.core import strict_json
 from edge_dtm.core.metrics import Divergence
-from edge_dtm.core.validation import STRICT, Count
+from edge_dtm.core.strict_json import STRICT, Count
 from edge_dtm.formats.thresholds import Thresholds
 
 SCHEMA_VERSION = 3

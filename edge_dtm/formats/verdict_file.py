@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 
 from edge_dtm.core import strict_json
-from edge_dtm.core.validation import (
+from edge_dtm.core.strict_json import (
     Amount,
     Count,
     Sha256,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge_dtm.core import strict_json
-from edge_dtm.core.validation import Amount, Count, Share, StrictModel, validated
+from edge_dtm.core.strict_json import Amount, Count, Share, StrictModel, validated
 from edge_dtm.formats.plan import Plan
 
 Point = tuple[int, float, float]  # file size in bytes, SDT (share), mean FDT (tokens)

@@ -15,7 +15,7 @@ from pydantic import Field
 from edge_dtm.core import strict_json
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.metrics import Divergence, compare, divergent_mask, first_divergent_tokens
-from edge_dtm.core.validation import Count, StrictModel, validated
+from edge_dtm.core.strict_json import Count, StrictModel, validated
 from edge_dtm.formats import bundle as bundles
 from edge_dtm.formats.bundle import Bundle, Manifest
 from edge_dtm.formats.plan import Plan
