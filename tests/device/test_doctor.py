@@ -26,6 +26,7 @@ from edge_dtm.device.doctor import errors, examine, matrices_of
 from edge_dtm.formats.archive import pack
 from edge_dtm.formats.ggml_types import ALLOWED_TYPES
 from edge_dtm.llamacpp.gguf_header import Need, TensorInfo
+from edge_dtm.llamacpp.probe_model import finish
 
 AVX2 = frozenset({"AVX", "AVX2", "FMA", "F16C"})
 LAPTOP = Cpu("x86_64", "laptop", AVX2, frozenset(X86_FLAGS))
@@ -112,10 +113,7 @@ def test_matrices_are_those_that_are_read_whole(tiny_gguf: Path, tmp_path: Path)
     writer = gguf.GGUFWriter(tmp_path / "tied.gguf", "llama")
     writer.add_tensor("token_embd.weight", np.zeros((7, 32), dtype=np.float16))
     writer.add_tensor("output_norm.weight", np.zeros(32, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     (tied,) = matrices_of(tmp_path / "tied.gguf")
     assert (tied.type, tied.shape, tied.size_bytes) == ("F16", (32, 7), 448)
 
@@ -346,11 +344,3 @@ def test_an_error_is_the_last_line_and_the_status(
     assert f"        $ {command}" in result.stdout.splitlines()
     data = json.loads((tmp_path / "d.json").read_text())
     assert not data["passed"] and data["findings"][0]["command"] == command
-
-
-def test_what_is_given_is_checked_before_the_work(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(module, "examine", lambda *_: pytest.fail("examined"))
-    result = run("--json", tmp_path / "none" / "d.json")
-    assert result.exit_code == 1 and "cannot be written" in result.stderr

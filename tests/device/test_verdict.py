@@ -7,47 +7,17 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from fixtures.tiny_bundle import THRESHOLDS, verdict
+from fixtures.tiny_bundle import BAD_KERNEL, GOOD_KERNEL, THRESHOLDS, divergence, evidence, verdict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_dtm.core.metrics import Divergence, Interval, compare
+from edge_dtm.core.metrics import Interval, compare
 from edge_dtm.device.judge import against_host, divergences, judge, limits_of_part
 from edge_dtm.formats.thresholds import Tolerance, thresholds_from
-from edge_dtm.formats.verdict import AgainstHost, Evidence, KernelCheck, KernelsCompared
+from edge_dtm.formats.verdict import KernelsCompared
 from edge_dtm.formats.verdict_file import VerdictFile
 
 EXACT = Tolerance(0.0, math.inf)  # of devices that round as the host does
-GOOD_KERNEL = KernelCheck("Q8_0", "plain", 1, 2e-3, "blk.0.attn_q", True)
-BAD_KERNEL = KernelCheck("Q4_K", "repacked", 32, 0.7, "blk.1.ffn_down", False)
-
-
-def divergence(sdt, fdt, spread=0.0):
-    return Divergence(
-        sdt=Interval(sdt, sdt - spread, sdt + spread),
-        fdt=Interval(fdt, fdt - 100 * spread, fdt + 100 * spread),
-        identical_share=0.25,
-        sequences=4,
-        tokens=400,
-        divergent_tokens=8,
-        near_tie_share=0.001,
-        near_tie_margin=0.01,
-    )
-
-
-def evidence(sdt=0.05, fdt=30.0, kl=0.005, decided=0.001, probe=1e-5, kernels=None, mode=None):
-    """Of a healthy device by the thresholds of conftest, but for what is given."""
-    mode = mode or "teacher_forced"
-    return Evidence(
-        mode=mode,
-        against_original=divergence(sdt, fdt),
-        against_host=divergence(0.01, 60.0),
-        host=None if mode == "generate" else AgainstHost(kl, decided, 0.25),
-        kl_probe_nats=probe,
-        kernels=[GOOD_KERNEL] if kernels is None else kernels,
-        first_divergent_tokens=[30, 30],
-        lengths=[96, 32],
-    )
 
 
 @st.composite
@@ -206,15 +176,6 @@ def test_the_hosts_own_run_of_a_part_meets_the_limits_of_it(replay, max_sdt, min
             assert 0 <= moved.min_fdt <= part.fdt.value
         else:
             assert moved.min_fdt == min_fdt
-
-
-@given(st.floats(0, 1), st.floats(0, 96), st.integers(1, 50), st.integers(1, 49))
-def test_a_smaller_part_never_has_less_room(max_sdt, min_fdt, total, less):
-    limits = dataclasses.replace(THRESHOLDS, max_sdt=max_sdt, min_fdt=min_fdt)
-    host = divergence(0.1, 20.0)
-    taken = min(less, total)
-    small, large = (limits_of_part(limits, host, host, total + 1, n) for n in (1, taken))
-    assert small.max_sdt >= large.max_sdt and small.min_fdt <= large.min_fdt
 
 
 # --- judging --------------------------------------------------------------------------------

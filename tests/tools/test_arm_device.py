@@ -119,24 +119,6 @@ def test_requirements_leave_out_the_binding_itself() -> None:
     ]  # fmt: skip
 
 
-def test_wheels_of_other_constraints_go_after_a_day(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    maker = device.Maker(tmp_path)
-    maker.source_dir.mkdir()
-    (maker.source_dir / "pyproject.toml").write_text('[project]\ndependencies = ["jinja2"]\n')
-    asked: list[tuple[object, ...]] = []
-    monkeypatch.setattr(maker, "_pip", lambda *words: asked.append(words))
-    old, recent = tmp_path / "wheels-old", tmp_path / "wheels-recent"
-    old.mkdir()
-    recent.mkdir()
-    os.utime(old, (0, 0))
-    made = maker.wheels()
-    assert {p.name for p in tmp_path.glob("wheels-*")} == {made.name, recent.name}
-    assert maker.wheels() == made and len(asked) == 1
-    assert {"jinja2", "--python-version=3.11", "--only-binary=:all:"} <= set(asked[0])
-
-
 def test_the_version_is_that_of_the_constraints() -> None:
     assert f"llama_cpp_python=={device.pinned('llama-cpp-python')}\n" in (
         ROOT / "constraints.txt"
@@ -202,17 +184,6 @@ def test_environment_is_the_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found["PYTHONPATH"].split(":")[0] == str(ROOT)
     assert found["LLAMA_CPP_LIB_PATH"] == str(tmp_path / "lib")
     assert found["OMP_NUM_THREADS"] == "1"
-
-
-def test_the_idlest_cpu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    stat = iter([{0: 100, 1: 5, 2: 7}, {0: 101, 1: 5, 2: 20}])
-    monkeypatch.setattr(device, "_idle_ticks", lambda: next(stat))
-    monkeypatch.setattr(device.time, "sleep", lambda seconds: None)
-    assert device.idlest([0, 1, 2]) == 2
-    monkeypatch.undo()
-    allowed = os.sched_getaffinity(0)
-    assert allowed <= set(device._idle_ticks())
-    assert device.idlest(sorted(allowed)) in allowed
 
 
 # --- on the devices ---------------------------------------------------------------------------

@@ -16,21 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 def test_every_fault_ends_as_expected(tmp_path: Path) -> None:
     page = tmp_path / "faults.md"
-    done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "tools/break_it",
-            "table",
-            "--flips",
-            "3",
-            "--cuts",
-            "3",
-            "--out",
-            page,
-        ],
-        capture_output=True,
-        text=True,
-    )
+    words = ["table", "--flips", "3", "--cuts", "3", "--out", page]
+    program = [sys.executable, ROOT / "tools/break_it", *words]
+    done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + done.stdout
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     assert len(rows) > 35

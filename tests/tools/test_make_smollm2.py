@@ -24,6 +24,7 @@ import pytest
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.files import cache_dir, default_model_dir
 from edge_dtm.host.checkpoint.model import module_name
+from edge_dtm.llamacpp.probe_model import LlamaShape, finish, llama_writer
 from edge_dtm.llamacpp.vocabulary import LlamaVocab
 
 torch = pytest.importorskip("torch")
@@ -44,46 +45,27 @@ def _vocabulary() -> list[str]:
     return SPECIALS + alphabet + [merge.replace(" ", "") for merge in MERGES]
 
 
+SHAPE = LlamaShape(HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, len(_vocabulary()), 512)
+
+
 def _weights() -> dict[str, np.ndarray]:
     """Random weights under GGUF names, with norm gains far from 1."""
     rng = np.random.default_rng(5)
-
-    def matrix(rows: int, columns: int) -> np.ndarray:
-        return rng.normal(0.0, 1.5 / np.sqrt(columns), (rows, columns)).astype(np.float32)
-
-    def gain() -> np.ndarray:
-        return np.exp(rng.uniform(-1.0, 1.0, HIDDEN)).astype(np.float32)
-
-    weights = {"token_embd": matrix(len(_vocabulary()), HIDDEN), "output_norm": gain()}
-    for layer in range(LAYERS):
-        named = {
-            "attn_norm": gain(),
-            "ffn_norm": gain(),
-            "attn_q": matrix(HEADS * HEAD_DIM, HIDDEN),
-            "attn_k": matrix(KV_HEADS * HEAD_DIM, HIDDEN),
-            "attn_v": matrix(KV_HEADS * HEAD_DIM, HIDDEN),
-            "attn_output": matrix(HIDDEN, HEADS * HEAD_DIM),
-            "ffn_gate": matrix(FFN, HIDDEN),
-            "ffn_up": matrix(FFN, HIDDEN),
-            "ffn_down": matrix(HIDDEN, FFN),
-        }
-        weights |= {f"blk.{layer}.{name}": value for name, value in named.items()}
+    weights = {}
+    for name, shape in SHAPE.tensors().items():
+        if name == "output":  # tied
+            continue
+        value = rng.normal(0.0, 1.5 / np.sqrt(shape[-1]), shape)
+        if len(shape) == 1:
+            value = np.exp(rng.uniform(-1.0, 1.0, shape))
+        weights[name] = value.astype(np.float32)
     return weights
 
 
 def _write_gguf(path: Path, weights: dict[str, np.ndarray]) -> None:
     tokens = _vocabulary()
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(512)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(FFN)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
+    writer = llama_writer(path, SHAPE)
     writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(HEAD_DIM)
-    writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
@@ -97,10 +79,7 @@ def _write_gguf(path: Path, weights: dict[str, np.ndarray]) -> None:
     writer.add_chat_template("{{ messages[0]['content'] }}")
     for name, value in weights.items():
         writer.add_tensor(f"{name}.weight", value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 def _before(source: tool.GgufCheckpoint) -> dict[str, np.ndarray]:
