@@ -18,7 +18,7 @@ from edge_dtm.core.machine import (
 )
 from edge_dtm.device.cpu import Build, Cpu, rebuild_command, repacked_types, unused_by_build
 from edge_dtm.device.sensors import throttled
-from edge_dtm.llamacpp.gguf_header import Need, TensorInfo
+from edge_dtm.llamacpp.gguf_header import MORE_MEMORY, Need, TensorInfo
 from edge_dtm.report.numbers import megabytes
 
 TIGHT_SHARE = 0.8  # of the free memory; beyond it the page cache of anything else is lost
@@ -50,8 +50,7 @@ def user_space(machine: str, pointer_bytes: int) -> Findings:
         yield Finding(
             "error",
             f"Python is a program of {8 * pointer_bytes} bits on {machine}",
-            "a model must fit 2 to 3 GB of addresses, and llama.cpp has no fast kernels here: "
-            "install a 64-bit system",
+            "it has 2 to 3 GB of addresses and no fast kernels: install a 64-bit system",
             "getconf LONG_BIT",
         )
 
@@ -83,8 +82,7 @@ def kernels(build: Build, cpu: Cpu) -> Findings:
         yield Finding(
             "warning",
             f"llama.cpp does not use {', '.join(unused)}, which this CPU ({cpu.name}) has",
-            "it was compiled for an older CPU, as ready-made wheels are; compiled here it "
-            "decodes and reads prompts faster",
+            "it was compiled for an older CPU, as wheels are; compiled here it is faster",
             rebuild_command(build.version),
         )
     if not repacks:
@@ -134,9 +132,7 @@ def types(matrices: Sequence[TensorInfo], build: Build, cpu: Cpu) -> Findings:
         )
     if quantized and not slow and not never:
         names = ", ".join(sorted({m.type for m in quantized}))
-        yield Finding(
-            "ok", f"the model's types run with repacked kernels ({names})", "the faster ones"
-        )
+        yield Finding("ok", "the model's types run with the faster, repacked kernels", names)
 
 
 def fits(needed: Need, there: Room) -> Findings:
@@ -153,13 +149,8 @@ def fits(needed: Need, there: Room) -> Findings:
     elif total <= there.free_bytes:
         yield Finding("warning", "the model barely fits into memory", text, command)
     else:
-        yield Finding(
-            "error",
-            "the model does not fit into memory",
-            f"{text}: stop other programs, raise the limit (docker run --memory, systemd's "
-            "MemoryMax) or compress with a smaller --max-bytes",
-            command,
-        )
+        text += f": {MORE_MEMORY}"
+        yield Finding("error", "the model does not fit into memory", text, command)
 
 
 def swap(meminfo: Mapping[str, int]) -> Findings:
@@ -169,8 +160,7 @@ def swap(meminfo: Mapping[str, int]) -> Findings:
         yield Finding(
             "warning",
             f"{megabytes(used)} are swapped out",
-            "memory was short, and decoding is as slow as the disk where weights do not stay in "
-            "memory: stop what fills it, then empty the swap",
+            "memory was short: stop what fills it, then empty the swap",
             "sudo swapoff -a && sudo swapon -a",
         )
 
@@ -194,8 +184,7 @@ def cores(root: Path, threads: int) -> Findings:
         yield Finding(
             "note",
             f"{fast} of {len(capacity)} CPUs are fast (big.LITTLE)",
-            "each matrix waits for the slowest thread, so that the fast ones alone may be "
-            "faster: compare with --threads",
+            "each matrix waits for the slowest thread: compare with --threads",
             advice.format(fast),
         )
     elif physical < threads:

@@ -7,6 +7,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -80,22 +81,20 @@ def _model(path: Path, n_ctx: int, root: Path, build: Build | None, cpu: Cpu) ->
     from edge_dtm.formats.archive import open_bundle
     from edge_dtm.formats.bundle import MODEL
 
-    if path.is_dir() or is_gguf(path):
-        yield from _gguf(path / MODEL if path.is_dir() else path, n_ctx, root, build, cpu)
-    else:
-        place = Path(tempfile.gettempdir()).resolve()
-        free = shutil.disk_usage(place).free
-        system = file_system_of(place, read_text(root / "proc/mounts"))
-        findings = list(checks.disk(path.stat().st_size, free, place, system))
-        yield from findings
-        if not errors(findings):
-            with open_bundle(path) as bundle:
-                yield from _gguf(bundle.path(MODEL), n_ctx, root, build, cpu)
-
-
-def _gguf(path: Path, n_ctx: int, root: Path, build: Build | None, cpu: Cpu) -> Iterator[Finding]:
-    check_gguf(path)
-    settings = RunSettings(threads=1, parallel_sequences=1)
-    yield from checks.fits(need(path, settings, n_ctx), room(root))
-    if build is not None and build.features:
-        yield from checks.types(matrices_of(path), build, cpu)
+    with ExitStack() as stack:
+        if path.is_dir():
+            path /= MODEL
+        elif not is_gguf(path):
+            place = Path(tempfile.gettempdir()).resolve()
+            free = shutil.disk_usage(place).free
+            system = file_system_of(place, read_text(root / "proc/mounts"))
+            findings = list(checks.disk(path.stat().st_size, free, place, system))
+            yield from findings
+            if errors(findings):
+                return
+            path = stack.enter_context(open_bundle(path)).path(MODEL)
+        check_gguf(path)
+        settings = RunSettings(threads=1, parallel_sequences=1)
+        yield from checks.fits(need(path, settings, n_ctx), room(root))
+        if build is not None and build.features:
+            yield from checks.types(matrices_of(path), build, cpu)

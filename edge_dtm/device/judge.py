@@ -5,60 +5,80 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_dtm.core.metrics import Divergence, compare, divergent_mask, first_divergent_tokens
-from edge_dtm.formats.record import Mode
+from edge_dtm.formats.record import Record
+from edge_dtm.formats.reference import Reference
 from edge_dtm.formats.thresholds import Thresholds
 from edge_dtm.formats.verdict import AgainstHost, Diagnosis, Evidence, KernelCheck
 
 KL_CAP_NATS = 1.0  # so that one position cannot decide over thousands
 
 
-def against_host(
-    host_ids: npt.NDArray[np.integer[Any]],
-    host_top_logits: npt.NDArray[np.floating[Any]],
-    device_ids: npt.NDArray[np.integer[Any]],
-    kl: npt.NDArray[np.floating[Any]],
-    lengths: npt.NDArray[np.integer[Any]],
+def evidence_of(
+    reference: Reference,
+    host: Record,
+    record: Record,
+    kl_nats: npt.NDArray[np.float64] | None,
+    near_tie_margin: float,
     decided_margin: float,
-) -> AgainstHost:
-    """Mean KL over positions, each capped at KL_CAP_NATS; the share of other argmaxes where the
-    host's own margin is at least decided_margin; the host's largest margin, in logits, at which the
-    device chose another token, 0 when it never did.
+    kl_probe_nats: float | None = None,
+    kernels: Sequence[KernelCheck] = (),
+) -> Evidence:
+    """What a device's record of the reference's sequences amounts to; margins in logits.
 
-    host_ids, device_ids, kl (nats, top_kl) of shape (S, N), host_top_logits (S, N, K) falling,
-    lengths (S,)."""
-    counted = np.arange(host_ids.shape[1])[None, :] < np.asarray(lengths)[:, None]
-    other = divergent_mask(host_ids, device_ids, lengths)
-    margins = host_top_logits[:, :, 0] - host_top_logits[:, :, 1]
-    decided = counted & (margins >= decided_margin)
-    n = int(decided.sum())
-    return AgainstHost(
-        kl_vs_host_nats=float(np.minimum(kl[counted], KL_CAP_NATS).mean())
-        if counted.any()
-        else 0.0,
-        decided_sdt_vs_host=float((other & decided).sum() / n) if n else 0.0,
-        largest_margin_vs_host=float(margins[other].max()) if other.any() else 0.0,
+    kl_nats: host || device at each position (S, N). None in mode "generate": there the host, which
+    was fed the original's text, says what it would have generated up to its own first divergence.
+    """
+    ids, lengths = reference.generated_ids, reference.generated_lengths
+    first = first_divergent_tokens(divergent_mask(ids, record.ids, lengths), lengths)
+    host_lengths = lengths
+    if record.mode == "generate":
+        host_first = first_divergent_tokens(divergent_mask(ids, host.ids, lengths), lengths)
+        host_lengths = np.minimum(host_first + 1, lengths)
+    return Evidence(
+        mode=record.mode,
+        against_original=compare(ids, record.ids, lengths, reference.margins, near_tie_margin),
+        against_host=compare(host.ids, record.ids, host_lengths),
+        host=None if kl_nats is None else _against_host(host, record, kl_nats, decided_margin),
+        kl_probe_nats=kl_probe_nats,
+        kernels=kernels,
+        first_divergent_tokens=first.tolist(),
+        lengths=lengths.tolist(),
     )
 
 
-def limits_of_part(
-    thresholds: Thresholds, host: Divergence, part: Divergence, total: int, taken: int
-) -> Thresholds:
-    """The thresholds against the original for `taken` of the bundle's `total` sequences.
+def _against_host(
+    host: Record, record: Record, kl: npt.NDArray[np.float64], decided_margin: float
+) -> AgainstHost:
+    """Mean KL over positions, each capped at KL_CAP_NATS; the share of other argmaxes where the
+    host's own margin is at least decided_margin; the host's largest margin, in logits, at which the
+    device chose another token, 0 when it never did."""
+    counted = np.arange(host.ids.shape[1])[None, :] < host.lengths[:, None]
+    other = divergent_mask(host.ids, record.ids, host.lengths)
+    margins = host.top_logits[:, :, 0] - host.top_logits[:, :, 1]
+    decided = counted & (margins >= decided_margin)
+    return AgainstHost(
+        kl_vs_host_nats=float(np.minimum(kl[counted], KL_CAP_NATS).mean()),
+        decided_sdt_vs_host=float((other & decided).sum() / max(decided.sum(), 1)),
+        largest_margin_vs_host=float(margins[other].max(initial=0.0)),
+    )
+
+
+def limits_of_part(thresholds: Thresholds, host: Divergence, part: Divergence) -> Thresholds:
+    """The thresholds against the original for a part of the bundle's sequences.
 
     host and part: the host's own run of the file against the original, on all and on these. Some
     sequences are easier than others, which the host's run shows; and what remains, the difference
     between device and host, is a mean of fewer, so that its room grows with the root.
     A threshold that the host itself misses is the user's wish and stays where it is.
     """
-    if taken >= total:
+    if part.sequences == host.sequences:
         return thresholds
-    wider = math.sqrt(total / taken)
+    wider = math.sqrt(host.sequences / part.sequences)
     max_sdt, min_fdt = thresholds.max_sdt, thresholds.min_fdt
     if host.sdt.value <= max_sdt:
         max_sdt = min(part.sdt.value + (max_sdt - host.sdt.value) * wider, 1.0)
@@ -171,31 +191,4 @@ def _diagnosis(checks: Sequence[ThresholdCheck], e: Evidence, host_meets: bool) 
         "This machine computes what the host computed, but for the rounding that healthy kernels "
         "differ by, and that carried it over a threshold that the host just meets. Compress again "
         "with a larger --max-bytes, or set thresholds with more room.",
-    )
-
-
-def divergences(
-    reference_ids: npt.NDArray[np.integer[Any]],
-    host_ids: npt.NDArray[np.integer[Any]],
-    device_ids: npt.NDArray[np.integer[Any]],
-    lengths: npt.NDArray[np.integer[Any]],
-    margins: npt.NDArray[np.floating[Any]],
-    near_tie_margin: float,
-    mode: Mode,
-) -> tuple[Divergence, Divergence, list[int]]:
-    """(against the original, against the host, first divergent tokens against the original).
-
-    Ids and margins of shape (S, N), lengths (S,). In mode "generate" the host, which was fed the
-    original's text, says what it would have generated up to its own first divergence only.
-    """
-    original = compare(reference_ids, device_ids, lengths, margins, near_tie_margin)
-    host_lengths = lengths
-    if mode == "generate":
-        first = first_divergent_tokens(divergent_mask(reference_ids, host_ids, lengths), lengths)
-        host_lengths = np.minimum(first + 1, lengths)
-    mask = divergent_mask(reference_ids, device_ids, lengths)
-    return (
-        original,
-        compare(host_ids, device_ids, host_lengths),
-        [int(i) for i in first_divergent_tokens(mask, lengths)],
     )

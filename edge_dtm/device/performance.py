@@ -108,7 +108,7 @@ def measure(
         absent.append(sampler.failure)
     if not sampler.clock_shares:
         absent.append("clock: not there (no cpufreq in sys/devices/system/cpu)")
-    joules = sampler.joules
+    joules, (prefill, decode) = sampler.joules, _speeds(timings)
     each_s = np.array([second for timing in timings for second in timing.decode_s])
     return Performance(
         model_bytes=header.file_bytes,
@@ -117,8 +117,8 @@ def measure(
         threads=settings.threads,
         prompt_tokens=PROMPT_TOKENS,
         decoded_tokens=len(each_s),
-        prefill_tokens_per_s=PROMPT_TOKENS * len(timings) / sum(t.prefill_s for t in timings),
-        decode_tokens_per_s=len(each_s) / float(each_s.sum()),
+        prefill_tokens_per_s=prefill,
+        decode_tokens_per_s=decode,
         time_to_first_token_s=float(np.median([t.prefill_s for t in timings])),
         decode_ms_p50=float(np.percentile(each_s, 50)) * 1e3,
         decode_ms_p95=float(np.percentile(each_s, 95)) * 1e3,
@@ -150,10 +150,13 @@ def _rounds(runner: LlamaRunner, seconds: float, sampler: Sampler | None = None)
 def _thread_speed(runner: LlamaRunner, threads: int) -> ThreadSpeed:
     runner.set_threads(threads)
     runner.time_decoding(16, 2)
-    timings = _rounds(runner, SWEEP_SECONDS)
+    return ThreadSpeed(threads, *_speeds(_rounds(runner, SWEEP_SECONDS)))
+
+
+def _speeds(timings: Sequence[Timing]) -> tuple[float, float]:
+    """Tokens per second of prompts and of decoding, over all rounds."""
     prefill_s, decode_s = sum(t.prefill_s for t in timings), sum(sum(t.decode_s) for t in timings)
-    count = len(timings)
-    return ThreadSpeed(threads, PROMPT_TOKENS * count / prefill_s, DECODE_TOKENS * count / decode_s)
+    return PROMPT_TOKENS * len(timings) / prefill_s, DECODE_TOKENS * len(timings) / decode_s
 
 
 def _fastest(sweep: Sequence[ThreadSpeed]) -> ThreadSpeed:

@@ -21,12 +21,12 @@ from edge_dtm.core.files import StageProgress, no_progress, scratch_folder
 from edge_dtm.core.metrics import compare
 from edge_dtm.device.first_decode import first_decode_in_child
 from edge_dtm.device.inputs import Inputs, check_host_ids, check_tokens, load_inputs
-from edge_dtm.device.judge import against_host, divergences, judge, limits_of_part
+from edge_dtm.device.judge import evidence_of, judge, limits_of_part
 from edge_dtm.formats import bundle as bundles
 from edge_dtm.formats.archive import open_bundle
 from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.formats.thresholds import Thresholds
-from edge_dtm.formats.verdict import Evidence, KernelCheck, KernelsCompared, Mode, Verdict
+from edge_dtm.formats.verdict import KernelCheck, KernelsCompared, Mode, Verdict
 from edge_dtm.llamacpp import probe_model
 from edge_dtm.llamacpp.gguf_header import check_gguf, require_memory
 from edge_dtm.llamacpp.llama import runtime_info
@@ -94,9 +94,9 @@ def verify(
 ) -> tuple[Verdict, Record]:
     """Check a bundle, folder or packed, replay its reference on this machine and judge.
 
-    The record is what the device answered. EdgeDtmError for a bundle
-    that is not as it was made, that llama.cpp reads differently, that does not fit into memory, or
-    that this build of llama.cpp cannot run.
+    The record is what the device answered. EdgeDtmError for a bundle that is not as it was made,
+    that llama.cpp reads differently, or that does not fit into memory, or where this build of
+    llama.cpp cannot run.
     """
     with open_bundle(Path(bundle_path), trusted=options.trusted) as bundle:
         bundle.check(progress("check", bundle.size_bytes))
@@ -111,7 +111,16 @@ def verify(
         run = _run(bundle.path(bundles.MODEL), whole, part, settings, options, progress)
         limits = _limits(bundle.manifest.thresholds, options, whole, part)
         near_tie_margin = float(noise_floor.get("near_tie_margin", 0.0))
-        evidence = _evidence(part, run, near_tie_margin, limits.asked.decided_margin)
+        evidence = evidence_of(
+            part.reference,
+            part.host,
+            run.record,
+            run.kl_nats,
+            near_tie_margin,
+            limits.asked.decided_margin,
+            run.kl_probe_nats,
+            run.kernels,
+        )
         passed, reasons, diagnosis = judge(evidence, limits.applied, limits.host_meets)
         manifest = (bundle.folder / bundles.MANIFEST).read_bytes()
         verdict = Verdict(
@@ -201,39 +210,10 @@ def _limits(bundled: Thresholds, options: Options, whole: Inputs, part: Inputs) 
         compare(i.reference.generated_ids, i.host.ids, i.reference.generated_lengths)
         for i in (whole, part)
     )
-    moved = limits_of_part(asked, host, host_part, len(whole.reference), len(part.reference))
+    moved = limits_of_part(asked, host, host_part)
     applied = replace(moved, **overridden)
     meets = host_part.sdt.value <= applied.max_sdt and host_part.fdt.value >= applied.min_fdt
     return Limits(asked, applied, meets)
-
-
-def _evidence(part: Inputs, run: Run, near_tie_margin: float, decided_margin: float) -> Evidence:
-    record, host = run.record, part.host
-    reference, lengths = part.reference, part.reference.generated_lengths
-    original, against, first = divergences(
-        reference.generated_ids,
-        host.ids,
-        record.ids,
-        lengths,
-        reference.margins,
-        near_tie_margin,
-        record.mode,
-    )
-    agreement = None
-    if run.kl_nats is not None:
-        agreement = against_host(
-            host.ids, host.top_logits, record.ids, run.kl_nats, lengths, decided_margin
-        )
-    return Evidence(
-        mode=record.mode,
-        against_original=original,
-        against_host=against,
-        host=agreement,
-        kl_probe_nats=run.kl_probe_nats,
-        kernels=run.kernels,
-        first_divergent_tokens=first,
-        lengths=[int(n) for n in lengths],
-    )
 
 
 def _performance(timing: Timing) -> dict[str, float | None]:

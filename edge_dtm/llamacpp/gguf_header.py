@@ -24,6 +24,7 @@ Value = int | float | bool | str
 
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 # llama.cpp's graph besides the logits, and what Python and its libraries take on the way.
+MORE_MEMORY = "stop other programs, raise the limit, or compress with a smaller --max-bytes"
 GRAPH_BYTES = 48 * 2**20
 _STRING, _ARRAY = 8, 9
 # enum gguf_type, as struct spells it.
@@ -153,10 +154,7 @@ def require_memory(path: Path, settings: RunSettings, context_tokens: int) -> No
     """EdgeDtmError when the model does not fit into what this process may still take."""
     needed, there = need(path, settings, context_tokens), room()
     if needed.total_bytes > there.free_bytes:
-        raise EdgeDtmError(
-            f"too little memory: {path.name} {needed.beside(there)}: stop other programs, raise "
-            "the limit, or compress with a smaller --max-bytes"
-        )
+        raise EdgeDtmError(f"too little memory: {path.name} {needed.beside(there)}: {MORE_MEMORY}")
 
 
 class _Reader:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_dtm.core.metrics import Interval, compare
-from edge_dtm.device.judge import against_host, divergences, judge, limits_of_part
+from edge_dtm.device.judge import evidence_of, judge, limits_of_part
 from edge_dtm.formats.thresholds import Tolerance, thresholds_from
 from edge_dtm.formats.verdict import KernelsCompared
 from edge_dtm.formats.verdict_file import VerdictFile
@@ -34,6 +35,19 @@ def replays(draw):
     arrays = [np.array(draw(ids())) for _ in range(5)]
     lengths = np.array(draw(st.lists(st.integers(1, n), min_size=s, max_size=s)))
     return *arrays[:3], arrays[3] * 0.75, arrays[4] * 0.75, lengths
+
+
+def judged(
+    reference, host, device, margins, kl, lengths, decided_margin=1.0, mode="teacher_forced"
+):
+    """The evidence of these arrays; near-ties have a margin of up to 0.75."""
+    top = np.stack([margins + 3, np.full(margins.shape, 3.0)], axis=-1)
+    original = SimpleNamespace(generated_ids=reference, generated_lengths=lengths, margins=margins)
+    runs = [
+        SimpleNamespace(ids=ids, top_logits=top, lengths=lengths, mode=mode)
+        for ids in (host, device)
+    ]
+    return evidence_of(original, *runs, None if mode == "generate" else kl, 0.75, decided_margin)
 
 
 def counted(lengths):
@@ -95,9 +109,8 @@ def test_f16_leaves_less_room_than_quantized_types():
 @settings(deadline=None, max_examples=60)
 @given(replays(), st.sampled_from([0.0, 0.75, 1.0, 1.5, 9.0]))
 def test_against_host_is_what_loops_count(replay, decided_margin):
-    _, host, device, margins, kl, lengths = replay
-    top = np.stack([margins + 3, np.full(margins.shape, 3.0), np.zeros(margins.shape)], axis=-1)
-    result = against_host(host, top, device, kl, lengths, decided_margin)
+    reference, host, device, margins, kl, lengths = replay
+    result = judged(reference, host, device, margins, kl, lengths, decided_margin).host
     places = counted(lengths)
     sure = [at for at in places if margins[at] >= decided_margin]
     other = [at for at in places if host[at] != device[at]]
@@ -109,19 +122,19 @@ def test_against_host_is_what_loops_count(replay, decided_margin):
 
 
 def test_one_position_cannot_decide_over_thousands():
-    ids, lengths = np.zeros((1, 1000), dtype=int), np.array([1000])
-    kl = np.zeros((1, 1000))
+    ids, kl = np.zeros((1, 1000), dtype=int), np.zeros((1, 1000))
     kl[0, 0] = 1e6
-    assert against_host(ids, np.zeros((1, 1000, 8)), ids, kl, lengths, 1.0).kl_vs_host_nats == 1e-3
+    result = judged(ids, ids, ids, ids, kl, np.array([1000]))
+    assert result.host.kl_vs_host_nats == 1e-3
 
 
 @settings(deadline=None, max_examples=60)
 @given(replays(), st.sampled_from(["teacher_forced", "generate"]))
 def test_divergences_are_what_loops_count(replay, mode):
-    reference, host, device, margins, _, lengths = replay
-    original, against, first = divergences(
-        reference, host, device, lengths, margins, near_tie_margin=0.75, mode=mode
-    )
+    reference, host, device, margins, kl, lengths = replay
+    evidence = judged(reference, host, device, margins, kl, lengths, mode=mode)
+    original, against = evidence.against_original, evidence.against_host
+    first = evidence.first_divergent_tokens
 
     def first_other(a, b, row, length):
         return next((i for i in range(length) if a[row, i] != b[row, i]), length)
@@ -147,7 +160,8 @@ def test_divergences_are_what_loops_count(replay, mode):
 def test_the_room_of_a_part_grows_with_the_root():
     limits = dataclasses.replace(THRESHOLDS, max_sdt=0.16, min_fdt=14.0)
     host, part = divergence(0.10, 20.0), divergence(0.05, 35.0)
-    moved = limits_of_part(limits, host, part, total=100, taken=25)
+    host = dataclasses.replace(host, sequences=100)
+    moved = limits_of_part(limits, host, dataclasses.replace(part, sequences=25))
     assert moved.max_sdt == pytest.approx(0.05 + 2 * 0.06)
     assert moved.min_fdt == pytest.approx(35.0 - 2 * 6.0)
     same = {"max_sdt": limits.max_sdt, "min_fdt": limits.min_fdt}
@@ -163,7 +177,7 @@ def test_the_hosts_own_run_of_a_part_meets_the_limits_of_it(replay, max_sdt, min
     taken = data.draw(st.integers(1, total))
     host = compare(reference, host_ids, lengths)
     part = compare(reference[:taken], host_ids[:taken], lengths[:taken])
-    moved = limits_of_part(limits, host, part, total, taken)
+    moved = limits_of_part(limits, host, part)
     if taken == total:
         assert moved == limits
     else:

@@ -1,14 +1,15 @@
 """Healthy devices drawn in another way, through the verdict that is made for them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_dtm.core.metrics import compare, top_kl
-from edge_dtm.device.judge import against_host, divergences, judge
+from edge_dtm.device.judge import evidence_of, judge
 from edge_dtm.formats.thresholds import thresholds_from, tolerance_of_kernels
-from edge_dtm.formats.verdict import Evidence
 
 SEQUENCES, TOKENS, K = 40, 32, 8
 
@@ -40,14 +41,13 @@ def verdict(reference, ids, logits, lengths, sigma, seed, quantized=False):
         found, tolerance_of_kernels(reference, ids, logits, lengths), quantized
     )
     margins = logits[..., 0] - logits[..., 1]
-    original, against, first = divergences(
-        reference, host, said, lengths, margins, 0.0, "teacher_forced"
-    )
-    there = against_host(host, logits, said, kl, lengths, limits.decided_margin)
-    evidence = Evidence(
-        "teacher_forced", original, against, there, None, [], first, [int(n) for n in lengths]
-    )
-    return *judge(evidence, limits, host_meets=True)[::2], there.kl_vs_host_nats
+    original = SimpleNamespace(generated_ids=reference, generated_lengths=lengths, margins=margins)
+    runs = [
+        SimpleNamespace(ids=i, top_logits=logits, lengths=lengths, mode="teacher_forced")
+        for i in (host, said)
+    ]
+    evidence = evidence_of(original, *runs, kl, 0.0, limits.decided_margin)
+    return *judge(evidence, limits, host_meets=True)[::2], evidence.host.kl_vs_host_nats
 
 
 def test_healthy_f16_devices_pass_and_worse_ones_fail():
