@@ -60,25 +60,10 @@ def test_compare_equals_the_definitions(pair):
     assert result.near_tie_share == 0
     identical = sum(f == n for f, n in zip(first, lengths, strict=True)) / len(first)
     assert result.identical_share == pytest.approx(identical)
-
-
-@settings(max_examples=60, deadline=None)
-@given(token_pairs())
-def test_intervals_contain_the_estimate(pair):
-    reference, candidate, lengths = pair
-    result = metrics.compare(reference, candidate, lengths)
+    assert result == metrics.compare(reference, candidate, lengths), "deterministic"
     for interval in (result.sdt, result.fdt):
         assert interval.low <= interval.value + 1e-12
         assert interval.value <= interval.high + 1e-12
-
-
-def test_first_divergent_tokens_of_each_sequence():
-    reference = np.array([[1, 2, 3], [1, 2, 3], [1, 2, 3], [1, 2, 3]])
-    candidate = np.array([[9, 2, 3], [1, 2, 9], [1, 2, 3], [1, 9, 9]])
-    lengths = np.array([3, 2, 3, 3])
-    mask = metrics.divergent_mask(reference, candidate, lengths)
-    assert metrics.first_divergent_tokens(mask, lengths).tolist() == [0, 2, 3, 1]
-    assert metrics.share_of_divergent_tokens(mask, lengths) == pytest.approx(3 / 11)
 
 
 def test_what_lies_beyond_a_length_changes_nothing():
@@ -88,19 +73,6 @@ def test_what_lies_beyond_a_length_changes_nothing():
     assert metrics.compare(reference, candidate, lengths) == metrics.compare(
         reference, changed, lengths
     )
-
-
-def test_compare_is_deterministic():
-    pair = random_pair(2)
-    assert metrics.compare(*pair) == metrics.compare(*pair)
-
-
-def test_equal_tokens_do_not_diverge():
-    reference, _, lengths = random_pair(3)
-    result = metrics.compare(reference, reference, lengths)
-    assert result.sdt == metrics.Interval(0.0, 0.0, 0.0)
-    assert result.fdt.value == pytest.approx(lengths.mean())
-    assert result.identical_share == 1.0
 
 
 def test_no_sequences():

@@ -206,15 +206,6 @@ def test_a_frame_that_asks_for_gigabytes_is_refused(folder: Path, tmp_path: Path
     refused(seal(tmp_path / "bad.edge", frame), "damaged")
 
 
-def test_data_behind_the_end_is_refused(folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "a.edge"
-    pack(folder, path)
-    data = path.read_bytes()
-    for changed in (data + b"x", data + data, data[:-40]):
-        path.write_bytes(changed)
-        refused(path, "behind its end|damaged|truncated")
-
-
 @pytest.mark.skipif(not shutil.which("zstd") or not shutil.which("tar"), reason="needs zstd, tar")
 def test_other_programs_read_it(folder: Path, tmp_path: Path) -> None:
     pack(folder, tmp_path / "a.edge", sign_with=KEY)
@@ -228,7 +219,7 @@ def test_other_programs_read_it(folder: Path, tmp_path: Path) -> None:
     assert found == contents(folder)
 
 
-def test_every_truncation_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_every_truncation_and_extension_is_refused(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.edge"
     pack(folder, path)
     data = path.read_bytes()
@@ -236,6 +227,9 @@ def test_every_truncation_is_refused(folder: Path, tmp_path: Path) -> None:
     for length in [0, 1, 5, len(data) - 41, len(data) - 40, len(data) - 1, *lengths]:
         path.write_bytes(data[:length])
         refused(path, "truncated|damaged")
+    for behind in (b"x", data):
+        path.write_bytes(data + behind)
+        refused(path, "behind its end|damaged")
 
 
 def test_every_flipped_bit_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +117,6 @@ def change(tree: dict[str, Any], path: str, value: Any) -> None:
         ("kind", "holiday pictures", "holds no edge-dtm bundle"),
         ("schema_version", 1, "schema version 1"),
         ("schema_version", 3, "schema version 3"),
-        ("schema_version", "2", "schema version '2'"),
-        ("schema_version", 2.0, r"schema version 2\.0"),
         ("schema_version", True, "schema version True"),
         ("files", [], "files: should be"),
         ("files/model.gguf/sha256", "A" * 64, r'files."model.gguf".sha256: is'),
@@ -133,6 +130,7 @@ def change(tree: dict[str, Any], path: str, value: Any) -> None:
         ("thresholds/max_sdt", None, "thresholds.max_sdt: is missing"),
         ("thresholds/max_sdt", "0.1", "thresholds.max_sdt: is '0.1'"),
         ("thresholds/max_sdt", 1.5, "thresholds.max_sdt: is 1.5"),
+        ("thresholds/max_kl_probe", -0.1, "thresholds.max_kl_probe: is -0.1"),
         ("thresholds/min_fdt", math.nan, "NaN is no JSON number"),
         ("thresholds/colour", 1, "thresholds.colour: is unknown"),
         ("provenance", None, "provenance: is missing"),
@@ -172,20 +170,6 @@ def test_a_manifest_that_is_none_is_refused(folder: Path, data: bytes) -> None:
         open_bundle(folder)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("max_sdt", math.inf),
-        ("max_sdt", -0.1),
-        ("max_decided_sdt_vs_host", 2),
-        ("min_fdt", math.nan),
-    ],
-)
-def test_thresholds_are_checked(field: str, value: float) -> None:
-    with pytest.raises(EdgeDtmError, match=field):
-        replace(THRESHOLDS, **{field: value})
-
-
 def test_write_manifest_is_all_or_nothing(folder: Path) -> None:
     before = contents(folder)
     with pytest.raises(EdgeDtmError, match="No such file"):
@@ -195,12 +179,6 @@ def test_write_manifest_is_all_or_nothing(folder: Path) -> None:
     assert contents(folder) == before
 
 
-def test_a_new_manifest_takes_the_old_signature_away(folder: Path) -> None:
-    (folder / "manifest.sig").write_bytes(b"of the manifest before")
-    write_manifest(folder, FILES, THRESHOLDS, {}, {})
-    assert not (folder / "manifest.sig").exists()
-
-
 def test_a_full_disk_leaves_the_old_manifest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "manifest.sig").write_bytes(b"signature")
     before = contents(folder)
@@ -208,10 +186,14 @@ def test_a_full_disk_leaves_the_old_manifest(folder: Path, monkeypatch: pytest.M
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(EdgeDtmError, match="No space left on device"):
-        write_manifest(folder, FILES, THRESHOLDS, {"another": 1}, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(EdgeDtmError, match="No space left on device"):
+            write_manifest(folder, FILES, THRESHOLDS, {"another": 1}, {})
     assert contents(folder) == before
+    # A new manifest takes the old signature away.
+    write_manifest(folder, FILES, THRESHOLDS, {"another": 1}, {})
+    assert not (folder / "manifest.sig").exists()
 
 
 def test_limits_of_the_manifest(folder: Path) -> None:

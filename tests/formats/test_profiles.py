@@ -1,7 +1,6 @@
 """Behaviour of the device profiles and the byte budget."""
 
 import dataclasses
-import re
 from pathlib import Path
 
 import pytest
@@ -212,35 +211,23 @@ def test_a_missing_key_is_reported(tmp_path: Path, key: str) -> None:
     assert f"{key}: is missing" in error_of(write_profile(tmp_path, {key: None}))
 
 
-@pytest.mark.parametrize("key", NUMBERS)
-@pytest.mark.parametrize("value", ["0", "-1", "true", '"4"', "[4]"])
-def test_a_number_has_to_be_a_positive_number(tmp_path: Path, key: str, value: str) -> None:
-    message = error_of(write_profile(tmp_path, {key: value}))
-    assert re.search(rf"\b{key}: (is .+, )?should be", message)
-
-
-@pytest.mark.parametrize("key", ["wanted_tokens_per_s", "max_share_of_f16"])
-@pytest.mark.parametrize("value", ["inf", "nan", "-inf", "0.0", "-0.5"])
-def test_a_fraction_has_to_be_finite_and_positive(tmp_path: Path, key: str, value: str) -> None:
-    assert f"{key}: is {value}" in error_of(write_profile(tmp_path, {key: value}))
-
-
-@pytest.mark.parametrize("key", ["name", "description", "kv_type"])
-@pytest.mark.parametrize("value", ["1", '""', '"  "', '"two\\nlines"', '["a"]'])
-def test_a_text_has_to_be_one_line(tmp_path: Path, key: str, value: str) -> None:
-    assert f"{key}: " in error_of(write_profile(tmp_path, {key: value}))
-
-
-@pytest.mark.parametrize("key", ["isa_features", "fast_types"])
-@pytest.mark.parametrize("value", ['"Q4_0"', '["Q4_0", 4]', '[""]', "[]", '["Q4_0", "Q4_0"]'])
-def test_a_list_has_to_hold_distinct_strings(tmp_path: Path, key: str, value: str) -> None:
-    assert re.search(rf"\b{key}(\[\d\])?: ", error_of(write_profile(tmp_path, {key: value})))
-
-
 @pytest.mark.parametrize(
     ("changes", "source_changes", "offence"),
     [
-        *(({key: "4.5"}, {}, f"{key}: is 4.5") for key in NUMBERS[:-2]),
+        *(
+            ({key: value}, {}, f"{key}: ")
+            for keys, values in (
+                (NUMBERS, ("0", "-1", "true", '"4"', "[4]")),
+                (NUMBERS[:-2], ("4.5",)),
+                (NUMBERS[-2:], ("inf", "nan", "-inf", "-0.5")),
+                (("name", "description"), ("1", '""', '"  "', '"two\\nlines"', '["a"]')),
+                (("isa_features", "fast_types"), ('"a"', "[]", '["Q4_0", "Q4_0"]')),
+            )
+            for key in keys
+            for value in values
+        ),
+        ({"isa_features": '["Q4_0", 4]'}, {}, "isa_features[1]: is 4"),
+        ({"isa_features": '[""]'}, {}, "isa_features[0]: is ''"),
         ({"max_share_of_f16": "1.1"}, {}, "max_share_of_f16: is 1.1"),
         ({"fast_types": '["Q4_0", "q4_k"]'}, {}, "fast_types[1]: is 'q4_k', known are BF16, F16"),
         ({"kv_type": '"Q4_K"'}, {}, "kv_type: is 'Q4_K'"),
