@@ -298,18 +298,19 @@ def test_what_is_not_finite_is_written_as_null() -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"[-Infinity]", "-Infinity is no JSON number"),
+        (b"[-Infinity]", "invalid number"),
         (b"[-1e400]", "too large"),
-        (b"9" * 100_000, "too many digits"),
+        (b"9" * 100_000, "out of range"),
+        (b"9" * 20, "too large"),
         (b"[" * 33 + b"]" * 33, "nested too deeply"),
-        (b"[" * 10**5, "nested too deeply"),
+        (b"[" * 10**5, "recursion limit"),
         (b'{"a":' * 40 + b"0" + b"}" * 40, "nested too deeply"),
-        (rb'["\ud800"]', "surrogates not allowed"),
-        (rb'{"\udfff": 1}', "surrogates not allowed"),
-        (b"\xff", "invalid start byte"),
-        (b"\xef\xbb\xbf{}", "BOM"),
-        (b"", "Expecting value"),
-        (b"{}x", "Extra data"),
+        (rb'["\ud800"]', "hex escape"),
+        (rb'{"\udfff": 1}', "surrogate"),
+        (b"\xff", "expected value"),
+        (b"\xef\xbb\xbf{}", "expected value"),
+        (b"", "EOF"),
+        (b"{}x", "trailing"),
     ],
 )
 def test_json_that_surprises_is_refused(data: bytes, words: str) -> None:

@@ -131,7 +131,7 @@ def change(tree: dict[str, Any], path: str, value: Any) -> None:
         ("thresholds/max_sdt", "0.1", "thresholds.max_sdt: is '0.1'"),
         ("thresholds/max_sdt", 1.5, "thresholds.max_sdt: is 1.5"),
         ("thresholds/max_kl_probe", -0.1, "thresholds.max_kl_probe: is -0.1"),
-        ("thresholds/min_fdt", math.nan, "NaN is no JSON number"),
+        ("thresholds/min_fdt", math.nan, "is no JSON"),
         ("thresholds/colour", 1, "thresholds.colour: is unknown"),
         ("provenance", None, "provenance: is missing"),
         ("measured", [], "measured: should be"),

@@ -60,7 +60,7 @@ def _written(data: bytes, folder: Path) -> Path:
 
 def read_manifest(data: bytes, folder: Path) -> None:
     found = bundle.Manifest.parse(data, "manifest.json")
-    json.dumps(found.to_json())
+    found.model_dump_json()
     assert bundle.Bundle(folder, folder, found).size_bytes >= 0
 
 
