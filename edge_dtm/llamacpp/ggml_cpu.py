@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from pathlib import Path
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import numpy as np
@@ -30,7 +28,6 @@ class _InitParams(ctypes.Structure):
 
 _POINTER, _INT, _LONG, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
-    "ggml_backend_load_all_from_path": (None, [ctypes.c_char_p]),
     "ggml_backend_dev_by_type": (_POINTER, [_INT]),
     "ggml_backend_dev_init": (_POINTER, [_POINTER, ctypes.c_char_p]),
     "ggml_backend_dev_backend_reg": (_POINTER, [_POINTER]),
@@ -55,11 +52,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-class CpuBackend:
-    """ggml's CPU backend, used as llama.cpp uses it: weights in a kind of buffer, then a graph.
-
-    A context manager, which frees it.
-    """
+class CpuBackend(AbstractContextManager["CpuBackend"]):
+    """ggml's CPU backend, used as llama.cpp uses it: weights in a kind of buffer, then a graph."""
 
     def __init__(self, threads: int) -> None:
         """EdgeDtmError when the library has no CPU backend."""
@@ -70,11 +64,6 @@ class CpuBackend:
             function.restype, function.argtypes = result, arguments
         device = self._lib.ggml_backend_dev_by_type(_CPU_DEVICE)
         if not device:
-            # A build whose CPU backends are plug-ins beside the library.
-            folder = Path(self._lib._name).parent
-            self._lib.ggml_backend_load_all_from_path(os.fsencode(folder))
-            device = self._lib.ggml_backend_dev_by_type(_CPU_DEVICE)
-        if not device:
             raise EdgeDtmError("ggml has no CPU backend: reinstall llama-cpp-python")
         self._device = device
         self._backend = self._lib.ggml_backend_dev_init(device, None)
@@ -82,9 +71,6 @@ class CpuBackend:
             ctypes.CFUNCTYPE(None, _POINTER, _INT)(set_threads)(self._backend, max(1, threads))
         self._plain_type = self._lib.ggml_backend_dev_buffer_type(device)
         self.plain = self._name(self._plain_type)
-
-    def __enter__(self) -> CpuBackend:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._lib.ggml_backend_free(self._backend)

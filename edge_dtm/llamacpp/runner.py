@@ -41,7 +41,7 @@ class Timing:
         return len(self.decode_s) / sum(self.decode_s)
 
 
-class LlamaRunner:
+class LlamaRunner(AbstractContextManager["LlamaRunner"]):
     """A GGUF model on the CPU, in a context of its own.
 
     path: the GGUF file; context_tokens: the longest sequence that will be decoded. Use it as a
@@ -95,9 +95,6 @@ class LlamaRunner:
         for i in range(settings.batch_tokens):
             batch.n_seq_id[i] = 1
         return context, batch
-
-    def __enter__(self) -> LlamaRunner:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

@@ -6,6 +6,7 @@ import codecs
 import ctypes
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from edge_dtm.llamacpp import llama
 _SPLITTING = 1 | 8 | 16
 
 
-class LlamaVocab:
+class LlamaVocab(AbstractContextManager["LlamaVocab"]):
     """A GGUF's vocabulary in llama.cpp; a context manager, or call `close`.
 
     pre: a value of tokenizer.ggml.pre to use instead of the file's. EdgeDtmError when llama.cpp
@@ -28,9 +29,6 @@ class LlamaVocab:
         self._free = weakref.finalize(self, self._lib.llama_model_free, model)
         self._vocab = self._lib.llama_model_get_vocab(model)
         self.n_tokens: int = int(self._lib.llama_vocab_n_tokens(self._vocab))
-
-    def __enter__(self) -> LlamaVocab:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
