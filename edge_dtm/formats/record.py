@@ -18,6 +18,7 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.strict_json import STRICT, StrictDataclass, StrictModel, validated
 from edge_dtm.formats.bundle import HOST_RECORD, REFERENCE, Bundle
 from edge_dtm.formats.reference import (
+    PADDING,
     TOP_K,
     ArrayTable,
     Reference,
@@ -124,6 +125,23 @@ class Record:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @classmethod
+    def empty(cls, mode: Mode, reference: Reference, settings: RunSettings) -> Record:
+        """Of a reference's sequences, with nothing in it yet: its arrays are there to be filled."""
+        shape = reference.generated_ids.shape
+        return cls(
+            mode=mode,
+            ids=np.full(shape, PADDING, dtype=np.int32),
+            top_ids=np.full((*shape, TOP_K), PADDING, dtype=np.int32),
+            top_logits=np.zeros((*shape, TOP_K), dtype=np.float32),
+            log_normalizers=np.zeros(shape, dtype=np.float32),
+            reference_log_probabilities=np.full(shape, np.nan, dtype=np.float32),
+            lengths=reference.generated_lengths.astype(np.int32),
+            prefill_tokens_per_s=math.nan,
+            decode_tokens_per_s=math.nan,
+            settings=settings.to_json(),
+        )
 
     def rows(self, index: npt.NDArray[Any]) -> Record:
         """The record of some sequences only (an index or boolean array over sequences)."""

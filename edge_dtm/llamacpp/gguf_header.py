@@ -152,9 +152,11 @@ def need(path: Path, settings: RunSettings, context_tokens: int) -> Need:
 
 def require_memory(path: Path, settings: RunSettings, context_tokens: int) -> None:
     """EdgeDtmError when the model does not fit into what this process may still take."""
-    needed, there = need(path, settings, context_tokens), room()
-    if needed.total_bytes > there.free_bytes:
-        raise EdgeDtmError(f"too little memory: {path.name} {needed.beside(there)}: {MORE_MEMORY}")
+    needed, available = need(path, settings, context_tokens), room()
+    if needed.total_bytes > available.free_bytes:
+        raise EdgeDtmError(
+            f"too little memory: {path.name} {needed.beside(available)}: {MORE_MEMORY}"
+        )
 
 
 class _Reader:

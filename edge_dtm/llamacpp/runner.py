@@ -16,8 +16,8 @@ import numpy.typing as npt
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.files import Advance
 from edge_dtm.core.metrics import top_kl
-from edge_dtm.formats.record import Mode, Record, RunSettings
-from edge_dtm.formats.reference import PADDING, TOP_K, Reference
+from edge_dtm.formats.record import Record, RunSettings
+from edge_dtm.formats.reference import TOP_K, Reference
 from edge_dtm.llamacpp import llama
 from edge_dtm.llamacpp.schedule import Step, calls, chunks, prompt_steps, steps_of
 
@@ -117,7 +117,7 @@ class LlamaRunner(AbstractContextManager["LlamaRunner"]):
         EdgeDtmError when a sequence does not fit the context or the vocabulary.
         """
         self._check(reference)
-        record = _empty_record("teacher_forced", reference, self.settings)
+        record = Record.empty("teacher_forced", reference, self.settings)
         seconds, count = 0.0, 0
         self._lib.llama_memory_clear(self._memory, False)
         width, most = self.settings.sequences_per_call, self.settings.batch_tokens
@@ -162,7 +162,7 @@ class LlamaRunner(AbstractContextManager["LlamaRunner"]):
         progress and errors as in teacher_forced.
         """
         self._check(reference)
-        record = _empty_record("generate", reference, self.settings)
+        record = Record.empty("generate", reference, self.settings)
         seconds, count = [0.0, 0.0], [0, 0]  # prefill, decode
         for row in range(len(reference)):
             self._lib.llama_memory_clear(self._memory, False)
@@ -261,23 +261,6 @@ class LlamaRunner(AbstractContextManager["LlamaRunner"]):
 
 def _rate(count: int, seconds: float) -> float:
     return count / seconds if count and seconds > 0 else math.nan
-
-
-def _empty_record(mode: Mode, reference: Reference, settings: RunSettings) -> Record:
-    """A record of a reference with nothing in it yet, to be filled by `_note`."""
-    shape = reference.generated_ids.shape
-    return Record(
-        mode=mode,
-        ids=np.full(shape, PADDING, dtype=np.int32),
-        top_ids=np.full((*shape, TOP_K), PADDING, dtype=np.int32),
-        top_logits=np.zeros((*shape, TOP_K), dtype=np.float32),
-        log_normalizers=np.zeros(shape, dtype=np.float32),
-        reference_log_probabilities=np.full(shape, np.nan, dtype=np.float32),
-        lengths=reference.generated_lengths.astype(np.int32),
-        prefill_tokens_per_s=math.nan,
-        decode_tokens_per_s=math.nan,
-        settings=settings.to_json(),
-    )
 
 
 def _note(

@@ -157,10 +157,10 @@ def _part_of(record: Record, reference: Reference, path: Path) -> Reference:
     fits = record.belongs_to(part) and record.meta.get("rows", rows) == rows
     if fits and record.mode == "teacher_forced":
         counted = np.arange(record.ids.shape[1])[None, :] < record.lengths[:, None]
-        there = (record.top_ids == part.generated_ids[:, :, None]) & counted[:, :, None]
+        ranked = (record.top_ids == part.generated_ids[:, :, None]) & counted[:, :, None]
         own = record.top_logits - record.log_normalizers[:, :, None]
         noted = np.broadcast_to(record.reference_log_probabilities[:, :, None], own.shape)
-        fits = np.allclose(own[there], noted[there], atol=1e-3)
+        fits = np.allclose(own[ranked], noted[ranked], atol=1e-3)
     if not fits:
         raise EdgeDtmError(
             f"{path} does not belong to this bundle: give the record that verify wrote for it"
