@@ -24,9 +24,9 @@ from edge_dtm.device.inputs import Inputs, check_host_ids, check_tokens, load_in
 from edge_dtm.device.judge import evidence_of, judge, limits_of_part
 from edge_dtm.formats import bundle as bundles
 from edge_dtm.formats.archive import open_bundle
-from edge_dtm.formats.record import Record, RunSettings
+from edge_dtm.formats.record import Mode, Record, RunSettings
 from edge_dtm.formats.thresholds import Thresholds
-from edge_dtm.formats.verdict import KernelCheck, KernelsCompared, Mode, Verdict
+from edge_dtm.formats.verdict import KernelCheck, KernelsCompared, Verdict
 from edge_dtm.llamacpp import probe_model
 from edge_dtm.llamacpp.gguf_header import check_gguf, require_memory
 from edge_dtm.llamacpp.llama import runtime_info

@@ -112,7 +112,7 @@ class Bundle:
         signature: bytes | None,
         trusted: Trusted | None = None,
     ) -> Bundle:
-        """manifest, signature: the contents of the two files. EdgeDtmError as in check_signature."""
+        """manifest, signature: contents of the two files. EdgeDtmError as in check_signature."""
         key = check_signature(manifest, signature, trusted, source)
         return cls(source, folder, Manifest.parse(manifest, f"{source}: {MANIFEST}"), key)
 

@@ -125,7 +125,7 @@ def list_profiles() -> list[DeviceProfile]:
 
 
 def load_profile(name_or_path: str) -> DeviceProfile:
-    """A packaged profile by its name, or one from a path: what ends in ``.toml`` or has a separator.
+    """A packaged profile by its name, or one from a path, which ends in .toml or has a separator.
 
     EdgeDtmError, which lists every problem, when there is none or it cannot be read or is wrong.
     """

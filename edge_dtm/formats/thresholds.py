@@ -34,8 +34,9 @@ class Thresholds(StrictDataclass):
     max_kl_probe: Amount = Field(description="kl_probe_nats, nats.")
 
 
-# The tolerance of healthy kernels, from emulated ARM devices (docs/emulated-devices.md), with room above: kernels
-# of quantized types round activations each in their own way, those of F16 next to not at all.
+# The tolerance of healthy kernels, from emulated ARM devices (docs/emulated-devices.md), with room
+# above: kernels of quantized types round activations each in their own way, those of F16 next to
+# not at all.
 MAX_KL_QUANTIZED_NATS, MAX_KL_F16_NATS = 0.05, 1e-3
 DECIDED_MARGIN_LOGITS, MAX_DECIDED_SDT = 1.5, 0.005
 # The room above the host's own figure, in half-widths of its 95 % interval: a healthy device rounds

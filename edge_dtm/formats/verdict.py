@@ -18,12 +18,12 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from edge_dtm.core import strict_json
 from edge_dtm.core.metrics import Divergence
 from edge_dtm.core.strict_json import STRICT, Count
+from edge_dtm.formats.record import Mode
 from edge_dtm.formats.thresholds import Thresholds
 
 SCHEMA_VERSION = 3
 KIND = "edge-dtm verdict"
 
-Mode = Literal["teacher_forced", "generate"]
 Code = Literal["healthy", "broken_kernels", "bad_plan", "too_close"]
 
 

@@ -20,6 +20,7 @@ from edge_dtm.core.strict_json import (
     check_version,
     validated,
 )
+from edge_dtm.formats.record import Mode
 from edge_dtm.formats.thresholds import Thresholds
 from edge_dtm.formats.verdict import (
     KIND,
@@ -27,7 +28,6 @@ from edge_dtm.formats.verdict import (
     Diagnosis,
     KernelCheck,
     KernelsCompared,
-    Mode,
 )
 
 _Positive = Annotated[int, Field(ge=1)]

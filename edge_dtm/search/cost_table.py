@@ -62,11 +62,11 @@ class CostTable:
 
         EdgeDtmError when none of them fits some component.
         """
-        kept = [
+        allowed = [
             [(t, c) for t, c in options if t.type in types and (sparse or not t.zero_share)]
             for options in map(zip, self.treatments, self.costs)
         ]
-        empty = [c.name for c, options in zip(self.components, kept, strict=True) if not options]
+        empty = [c.name for c, options in zip(self.components, allowed, strict=True) if not options]
         if empty:
             raise EdgeDtmError(
                 f"none of the types {', '.join(types)} fits {len(empty)} components "
@@ -74,8 +74,8 @@ class CostTable:
             )
         return CostTable(
             self.components,
-            tuple(tuple(t for t, _ in options) for options in kept),
-            tuple(tuple(c for _, c in options) for options in kept),
+            tuple(tuple(t for t, _ in options) for options in allowed),
+            tuple(tuple(c for _, c in options) for options in allowed),
             self.fixed_bytes,
         )
 
