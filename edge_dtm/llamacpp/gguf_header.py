@@ -23,8 +23,8 @@ from edge_dtm.formats.record import RunSettings
 Value = int | float | bool | str
 
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
-# llama.cpp's graph besides the logits, and what Python and its libraries take on the way.
 MORE_MEMORY = "stop other programs, raise the limit, or compress with a smaller --max-bytes"
+# llama.cpp's graph besides the logits, and what Python and its libraries take on the way.
 GRAPH_BYTES = 48 * 2**20
 _STRING, _ARRAY = 8, 9
 # enum gguf_type, as struct spells it.
