@@ -29,7 +29,7 @@ from edge_dtm.host.measure import against, replay
 from edge_dtm.host.quantize.equalize import input_scale
 from edge_dtm.host.values import Base, Measurement, Run
 from edge_dtm.llamacpp import llama
-from edge_dtm.llamacpp.tensors import describe
+from edge_dtm.llamacpp.gguf_header import read_header
 from edge_dtm.search.allocation import search
 from edge_dtm.search.cost_table import CostTable
 
@@ -81,7 +81,7 @@ class Files:
                 make(gguf)
                 with gguf.open("rb") as file:
                     sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-                types = Counter(t.type for t in describe(gguf))
+                types = Counter(t.type for t in read_header(gguf).tensors)
                 facts = {"size_bytes": gguf.stat().st_size, "types": types, "sha256": sha256}
                 replay(self.run, gguf, self.held_out, f"{title}: replay").save(path, facts)
             finally:
