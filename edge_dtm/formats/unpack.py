@@ -140,7 +140,7 @@ def unpack_into(
         bundle = Bundle.of(path, folder, data, signature, trusted)
         for limit, words in (
             (max_unpacked_bytes, "are allowed: do not use it, or raise --max-unpacked-bytes"),
-            (shutil.disk_usage(folder).free, f"are free in {place}: make room"),
+            (shutil.disk_usage(folder).free, f"is all that is free in {place}: make room"),
         ):
             if limit is not None and bundle.size_bytes > limit:
                 raise EdgeDtmError(f"{path} unpacks to {bundle.size_bytes} bytes, {limit} {words}")
