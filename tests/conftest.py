@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -109,28 +110,37 @@ def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Made:
-    """A model, its reference on STARTS, and activations and calibration captured once.
+    """A model, its reference on STARTS, and what its blocks are measured with, gathered once.
 
-    Calibration is captured on the very sequences that are measured, with another seed of signs.
+    model: transformers' own. statistics: of each block, on all rows. The sequences that are fitted
+    to are the very ones that are measured, with other random signs.
     """
 
     def __init__(self, folder: Path, work: Path) -> None:
         import torch
 
-        from edge_dtm.host.blocks.activations import Activations
-        from edge_dtm.host.blocks.calibration import Calibration
+        from edge_dtm.core.progress import Stages
+        from edge_dtm.host.blocks.block_jobs import BlockJobs
+        from edge_dtm.host.blocks.boundaries import Boundaries
+        from edge_dtm.host.blocks.gather import BlockData, shapes
+        from edge_dtm.host.blocks.statistics import Statistics
+        from edge_dtm.host.blocks.text import Text
+        from edge_dtm.host.blocks.workers import Crew
+        from edge_dtm.host.checkpoint.llama import Llama
         from edge_dtm.host.checkpoint.model import load_model
         from edge_dtm.host.checkpoint.open import open_checkpoint
         from edge_dtm.host.trajectory.generate import generate_reference
         from edge_dtm.host.trajectory.prompts import Prompt
 
         self.checkpoint = open_checkpoint(folder)
+        self.config = self.checkpoint.config
         self.model = load_model(self.checkpoint, torch.device("cpu"))
+        self.llama = Llama(self.checkpoint, torch.device("cpu"))
         self.components = self.checkpoint.components()
         tokenizer = self.checkpoint.tokenizer
         prompts = [Prompt(tuple(tokenizer.encode(t)), t) for t in STARTS]
         self.reference: Reference = generate_reference(
-            self.model,
+            self.llama,
             prompts,
             tokens=TOKENS,
             eos_ids=tokenizer.eos_ids,
@@ -138,10 +148,24 @@ class Made:
             provenance={},
             parts=work / "parts",
         )
-        self.activations = Activations(work / "activations", self.reference, self.components)
-        self.activations.capture(self.model, SEED)
-        self.calibration = Calibration(work / "calibration", self.reference, self.components)
-        self.calibration.capture(self.model, SEED + 1)
+        count = len(prompts)
+        self.text = Text(self.reference.rows(np.arange(2 * count) % count), count, SEED)
+        tokens, measured = self.text.tokens, self.text.measured_tokens
+        self.jobs = BlockJobs(
+            work, self.checkpoint, self.text.edges[: count + 1], self.text.measured_positions
+        )
+        run: Any = SimpleNamespace(stages=Stages())
+        boundaries = Boundaries(work, tokens, measured, self.config.hidden)
+        self.data = BlockData(run, self.llama, self.text, boundaries, self.jobs, Crew(1, 1), True)
+        self.data.prepare(self.config.layers - 1)
+        rows = {matrix: np.arange(shape[0]) for matrix, shape in shapes(self.config).items()}
+        self.statistics = {}
+        for layer in reversed(range(self.config.layers)):
+            self.data.gather(layer, rows)
+            files = self.jobs.fitted_file(layer), self.jobs.measured_file(layer)
+            both = [Statistics.load(file).tensors for file in files]
+            self.statistics[layer] = Statistics({**both[0], **both[1]})
+        self.edge_inputs = self.data.edge_inputs()
 
     def component(self, name: str) -> Component:
         return next(c for c in self.components if c.name == name)

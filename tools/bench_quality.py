@@ -67,17 +67,14 @@ from edge_dtm.formats.ggml_types import ALLOWED_TYPES, DEFAULT_TYPES
 from edge_dtm.formats.plan import Component, Treatment
 from edge_dtm.formats.profile import load_profile
 from edge_dtm.formats.reference import CALIBRATION, load_imatrix
-from edge_dtm.host import export
-from edge_dtm.host.blocks.costs import measure_costs
-from edge_dtm.host.checkpoint.checkpoint import Checkpoint
+from edge_dtm.host.blocks.costs import Costs, measure_costs
 from edge_dtm.host.checkpoint.derived import EqualizedCheckpoint
 from edge_dtm.host.measure import noise_floor
 from edge_dtm.host.prepare import reopen_run
 from edge_dtm.host.quantize.treat import treated_values
 from edge_dtm.host.settings import Goal, Settings, Source
-from edge_dtm.host.values import Costs, Run
+from edge_dtm.host.values import Run
 from edge_dtm.report.frontier import draw
-from edge_dtm.search.allocation import convex_hull
 from edge_dtm.search.cost_table import CostTable, Predictor
 
 DEFAULT_PRESETS = "Q3_K_M,IQ4_NL,Q4_0,Q4_K_M,Q5_K_M,Q6_K,Q8_0"
@@ -127,26 +124,16 @@ def bytes_at(points: Sequence[tuple[int, float]], sdt: float) -> float | None:
 
 # --- ablations --------------------------------------------------------------------------------
 
-# What a variant's files are made with: its costs, the checkpoint, the blocks and their name.
-Method = tuple[CostTable, Checkpoint, export.Blocks, str]
-
-
-def method_of(costs: Costs) -> Method:
-    return costs.table, costs.equalized, costs.encoded.encoded, costs.encoded.key
+# What a variant's plans are chosen by, and what their bytes are made with.
+Method = tuple[CostTable, Costs]
 
 
 def with_costs(table: CostTable, cost_of: Callable[[Component, Treatment], float]) -> CostTable:
-    """The table with other costs, for the types that our own costs put on the convex hull: of
-    the others there are no blocks."""
-    treatments = []
-    for c, ts, costs in zip(table.components, table.treatments, table.costs, strict=True):
-        dense = [j for j, t in enumerate(ts) if not t.zero_share]
-        hull = convex_hull([c.size_bytes(ts[j]) for j in dense], [costs[j] for j in dense])
-        treatments.append(tuple(ts[dense[i]] for i in hull))
     costs = tuple(
-        tuple(cost_of(c, t) for t in ts) for c, ts in zip(table.components, treatments, strict=True)
+        tuple(cost_of(c, t) for t in ts)
+        for c, ts in zip(table.components, table.treatments, strict=True)
     )
-    return replace(table, treatments=tuple(treatments), costs=costs)
+    return replace(table, costs=costs)
 
 
 def weight_error(run: Run, component: Component, treatment: Treatment) -> float:
@@ -167,9 +154,10 @@ def methods(files: Files, full: Method) -> dict[str, Method]:
     ):
         method = replace(run.settings.method, **changes)
         other = replace(run, settings=replace(run.settings, method=method))
-        out[title] = method_of(measure_costs(other, files.base, files.reference))
+        costs = measure_costs(other, files.base, files.reference)
+        out[title] = costs.table, costs
     by_error = with_costs(full[0], lambda c, t: weight_error(run, c, t))
-    out["weight error as cost"] = (by_error, *full[1:])
+    out["weight error as cost"] = by_error, full[1]
     return out
 
 
@@ -186,12 +174,12 @@ def ablations(
     for row, ours, best in rows:
         size, name = row["preset"], row["best_imatrix"]
         candidates = [("full method", ours, row["ours"]["smallest"])]
-        for title, (table, checkpoint, blocks, blocks_name) in variants.items():
+        for title, (table, costs) in variants.items():
             plan, smallest = best_plan(table, row["limit_bytes"])
-            candidate = files.ours(f"{size}: {title}", plan, checkpoint, blocks, blocks_name)
+            candidate = files.ours(f"{size}: {title}", plan, costs)
             candidates.append((title, candidate, smallest))
         candidates.append((f"{name} + im", best, False))
-        equalized = full[1]
+        equalized = full[1].equalized
         if isinstance(equalized, EqualizedCheckpoint):
             candidate = files.preset(name, equalized_imatrix(vectors, equalized), equalized)
             candidates.append((f"{name} + im, equalized", candidate, False))
@@ -222,7 +210,7 @@ def compare_sizes(
     for name in presets:
         limit = min(theirs[name, 0].size_bytes, theirs[name, 1].size_bytes)
         plan, smallest = best_plan(full[0], limit)
-        ours = files.ours(f"Ours at {name}'s size", plan, *full[1:])
+        ours = files.ours(f"Ours at {name}'s size", plan, full[1])
         within = [k for k, f in theirs.items() if f.size_bytes <= limit]
         best = min(within, key=lambda k: (theirs[k].sdt, theirs[k].size_bytes))
         best_im = min((k for k in within if k[1]), default=(name, 1), key=lambda k: theirs[k].sdt)
@@ -280,7 +268,8 @@ def bench(
     for note in too_few(len(files.held_out)):
         stages.note(note)
     try:
-        full = method_of(measure_costs(run, base, reference))
+        costs = measure_costs(run, base, reference)
+        full = costs.table, costs
         # Read before the variants, which write it again.
         vectors, imatrix_tokens = load_imatrix(run.work.folder / f"imatrix-{run.key}.npz")
         lowest = noise_floor(run, reference)

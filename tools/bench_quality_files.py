@@ -22,7 +22,8 @@ from edge_dtm.formats.plan import Component, Plan, uniform
 from edge_dtm.formats.record import Record
 from edge_dtm.formats.reference import HELD_OUT, Reference
 from edge_dtm.host import export
-from edge_dtm.host.blocks.costs import captures
+from edge_dtm.host.blocks.costs import Costs
+from edge_dtm.host.blocks.quantize import quantize as quantize_ours
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
 from edge_dtm.host.checkpoint.derived import EqualizedCheckpoint
 from edge_dtm.host.measure import against, replay
@@ -73,7 +74,7 @@ class Files:
     def candidate(self, title: str, what: Any, make: Callable[[Path], None]) -> Candidate:
         """what: JSON that, with the model, settles the file's bytes."""
         settings = self.run.run_settings.to_json() | {"threads": None}
-        packages = export.provenance(self.run.checkpoint)["packages"]
+        packages = export.packages()
         path = self.folder / f"{digest_of([self.run.key, settings, packages, what])}.npz"
         if not path.is_file():
             gguf = self.folder / "candidate.gguf"
@@ -117,17 +118,16 @@ class Files:
         self,
         title: str,
         plan: Plan,
-        checkpoint: Checkpoint,
-        blocks: export.Importance | export.Blocks,
-        blocks_name: str,
+        costs: Costs,
     ) -> Candidate:
-        """blocks_name: says with the plan which blocks these are."""
+        """costs: what the plan's bytes are made with."""
 
         def make(path: Path) -> None:
+            quantize_ours(self.run, costs, plan.pairs)
             with self.run.stages(f"{title}: export", self.base.weights) as advance:
-                export.export_gguf(checkpoint, plan, path, blocks, advance)
+                export.export_gguf(costs.equalized, plan, path, costs.encoded.encoded, advance)
 
-        return self.candidate(title, ["plan", plan.hash, blocks_name], make)
+        return self.candidate(title, ["plan", plan.hash, costs.encoded.key], make)
 
     def _source(self, checkpoint: Checkpoint) -> Path:
         """The F32 export that llama.cpp quantizes."""
@@ -144,8 +144,6 @@ class Files:
         """Remove what is large and quick to make again."""
         for path in self._sources.values():
             path.unlink(missing_ok=True)
-        for captured in captures(self.run, self.base, self.reference):
-            captured.remove()
 
 
 def quantize(source: Path, path: Path, name: str, vectors: Vectors, threads: int) -> None:

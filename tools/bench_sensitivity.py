@@ -3,8 +3,7 @@
 Some block matrices, spread over layers and kinds, get each type in turn: the values that ship are put
 into the torch model (the equalized one), the matrix's input is rounded as the device's kernel would,
 the model runs teacher-forced on calibration sequences, and the mean-square change of the top-1/top-2
-margin is noted, with the SDT. Pairs of matrix and type that no plan can choose, since they lie above
-the convex hull of bytes and cost, are left out, and counted.
+margin is noted, with the SDT.
 
 WORK_BUNDLE is a folder that `edge-dtm compress MODEL -o WORK_BUNDLE` made, with its `work` folder.
 Output: rank correlation and ratio of the cost table to the direct measurement.
@@ -34,17 +33,17 @@ from edge_dtm.core.progress import Stages
 from edge_dtm.formats.plan import Component, Treatment
 from edge_dtm.formats.profile import load_profile
 from edge_dtm.formats.reference import Reference
-from edge_dtm.host.blocks.capture import BATCH_SEQUENCES
-from edge_dtm.host.blocks.costs import measure_costs
+from edge_dtm.host.blocks.costs import Costs, measure_costs
+from edge_dtm.host.blocks.quantize import quantize
 from edge_dtm.host.checkpoint.model import load_model, module_name
 from edge_dtm.host.prepare import reopen_run
 from edge_dtm.host.quantize.activations import activation_kind, round_activations
 from edge_dtm.host.settings import Goal, Settings, Source
 from edge_dtm.host.trajectory.reference import calibration_rows
-from edge_dtm.host.values import Costs
 from edge_dtm.llamacpp import ggml
 
 FloatArray = npt.NDArray[np.floating[Any]]
+BATCH_SEQUENCES = 8
 
 
 def ranks(values: FloatArray) -> FloatArray:
@@ -82,13 +81,9 @@ def sample(components: Sequence[Component], count: int, seed: int) -> list[Compo
 
 def shipped_values(
     costs: Costs, component: Component, treatment: Treatment
-) -> npt.NDArray[np.float32] | None:
-    """What ships, float32 (rows, row_length), rows in HF's order; None where no plan can choose that
-    treatment."""
-    try:
-        data = costs.encoded.encoded(component, treatment)
-    except EdgeDtmError:
-        return None
+) -> npt.NDArray[np.float32]:
+    """What ships, float32 (rows, row_length), rows in HF's order, of a matrix that is quantized."""
+    data = costs.encoded.encoded(component, treatment)
     values = ggml.dequantize(treatment.type, data, component.row_length)
     rows: npt.NDArray[np.float32] = costs.equalized.hf_rows(component.name, values)
     return rows
@@ -176,18 +171,13 @@ def bench(
             f"--types {','.join(types)}: {', '.join(sorted(missing)) or 'none of them'} "
             f"{'has no costs in the work folder' if missing else 'fits the matrices'}"
         )
-    pairs = [(c, t) for c, t in wanted if shipped_values(costs, c, t) is not None]
-    if not pairs:
-        raise EdgeDtmError(f"--types {','.join(types)}: none of them can be in a plan; name others")
-    if len(pairs) < len(wanted):
-        stages.note(f"{len(wanted) - len(pairs)} of {len(wanted)} pairs left out: never in a plan")
+    quantize(run, costs, wanted)
     direct = Direct(load_model(costs.equalized, run.device), part)
     exact, exact_other = direct.run()
     rows: list[dict[str, Any]] = []
-    with stages("Direct measurement", len(pairs)) as advance:
-        for component, treatment in pairs:
+    with stages("Direct measurement", len(wanted)) as advance:
+        for component, treatment in wanted:
             values = shipped_values(costs, component, treatment)
-            assert values is not None
             margins, other = direct.treated(component, values, activation_kind(treatment.type))
             i = index[component.name]
             rows.append(
@@ -213,7 +203,6 @@ def bench(
         "block_components": sum(c.in_block for c in base.components),
         "base_sdt": float(exact_other.mean()),
         "pairs": rows,
-        "pairs_left_out": len(wanted) - len(pairs),
         "agreement": agreement(rows, types),
         "units": {"direct": "logits squared", "direct_sdt": "share"},
     }
@@ -270,8 +259,8 @@ def table(data: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"{data['model']}: {data['components']} of {data['block_components']} block matrices, "
-            f"{len(data['pairs'])} pairs of matrix and type ({data['pairs_left_out']} more are never "
-            f"in a plan), {data['sequences']} sequences, {data['positions']:,} positions; torch on "
+            f"{len(data['pairs'])} pairs of matrix and type, "
+            f"{data['sequences']} sequences, {data['positions']:,} positions; torch on "
             f"{data['device']}. Cost table ({data['stage_sequences']} sequences) against direct "
             "measurement:",
             "",

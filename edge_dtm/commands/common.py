@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -38,6 +39,13 @@ def size_bytes(text: str) -> int:
     if not 0 < number < 2**63:
         raise click.BadParameter(f"{text!r} is no size a file can have")
     return int(number)
+
+
+def device(text: str) -> str:
+    """Where torch computes."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise click.BadParameter(f"{text!r} is none of auto, cpu, cuda and cuda:N")
+    return text
 
 
 def types(text: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from edge_dtm.commands.common import PATH, grouped, load_profile, size_bytes, types
+from edge_dtm.commands.common import PATH, device, grouped, load_profile, size_bytes, types
 from edge_dtm.core.errors import EdgeDtmError
 
 if TYPE_CHECKING:
@@ -48,13 +48,19 @@ def _switch(name: str, words: str) -> Callable[[Any], Any]:
 
 @click.command()
 @click.argument("model", type=PATH, default=_default_model)
-@click.option("-o", "--output", type=PATH, required=True, help="Folder of the bundle.")
+@click.option("-o", "--output", type=PATH, help="Folder of the bundle.")
 @click.option("--prompts", type=PATH, help="Text lines, or JSONL with `prompt` or `messages`.")
 @click.option(
     "--tokens",
     type=click.IntRange(2, 4096),
     default=96,
     help="Greedy tokens for each prompt, at most.",
+)
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(100),
+    default=6000,
+    help="Tokens of the model's own text that rounding is fitted to, beside the prompts.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--imatrix", type=PATH, help="Use these importance vectors from llama-imatrix.")
@@ -138,8 +144,18 @@ def _switch(name: str, words: str) -> Callable[[Any], Any]:
     type=click.FloatRange(0, 1),
     help="With --preset paper-int8: share of the matrices in Q8_0, the rest in F16 [default: 0.8].",
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option(
+    "--device", type=device, metavar="DEVICE", default="auto", help="auto, cpu, cuda or cuda:N."
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Processes on the CPU [default: a core each, as far as the memory goes].",
+)
 @_switch("resume", "Continue where an earlier run stopped.")
+@click.option(
+    "--dry-run", is_flag=True, help="Say what it would take and make here, and do nothing."
+)
 @click.pass_context
 @grouped(
     source="edge_dtm.host.settings:Source",
@@ -148,9 +164,10 @@ def _switch(name: str, words: str) -> Callable[[Any], Any]:
 )
 def compress(
     ctx: click.Context,
-    output: Path,
+    output: Path | None,
     preset: str | None,
     resume: bool,
+    dry_run: bool,
     source: Source,
     goal: Goal,
     method: Method,
@@ -159,6 +176,8 @@ def compress(
 
     Measures how sensitive every matrix is, chooses a GGML type for each, and checks the result in
     llama.cpp. Without MODEL: SmolLM2-135M-Instruct, as tools/make_smollm2.py makes it."""
+    from rich.console import Console
+
     from edge_dtm.core.progress import Stages
 
     target = goal.max_sdt is not None or goal.min_fdt is not None
@@ -176,8 +195,17 @@ def compress(
             raise click.UsageError("--sparsity-steps needs --sparsity and --distill")
         method = replace(method, sparsity_steps=1)
     goal = replace(goal, unlimited=preset is not None and goal.max_bytes is None)
+    if output is None and not dry_run:
+        raise click.UsageError("give the bundle's folder: -o FOLDER")
     # torch is imported only now, after all that can be wrong in the command line.
-    from edge_dtm.host.compress import compress as run
     from edge_dtm.host.settings import Settings
 
-    run(Settings(output, source, goal, method, resume), Stages())
+    settings = Settings(output or Path(), source, goal, method, resume)
+    if dry_run:
+        from edge_dtm.host.dry_run import dry_run as estimate
+
+        estimate(settings, Console())
+    else:
+        from edge_dtm.host.compress import compress as run
+
+        run(settings, Stages())

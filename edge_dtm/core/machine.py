@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import resource
@@ -59,6 +60,18 @@ def room(root: Path = Path("/")) -> Room:
     return min(rooms, key=lambda r: r.free_bytes)
 
 
+def total_bytes(root: Path = Path("/")) -> int:
+    """Memory of the machine or of the control group, whichever is less, free or not: what a plan of
+    the work may go by, since it does not change from run to run."""
+    total = re.search(r"^MemTotal:\s+(\d+)", read_text(root / "proc/meminfo"), re.MULTILINE)
+    sizes = [int(total[1]) * 1024 if total else 2**62]
+    for folder, version_1 in control_groups(root, "memory"):
+        limit = read_text(folder / f"memory.{'limit_in_bytes' if version_1 else 'max'}").strip()
+        if limit.isdigit():
+            sizes.append(int(limit))
+    return min(sizes)
+
+
 def control_groups(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
     """Folders of this process's control group and those above it, and whether they are version 1."""
     for line in read_text(root / "proc/self/cgroup").splitlines():
@@ -108,9 +121,28 @@ def usable_cpus() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def default_threads() -> int:
-    """CPUs this process may use."""
-    return len(usable_cpus())
+def default_threads(root: Path = Path("/")) -> int:
+    """CPUs this process may use, by its affinity and the CPU time that its control group allows.
+
+    root: where proc and sys are.
+    """
+    quotas = [
+        quota
+        for folder, version_1 in control_groups(root, "cpu")
+        if (quota := _cpu_quota(folder, version_1)) is not None
+    ]
+    return max(1, min([len(usable_cpus()), *map(math.ceil, quotas)]))
+
+
+def _cpu_quota(folder: Path, version_1: bool) -> float | None:
+    """CPUs' worth of time that a control group allows; None where it sets no limit."""
+    if version_1:
+        quota, period = (read_text(folder / f"cpu.cfs_{n}_us").strip() for n in ("quota", "period"))
+    else:
+        quota, _, period = read_text(folder / "cpu.max").strip().partition(" ")
+    if not (quota.isdigit() and period.isdigit()):
+        return None
+    return int(quota) / max(int(period), 1)
 
 
 def peak_rss_bytes() -> int:

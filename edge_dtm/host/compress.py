@@ -9,15 +9,16 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.progress import Stages
 from edge_dtm.formats.plan import Plan
 from edge_dtm.formats.reference import Reference
-from edge_dtm.host.blocks.costs import measure_costs
+from edge_dtm.host.blocks.costs import Costs, measure_costs
 from edge_dtm.host.blocks.prune import prune_plan
 from edge_dtm.host.distill.stage import distill_plan, prune_gradually
 from edge_dtm.host.finish import finish, plan_with_costs, results_of
 from edge_dtm.host.measure import export_and_measure, noise_floor, on_packaged_prompts
+from edge_dtm.host.out_of_memory import out_of_memory_in_words
 from edge_dtm.host.prepare import open_run
 from edge_dtm.host.settings import Goal, Settings
 from edge_dtm.host.trajectory.reference import greedy_reference, make_predictor
-from edge_dtm.host.values import Base, Candidate, Costs, NoiseFloor, Run
+from edge_dtm.host.values import Candidate, NoiseFloor, Run
 from edge_dtm.report import summary
 from edge_dtm.search import target
 from edge_dtm.search.allocation import frontier, least_divergent_share, search
@@ -27,13 +28,18 @@ from edge_dtm.search.cost_table import CostTable, Predictor
 def compress(settings: Settings, stages: Stages) -> Path:
     """Make the bundle in settings.out and return that folder. EdgeDtmError on anything that
     cannot be done, before the long part wherever it can be known."""
+    with out_of_memory_in_words(settings.method.device):
+        return _compress(settings, stages)
+
+
+def _compress(settings: Settings, stages: Stages) -> Path:
     run, base = open_run(settings, stages)
     reference = greedy_reference(run)
+    floor = noise_floor(run, reference)
     base, gradual = prune_gradually(run, base, reference)
     costs = measure_costs(run, base, reference)
     predictor = make_predictor(run, base, reference)
-    floor = noise_floor(run, reference)
-    chosen = choose_plan(run, base, costs, predictor, floor, reference)
+    chosen = choose_plan(run, costs, predictor, floor, reference)
     final, distilled = distill_plan(run, costs, chosen, reference, floor)
     packaged = on_packaged_prompts(run, reference, floor)
     results = results_of(
@@ -41,12 +47,12 @@ def compress(settings: Settings, stages: Stages) -> Path:
     )
     plan_json = plan_with_costs(final.plan, final.prediction, costs.table, predictor)
     finish(run, reference, plan_json, final, results)
+    costs.data.finish()
     return settings.out
 
 
 def choose_plan(
     run: Run,
-    base: Base,
     costs: Costs,
     predictor: Predictor,
     floor: NoiseFloor,
@@ -59,7 +65,7 @@ def choose_plan(
 
     def candidate(limit_bytes: int) -> Candidate:
         plan = search_plan(table, goal, limit_bytes)
-        encoded = prune_plan(run, base, costs, plan, reference)
+        encoded = prune_plan(run, costs, plan, reference)
         measurement = export_and_measure(run, plan, encoded, costs.equalized, reference, floor)
         return Candidate(plan, predictor.predict(table.cost(plan)), encoded, measurement)
 

@@ -58,7 +58,7 @@ def _writer(checkpoint: Checkpoint, plan: Plan, path: Path) -> gguf.GGUFWriter:
     w.add_float32(KEY_FDT, math.nan)
     for name, length in checkpoint.vectors():
         w.add_tensor_info(name, (length,), np.dtype(np.float32), 4 * length)
-    for component, treatment in zip(plan.components, plan.treatments, strict=True):
+    for component, treatment in plan.pairs:
         w.add_tensor_info(
             component.name + ".weight",
             (component.rows, component.row_length),
@@ -102,7 +102,7 @@ def export_gguf(
             write_head(writer)
             for name, _ in checkpoint.vectors():
                 writer.write_tensor_data(checkpoint.tensor(name))
-            for component, treatment in zip(plan.components, plan.treatments, strict=True):
+            for component, treatment in plan.pairs:
                 if callable(blocks):
                     data = blocks(component, treatment)
                 else:
@@ -130,7 +130,7 @@ def compare_with_plan(path: Path, plan: Plan) -> None:
     reader = gguf.GGUFReader(path)
     written = {t.name: (t.tensor_type.name, tuple(t.shape.tolist()[::-1])) for t in reader.tensors}
     wrong = []
-    for c, treatment in zip(plan.components, plan.treatments, strict=True):
+    for c, treatment in plan.pairs:
         in_file = written.get(c.name + ".weight")
         expected = (treatment.type, (c.rows, c.row_length))
         if in_file != expected:
@@ -156,12 +156,17 @@ def f16_plan(checkpoint: Checkpoint, fixed: int) -> Plan:
     return uniform(checkpoint.components(), "F16", fixed)
 
 
-def provenance(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Versions of everything that had a hand in the numbers."""
-    packages = ("torch", "transformers", "gguf", "llama-cpp-python", "numpy")
+def packages() -> dict[str, str]:
+    """Versions of everything that has a hand in the numbers."""
+    names = ("torch", "transformers", "gguf", "llama-cpp-python", "numpy")
+    return {name: version(name) for name in names}
+
+
+def provenance(checkpoint: Checkpoint, sha256: str) -> dict[str, Any]:
+    """What the numbers were made of. sha256: of the weights."""
     return {
         "model": checkpoint.config.name,
-        "model_sha256": checkpoint.check(),
+        "model_sha256": sha256,
         "edge_dtm": __version__,
-        "packages": {p: version(p) for p in packages},
+        "packages": packages(),
     }

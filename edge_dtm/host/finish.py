@@ -16,6 +16,7 @@ from edge_dtm.formats.thresholds import Thresholds, thresholds_from, tolerance_o
 from edge_dtm.host import export
 from edge_dtm.host.distill.stage import Distillation
 from edge_dtm.host.measure import model_path
+from edge_dtm.host.trajectory.reference import check_reference
 from edge_dtm.host.values import Candidate, Measurement, NoiseFloor, Run
 from edge_dtm.llamacpp import probe_model
 from edge_dtm.llamacpp.ggml import zero_shares
@@ -134,7 +135,7 @@ def _details(run: Run, reference: Reference) -> dict[str, Any]:
     source, goal, method = run.settings.source, run.settings.goal, run.settings.method
     fitted = (reference.split == CALIBRATION) | (reference.split == EXTRA)
     return {
-        **export.provenance(run.checkpoint),
+        **export.provenance(run.checkpoint, check_reference(run, reference)),
         "profile": goal.profile.name,
         "budget": run.budget.text,
         "max_bytes": run.budget.max_bytes,

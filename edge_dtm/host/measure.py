@@ -16,6 +16,7 @@ from edge_dtm.formats.record import Record
 from edge_dtm.formats.reference import HELD_OUT, PACKAGED, Reference
 from edge_dtm.host import export
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
+from edge_dtm.host.checkpoint.gguf_checkpoint import GgufCheckpoint
 from edge_dtm.host.checkpoint.pre_tokenizer import PROBE_TEXTS, tokenization_mismatches
 from edge_dtm.host.values import Encoded, Measurement, NoiseFloor, Run
 from edge_dtm.llamacpp.runner import LlamaRunner
@@ -35,6 +36,8 @@ def noise_floor(run: Run, reference: Reference) -> NoiseFloor:
     held_out = reference.part(HELD_OUT)
 
     def make(_: Path) -> Record:
+        if is_f16_file(run.checkpoint):
+            return replay(run, run.checkpoint.path, held_out, "Noise floor in llama.cpp")
         fixed_bytes = export.fixed_bytes(run.checkpoint)
         plan = export.f16_plan(run.checkpoint, fixed_bytes)
         path = run.work.folder / "f16.gguf"
@@ -50,6 +53,14 @@ def noise_floor(run: Run, reference: Reference) -> NoiseFloor:
     ties = held_out.margins[mask]
     margin = float(np.percentile(ties, NEAR_TIE_PERCENTILE)) if ties.size else 0.0
     return NoiseFloor(against(held_out, record, margin), margin)
+
+
+def is_f16_file(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint is a GGUF whose tensors are what exporting it in F16 makes of them."""
+    return isinstance(checkpoint, GgufCheckpoint) and all(
+        checkpoint.stored[name].type == ("F32" if len(shape) == 1 else "F16")
+        for name, shape in checkpoint.shapes().items()
+    )
 
 
 def replay(run: Run, path: Path, part: Reference, title: str) -> Record:

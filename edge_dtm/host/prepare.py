@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.machine import default_threads, room
+from edge_dtm.core.machine import default_threads
 from edge_dtm.core.progress import Stages
 from edge_dtm.core.work import Work
 from edge_dtm.formats import bundle
@@ -20,28 +18,29 @@ from edge_dtm.formats.plan import Component, Treatment, least_bytes_with_zeros
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.formats.reference import Reference
 from edge_dtm.host import export
-from edge_dtm.host.checkpoint.checkpoint import Checkpoint
+from edge_dtm.host.checkpoint.checkpoint import ModelConfig
 from edge_dtm.host.checkpoint.model import choose_device
 from edge_dtm.host.checkpoint.open import open_checkpoint
-from edge_dtm.host.distill.trained import distillation_bytes
+from edge_dtm.host.checkpoint.weights import WeightsCheck
+from edge_dtm.host.estimate import estimate, measure_speed
+from edge_dtm.host.measure import is_f16_file
+from edge_dtm.host.room import check_room, duration, free_room, largest_plan_bytes, run_sizes
 from edge_dtm.host.settings import Goal, Settings
 from edge_dtm.host.trajectory.generate import check_lengths
 from edge_dtm.host.trajectory.prompts import packaged_prompts, read_prompts
-from edge_dtm.host.trajectory.reference import REFERENCE, reference_inputs
+from edge_dtm.host.trajectory.reference import REFERENCE, reference_inputs, text_size
 from edge_dtm.host.values import Base, Budget, Run
 from edge_dtm.search.budget import byte_budget
 
 UNLIMITED_BYTES = 2**62
 COMPUTE_BUFFER_BYTES = 64 * 2**20  # llama.cpp's graph buffers, besides the logits of one batch
-# What the work folder takes, in sizes of the F16 file.
-WORK_FOLDER_F16_FILES, WORK_FOLDER_F16_FILES_DISTILLED = 2, 14
 
 
 def open_run(settings: Settings, stages: Stages) -> tuple[Run, Base]:
     """The settings, checked against the model and this machine. EdgeDtmError on anything that
     cannot be done."""
-    source, goal, method = settings.source, settings.goal, settings.method
-    device = choose_device(method.device)
+    source, goal = settings.source, settings.goal
+    device = choose_device(settings.method.device)
     checkpoint = open_checkpoint(source.model)
     if checkpoint.on_grid:
         stages.note(
@@ -50,7 +49,7 @@ def open_run(settings: Settings, stages: Stages) -> tuple[Run, Base]:
             "unquantized checkpoint where you can"
         )
     components, fixed_bytes = checkpoint.components(), export.fixed_bytes(checkpoint)
-    _check_types(components, goal.types)
+    check_types(components, goal.types)
     imatrix = None
     if source.imatrix is not None:
         imatrix = read_imatrix(source.imatrix)
@@ -61,16 +60,23 @@ def open_run(settings: Settings, stages: Stages) -> tuple[Run, Base]:
         read_prompts(source.prompts, tokenizer) if source.prompts else packaged_prompts(tokenizer)
     )
     check_lengths(prompts, source.tokens, checkpoint.config.context_length)
-    _check_weights(checkpoint, stages)
     f16_bytes = export.f16_plan(checkpoint, fixed_bytes).size_bytes
     run_settings = RunSettings(threads=default_threads())
-    budget = _budget(goal, checkpoint, f16_bytes, run_settings)
+    budget = budget_of(goal, checkpoint.config, f16_bytes, run_settings)
     stages.note(budget.text)
-    _check_sizes(components, fixed_bytes, goal, budget)
-    if method.distill_steps:
-        _check_memory(checkpoint, goal.types, device)
-    work = _work_folder(settings, f16_bytes, stages)
-    inputs = reference_inputs(checkpoint, source, prompts)
+    check_sizes(components, fixed_bytes, goal, budget)
+    plan_bytes = largest_plan_bytes(components, fixed_bytes, goal.types, budget.max_bytes)
+    text = text_size([len(p.ids) for p in prompts], source)
+    sizes = run_sizes(
+        settings, checkpoint.config, text, plan_bytes, device, not is_f16_file(checkpoint)
+    )
+    expected = estimate(sizes, measure_speed(device))
+    check_room(expected, free_room(settings.out, device), settings.out)
+    work = _work_folder(settings, stages)
+    stages.note(f"About {duration(sum(s.seconds for s in expected))}, if nothing is there yet.")
+    weights = WeightsCheck(checkpoint)
+    weights.start()
+    inputs = reference_inputs(weights.fingerprint, source, prompts)
     key = _key(work.path_of(REFERENCE, inputs))
     run = Run(
         settings=settings,
@@ -79,6 +85,7 @@ def open_run(settings: Settings, stages: Stages) -> tuple[Run, Base]:
         device=device,
         run_settings=run_settings,
         checkpoint=checkpoint,
+        weights=weights,
         key=key,
         f16_bytes=f16_bytes,
         budget=budget,
@@ -101,12 +108,13 @@ def reopen_run(
             f"{settings.source.model} does not exist: give the model the bundle was made from"
         )
     checkpoint = open_checkpoint(settings.source.model)
-    sha256 = _check_weights(checkpoint, stages)
+    weights = WeightsCheck(checkpoint)
     work = Work(settings.out / "work", stages.note)
     references = [
         (path, reference)
         for path in work.folder.glob(f"{REFERENCE.name}-*{REFERENCE.suffix}")
-        if (reference := Reference.load(path)).provenance.get("model_sha256") == sha256
+        if (reference := Reference.load(path)).provenance.get("model_fingerprint")
+        == weights.fingerprint
     ]
     if not references:
         raise EdgeDtmError(
@@ -130,6 +138,7 @@ def reopen_run(
         device=choose_device(settings.method.device),
         run_settings=RunSettings(threads=threads or default_threads()),
         checkpoint=checkpoint,
+        weights=weights,
         key=key,
         f16_bytes=export.f16_plan(checkpoint, fixed_bytes).size_bytes,
         budget=Budget(UNLIMITED_BYTES, "Budget: none."),
@@ -142,7 +151,7 @@ def _key(path: Path) -> str:
     return path.name.removeprefix(f"{REFERENCE.name}-").removesuffix(REFERENCE.suffix)
 
 
-def _check_types(components: Sequence[Component], types: Sequence[str]) -> None:
+def check_types(components: Sequence[Component], types: Sequence[str]) -> None:
     unfit = [c.name for c in components if not any(c.fits(t) for t in types)]
     if unfit:
         raise EdgeDtmError(
@@ -151,21 +160,12 @@ def _check_types(components: Sequence[Component], types: Sequence[str]) -> None:
         )
 
 
-def _check_weights(checkpoint: Checkpoint, stages: Stages) -> str:
-    """SHA-256 of the weights, all of which are read."""
-    with stages("Checking the checkpoint", sum(c.weights for c in checkpoint.components())) as done:
-        return checkpoint.check(done)
-
-
-def _budget(
-    goal: Goal, checkpoint: Checkpoint, f16_bytes: int, run_settings: RunSettings
-) -> Budget:
+def budget_of(goal: Goal, config: ModelConfig, f16_bytes: int, run_settings: RunSettings) -> Budget:
     """The profile's, which --max-bytes overrides."""
     if goal.unlimited:
         return Budget(UNLIMITED_BYTES, "Budget: none, the experiment decides the size.")
     if goal.max_bytes is not None:
         return Budget(goal.max_bytes, f"Budget: {goal.max_bytes:,} bytes, as asked for.")
-    config = checkpoint.config
     budget = byte_budget(
         goal.profile,
         kv_bytes_per_token=config.kv_bytes_per_token,
@@ -176,7 +176,7 @@ def _budget(
     return Budget(budget.bytes, budget.explain())
 
 
-def _check_sizes(
+def check_sizes(
     components: Sequence[Component], fixed_bytes: int, goal: Goal, budget: Budget
 ) -> None:
     """EdgeDtmError when no plan keeps the budget, or the zeros asked for do not fit it."""
@@ -206,20 +206,6 @@ def _check_sizes(
         )
 
 
-def _check_memory(checkpoint: Checkpoint, types: Sequence[str], device: torch.device) -> None:
-    """EdgeDtmError when distillation would not fit into the memory that is free now."""
-    blocks = sum(c.weights for c in checkpoint.components() if c.in_block)
-    edge = checkpoint.config.vocab * checkpoint.config.hidden
-    needed = distillation_bytes(blocks, edge, any(t != "F16" for t in types))
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else room().free_bytes
-    if free < needed:
-        raise EdgeDtmError(
-            f"--distill needs about {needed / 1e9:.0f} GB of memory on {device} and "
-            f"{free / 1e9:.0f} GB are free: leave it out, or use --device cpu or a larger machine"
-        )
-
-
 def _check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise EdgeDtmError(f"{out} is a file: give a folder to -o")
@@ -243,19 +229,9 @@ def _check_folder(out: Path) -> None:
         ) from None
 
 
-def _work_folder(settings: Settings, f16_bytes: int, stages: Stages) -> Work:
-    """EdgeDtmError when its disk has too little room."""
+def _work_folder(settings: Settings, stages: Stages) -> Work:
     folder = settings.out / "work"
     if not settings.resume:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    files = (
-        WORK_FOLDER_F16_FILES_DISTILLED if settings.method.distill_steps else WORK_FOLDER_F16_FILES
-    )
-    free, needed = shutil.disk_usage(folder).free, files * f16_bytes
-    if free < needed:
-        raise EdgeDtmError(
-            f"{settings.out} has {free:,} bytes free, about {needed:,} are needed: free some space "
-            "or choose another folder"
-        )
     return Work(folder, stages.note)

@@ -14,12 +14,14 @@ class Source:
     """What is compressed, and the text it is measured on.
 
     model: a Hugging Face folder or a GGUF. prompts: the user's own, None: the packaged ones.
-    tokens: greedy tokens a prompt, at most. imatrix: importance vectors in place of ours.
+    tokens: greedy tokens a prompt, at most. calibration_tokens: of text sampled from the model, to fit
+    error feedback and scales to, beside the prompts. imatrix: importance vectors in place of ours.
     """
 
     model: Path
     prompts: Path | None = None
     tokens: int = 96
+    calibration_tokens: int = 6000
     seed: int = 0
     imatrix: Path | None = None
 
@@ -49,6 +51,7 @@ class Method:
     """By what means: see the options of the same names in `edge-dtm compress --help`."""
 
     device: str = "auto"
+    workers: int | None = None
     feedback: bool = True
     equalize: bool = True
     mask_score: str = "activation"

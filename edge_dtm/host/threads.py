@@ -9,10 +9,10 @@ import torch
 
 
 @contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Products on one thread: the same bits whatever else is going on, and cores left to others."""
+def torch_threads(count: int) -> Iterator[None]:
+    """Products on so many threads; with one, cores are left to threads of our own."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -16,9 +16,10 @@ from edge_dtm.core.work import Work
 from edge_dtm.formats.plan import Component, Plan, Treatment
 from edge_dtm.formats.record import Record, RunSettings
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
+from edge_dtm.host.checkpoint.weights import WeightsCheck
 from edge_dtm.host.settings import Settings
 from edge_dtm.host.trajectory.prompts import Prompt
-from edge_dtm.search.cost_table import CostTable, Prediction
+from edge_dtm.search.cost_table import Prediction
 
 FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
@@ -49,7 +50,7 @@ class Budget:
 class Run:
     """What every stage may ask: the settings, checked, and where the work is done.
 
-    checkpoint: the original. key: of model, prompts, seed and versions, in hex. f16_bytes: size of
+    checkpoint: the original. weights: the check of its weights. key: of model, prompts, seed and versions, in hex. f16_bytes: size of
     the original as an F16 GGUF. imatrix: given importance vectors by component, float32
     (row_length,).
     """
@@ -60,6 +61,7 @@ class Run:
     device: torch.device
     run_settings: RunSettings
     checkpoint: Checkpoint
+    weights: WeightsCheck
     key: str
     f16_bytes: int
     budget: Budget
@@ -88,19 +90,6 @@ class Base:
     @property
     def weights(self) -> int:
         return sum(c.weights for c in self.components)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """The cost of every treatment of every component, and the bytes they were measured with.
-
-    equalized: the base with its scales worked in, what is rounded and exported.
-    """
-
-    table: CostTable
-    encoded: Encoded
-    equalized: Checkpoint
-    scales: Mapping[str, FloatArray]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ The same C code makes the bytes here and in llama.cpp's tools, so nothing has to
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.core.machine import default_threads
 from edge_dtm.formats.ggml_types import facts, row_bytes
 from edge_dtm.llamacpp import llama
 from edge_dtm.llamacpp.gguf_header import read_header
@@ -119,7 +119,7 @@ def zero_shares(path: Path) -> dict[str, float]:
 
 def _over_rows(chunk: Callable[[int, int], None], rows: int, threads: int | None) -> None:
     """Call chunk(start, stop) over all rows on several threads; ctypes releases the GIL."""
-    count = max(1, min(threads or os.cpu_count() or 1, rows // 16))
+    count = max(1, min(threads or default_threads(), rows // 16))
     if count == 1:
         chunk(0, rows)
         return

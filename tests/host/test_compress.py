@@ -23,16 +23,18 @@ from fixtures import tiny_bundle
 from fixtures.killed import Moment, run_killed
 
 from edge_dtm.cli import main
+from edge_dtm.core.progress import Stages
 from edge_dtm.core.work import Work
 from edge_dtm.formats.imatrix import read_imatrix
 from edge_dtm.formats.plan import Plan
-from edge_dtm.formats.record import RunSettings
-from edge_dtm.formats.reference import PACKAGED, Reference, load_imatrix
-from edge_dtm.host.blocks import jobs
+from edge_dtm.formats.record import Record, RunSettings
+from edge_dtm.formats.reference import PACKAGED, Reference, load_imatrix, load_npz
+from edge_dtm.host import export
+from edge_dtm.host.blocks import costs as costs_module
+from edge_dtm.host.blocks.cost_records import read_costs
 from edge_dtm.host.blocks.encoded import EncodedStore
-from edge_dtm.host.blocks.jobs import read_costs
-from edge_dtm.host.blocks.scales import load_scales
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
+from edge_dtm.host.checkpoint.decoder import SITES
 from edge_dtm.host.checkpoint.derived import EqualizedCheckpoint
 from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.measure import RECORD, noise_floor
@@ -48,9 +50,8 @@ BUNDLE = {
 # Few prompts and several batches of them, in this process and in those that are killed.
 SMALL: dict[str, Any] = {
     "edge_dtm.host.trajectory.reference.SAMPLED_PROMPTS": 4,
-    "edge_dtm.host.trajectory.reference.EXTRA_PROMPTS": 4,
     "edge_dtm.host.trajectory.reference.PACKAGED_PROMPTS": 6,
-    "edge_dtm.host.trajectory.generate.BATCH_SEQUENCES": 4,
+    "edge_dtm.host.trajectory.decode.BATCH_SEQUENCES": 4,
 }
 
 
@@ -65,7 +66,7 @@ def _small_runs() -> Iterator[None]:
 
 def _arguments(model: Path, prompts: Path, out: Path, *options: str) -> list[str]:
     given = ["compress", str(model), "-o", str(out), "--prompts", str(prompts)]
-    given += ["--tokens", str(TOKENS), "--device", "cpu"]
+    given += ["--tokens", str(TOKENS), "--calibration-tokens", "200", "--device", "cpu"]
     if "--max-bytes" not in options:
         given += ["--max-bytes", str(MAX_BYTES)]
     return [*given, *options]
@@ -160,6 +161,53 @@ def test_the_noise_floors_near_ties_are_those_at_its_margin(tmp_path: Path) -> N
         noise_floor(run, reference)
 
 
+def test_an_f16_gguf_is_its_own_noise_floor(
+    bundle: Path, trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is exported for it, the file is not; the answers are equal to the last bit."""
+    (path,) = (bundle / "work").glob("reference-*.npz")
+    reference = Reference.load(path)
+    model = open_checkpoint(trained_folder)
+    plan = export.f16_plan(model, export.fixed_bytes(model))
+    export.export_gguf(model, plan, tmp_path / "original.gguf", {})
+
+    def floor(key: str, checkpoint: Checkpoint) -> Record:
+        run: Any = SimpleNamespace(
+            work=Work(tmp_path, print),
+            key=key,
+            run_settings=tiny_bundle.SETTINGS,
+            checkpoint=checkpoint,
+            stages=Stages(),
+        )
+        return noise_floor(run, reference).measurement.record
+
+    exported = floor("folder", model)
+    gguf_file = open_checkpoint(tmp_path / "original.gguf")
+    monkeypatch.setattr(export, "export_gguf", None)
+    itself = floor("file", gguf_file)
+    for name in ("ids", "top_ids", "top_logits", "log_normalizers"):
+        assert np.array_equal(getattr(exported, name), getattr(itself, name)), name
+    with pytest.raises(TypeError):
+        floor("other", model)
+
+
+def test_weights_changed_between_two_runs(
+    measured: Path, trained_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    """Where the fingerprint does not look: the hash is compared before the bundle is written."""
+    folder = Path(shutil.copytree(trained_folder, tmp_path / "model" / trained_folder.name))
+    _run(*_arguments(folder, prompts_file, measured))
+    stored = open_checkpoint(folder).stored["blk.0.ffn_up.weight"]
+    with stored.file.open("r+b") as file:
+        file.seek(stored.offset + 3000)
+        file.write(b"\1\2")
+    before = (measured / "manifest.json").read_bytes()
+    result = _run(*_arguments(folder, prompts_file, measured), status=1)
+    assert "reference: taken from the work folder" in result.stderr
+    assert "--no-resume" in result.stderr.splitlines()[-1]
+    assert (measured / "manifest.json").read_bytes() == before
+
+
 def test_verify_passes(bundle: Path, tmp_path: Path) -> None:
     _run("verify", "--threads", "1", bundle, "--json", tmp_path / "v.json")
     verdict = json.loads((tmp_path / "v.json").read_text())
@@ -249,8 +297,12 @@ def _shipped(folder: Path, checkpoint: Checkpoint) -> EncodedStore:
 
 def _equalized(folder: Path, model: Path) -> Checkpoint:
     checkpoint = open_checkpoint(model)
-    (scales,) = (folder / "work").glob("scales-*.npz")
-    return EqualizedCheckpoint(checkpoint, load_scales(scales, checkpoint.config))
+    (blocks,) = (folder / "work").glob("blocks-*")
+    scales = load_npz(blocks / "fit-head.npz", ["output"], "fit")[0]
+    for layer in range(checkpoint.config.layers):
+        names = [f"blk.{layer}.{site}" for site in SITES]
+        scales |= load_npz(blocks / f"fit-{layer:03d}.npz", names, "fit")[0]
+    return EqualizedCheckpoint(checkpoint, scales)
 
 
 def _tensors(path: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -267,32 +319,31 @@ def _costs(folder: Path) -> dict[str, dict[str, float]]:
     return {c["name"]: c["costs"] for c in plan["costs"]}
 
 
-def test_the_file_holds_the_measured_blocks(bundle: Path, trained_folder: Path) -> None:
+def test_the_file_holds_what_was_quantized(bundle: Path, trained_folder: Path) -> None:
+    """Every matrix once, in the plan's type and, where that costs less, with error feedback."""
     plan, tensors = _plan(bundle), _tensors(bundle / "model.gguf")
-    shipped = _shipped(bundle, _equalized(bundle, trained_folder))
-    assert set(tensors) == set(plan.by_name())
-    files = 0
-    for component, treatment in zip(plan.components, plan.treatments, strict=True):
-        expected = shipped.encoded(component, treatment)
-        assert np.array_equal(tensors[component.name], expected), component.name
-        path = shipped.folder / f"{component.name}.{treatment.type}.npy"
-        if path.exists():
-            files += 1
-            assert np.array_equal(tensors[component.name], np.load(path)), component.name
-    assert files > 0.7 * len(plan.components)
-    # Every block of a file that is not the plan's may still be the choice of another budget.
+    checkpoint = _equalized(bundle, trained_folder)
+    shipped = _shipped(bundle, checkpoint)
     (results,) = (bundle / "work").glob("costs-*.jsonl")
     known = read_costs(results)
-    assert set(known) == set(plan.by_name())
-    for path in shipped.folder.glob("*.npy"):
-        name, _, kind = path.stem.rpartition(".")
+    assert set(tensors) == set(known) == set(plan.by_name())
+    fitted = 0
+    for component, treatment in zip(plan.components, plan.treatments, strict=True):
+        name = component.name
+        assert np.array_equal(tensors[name], shipped.encoded(component, treatment)), name
+        weights = checkpoint.tensor(name + ".weight")
+        plain = np.array_equal(tensors[name], treat(weights, treatment, shipped.importance(name)))
         choices = list(_costs(bundle)[name])
-        assert known[name]["feedback"][choices.index(kind)]
+        assert plain is not known[name]["feedback"][choices.index(treatment.type)], name
+        fitted += not plain
+    assert fitted > 0.7 * len(plan.components)
+    files = [p for p in shipped.folder.iterdir() if "importance" not in p.name]
+    assert len(files) == len(plan.components)
 
 
 def test_stages_leave_their_files(bundle: Path) -> None:
     left = {p.name.split("-")[0] for p in (bundle / "work").iterdir()}
-    assert left == {"reference", "scales", "imatrix", "costs", "encoded", "record", "model.json"}  # fmt: skip
+    assert left == {"reference", "blocks", "imatrix", "costs", "encoded", "record", "model.json"}  # fmt: skip
     provenance = _manifest(bundle)["provenance"]
     assert provenance["error_feedback"] is True and provenance["equalization"] is True
     assert provenance["imatrix"] == "our own"
@@ -344,11 +395,8 @@ def test_plain_rounding(
     assert provenance["error_feedback"] is False and provenance["equalization"] is False
     checkpoint, plan = open_checkpoint(trained_folder), _plan(measured)
     shipped, tensors = _shipped(measured, checkpoint), _tensors(measured / "model.gguf")
-    assert not list(shipped.folder.glob("*.npy"))
     for component, treatment in zip(plan.components, plan.treatments, strict=True):
-        with np.load(shipped.folder / f"{component.name}.npz") as kept:
-            importance = kept["importance"] if kept["importance"].size else None
-            assert not kept["compensated"].size and not kept["moments"].size
+        importance = shipped.importance(component.name)
         assert (importance is None) == (component.name == "token_embd")
         weights = checkpoint.tensor(component.name + ".weight")
         assert np.array_equal(tensors[component.name], treat(weights, treatment, importance))
@@ -388,35 +436,36 @@ def test_recipe_and_imatrix(
         assert np.array_equal(tensors[component.name], expected), component.name
 
 
-def test_lost_blocks_are_one_line(measured: Path, trained_folder: Path, prompts_file: Path) -> None:
-    for path in (measured / "work").glob("encoded-*/*.npy"):
-        path.write_bytes(path.read_bytes()[:-7])
-    before = (measured / "manifest.json").read_bytes()
-    options = ("--max-bytes", str(MAX_BYTES - 50_000))
-    result = _run(*_arguments(trained_folder, prompts_file, measured, *options), status=1)
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and "has lost blk." in last and "--no-resume" in last
-    assert (measured / "manifest.json").read_bytes() == before
-    assert not (measured / "work" / "model.gguf.tmp").exists()
-
-
-def test_lost_scales_are_found_again(
-    measured: Path, bundle: Path, trained_folder: Path, prompts_file: Path
+@pytest.mark.parametrize("lost", ["encoded-*", "blocks-*", "blocks-*/hidden-*", "blocks-*/fit*"])
+def test_lost_files_are_made_again(
+    measured: Path, bundle: Path, trained_folder: Path, prompts_file: Path, lost: str
 ) -> None:
-    (path,) = (measured / "work").glob("scales-*.npz")
-    path.unlink()
+    found = list((measured / "work").glob(lost))
+    assert found
+    for path in [*found, *(measured / "work").glob("encoded-*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     _run(*_arguments(trained_folder, prompts_file, measured))
     _same(bundle, measured)
 
 
-def test_spoilt_scales_are_one_line(
-    measured: Path, trained_folder: Path, prompts_file: Path
+@pytest.mark.parametrize(
+    "name", ["encoded-*/blk*.npy", "blocks-*/fit-001.npz", "blocks-*/fitted-*"]
+)
+def test_spoilt_files_are_one_line(
+    measured: Path, trained_folder: Path, prompts_file: Path, name: str
 ) -> None:
-    (path,) = (measured / "work").glob("scales-*.npz")
-    path.write_bytes(path.read_bytes()[:-100])
+    found = list((measured / "work").glob(name))
+    for path in found:
+        path.write_bytes(path.read_bytes()[:-100])
+    if not name.startswith("encoded"):
+        shutil.rmtree(next((measured / "work").glob("encoded-*")))
+    before = (measured / "manifest.json").read_bytes()
     result = _run(*_arguments(trained_folder, prompts_file, measured), status=1)
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and path.name in last
+    assert last.startswith("error: ") and any(p.name in last for p in found), last
+    assert "--no-resume" in last
+    assert (measured / "manifest.json").read_bytes() == before
+    assert not (measured / "work" / "model.gguf.tmp").exists()
 
 
 def test_a_target_out_of_reach_is_one_line(
@@ -435,15 +484,23 @@ def test_a_target_out_of_reach_is_one_line(
 
 # --- killed runs ----------------------------------------------------------------------------
 
+# Which call of what a run is killed at, and what it leaves of the work that goes on there.
+BLOCKS = "edge_dtm.host.blocks."
 _MOMENTS = {
-    "reference": Moment("edge_dtm.host.trajectory.generate._decode", 2),
-    "gradients": Moment("edge_dtm.host.blocks.calibration.Calibration._take", 1),
-    "calibration": Moment("edge_dtm.host.blocks.calibration.Calibration._take", 2),
-    "scales found": Moment("edge_dtm.host.blocks.costs.save_scales", 1),
-    "costs": Moment("edge_dtm.host.blocks.jobs.component_costs", 6),
-    "matrices encoded": Moment("edge_dtm.host.blocks.encoded.EncodedStore.save_component", 3),
-    "plan exported": Moment("edge_dtm.host.measure.tokenization_mismatches", 1),
-    "bundle half moved": Moment("edge_dtm.formats.bundle.write_manifest", 1),
+    "reference-*.parts/000000.npz": Moment("edge_dtm.host.trajectory.generate._decode", 2),
+    "blocks-*/hidden-000.npy": Moment(BLOCKS + "sweeps._forward", 1),
+    "blocks-*/hidden-001.npy": Moment(BLOCKS + "sweeps._forward", 2),
+    "blocks-*/hidden-003.npy": Moment(BLOCKS + "gather.start_back", 1),
+    "blocks-*/gradient-003.npy": Moment(BLOCKS + "gather.keep", 1),
+    "blocks-*/fitted-002.safetensors": Moment(BLOCKS + "costs._save_fit", 1),
+    "blocks-*/fit-002.npz": Moment(BLOCKS + "sensitivity.Measured.of", 4),
+    "blocks-*/gradient-001.npy": Moment(BLOCKS + "costs._save_fit", 2),
+    "blocks-*/gradient-000.npy": Moment(BLOCKS + "costs._measure_edges", 1),
+    "blocks-*/fit-head.npz": Moment(BLOCKS + "costs.edge_costs", 2),
+    "costs-*.jsonl": Moment(BLOCKS + "costs.check_equalized", 1),
+    "encoded-*/token_embd.*.npy": Moment(BLOCKS + "encoded.EncodedStore.save", 23),
+    "model.gguf": Moment("edge_dtm.host.measure.tokenization_mismatches", 1),
+    "plan.json": Moment("edge_dtm.formats.bundle.write_manifest", 1),
 }
 
 
@@ -457,34 +514,14 @@ def test_a_run_killed_at_every_stage_ends_in_the_same_bytes(
 ) -> None:
     out = tmp_path / "killed"
     arguments = _arguments(trained_folder, prompts_file, out)
-    left = {
-        "reference": "reference-*.parts/000000.npz",
-        "gradients": "activations-*/state.json",
-        "calibration": "calibration-*/sums.npz",
-        "costs": "costs-*.jsonl",
-        "matrices encoded": "encoded-*/token_embd.npz",
-        "plan exported": "model.gguf",
-    }
-    for moment in _MOMENTS:
-        run_killed(arguments, SMALL, _MOMENTS[moment])
-        if moment in left:
-            assert len(list((out / "work").glob(left[moment]))) == 1, moment
-        if moment == "costs":
-            (costs,) = (out / "work").glob("costs-*.jsonl")
-            assert len(costs.read_text().splitlines()) == 7  # embedding, head, five of the blocks
-        if moment in ("gradients", "calibration", "scales found"):
-            assert not list((out / "work").glob("scales-*.npz"))
+    for left, moment in _MOMENTS.items():
+        run_killed(arguments, SMALL, moment)
+        folder = out if left == "plan.json" else out / "work"
+        assert len(list(folder.glob(left))) == 1, moment
         assert not (out / "manifest.json").exists()
     assert (out / "model.gguf").exists() and (out / "report.md").exists()
     measured: list[str] = []
-    real = jobs.component_costs
-    monkeypatch.setattr(
-        jobs,
-        "component_costs",
-        lambda activations, component, *rest: (
-            measured.append(component.name) or real(activations, component, *rest)
-        ),
-    )
+    monkeypatch.setattr(costs_module, "_measure", lambda *_: measured.append("again"))
     text = _run(*arguments).stderr
     assert measured == []
     assert "reference: taken from the work folder" in text
@@ -494,6 +531,8 @@ def test_a_run_killed_at_every_stage_ends_in_the_same_bytes(
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
     for path in one.glob("*.npy"):
         assert path.read_bytes() == (two / path.name).read_bytes(), path.name
-    for kind in ("activations", "calibration"):
-        assert not list((out / "work").glob(f"{kind}-*"))
+    (one,), (two,) = (list((f / "work").glob("blocks-*")) for f in (bundle, out))
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    for path in one.iterdir():
+        assert path.read_bytes() == (two / path.name).read_bytes(), path.name
     _run("verify", "--threads", "1", out)

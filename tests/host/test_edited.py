@@ -11,10 +11,17 @@ from conftest import Made
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import uniform
-from edge_dtm.host.blocks.scales import find_scales
-from edge_dtm.host.checkpoint.derived import EditedCheckpoint, EqualizedCheckpoint, write_edited
+from edge_dtm.host.blocks.block_jobs import find_site_scales
+from edge_dtm.host.blocks.encoded import EncodedStore
+from edge_dtm.host.checkpoint.derived import (
+    EditedCheckpoint,
+    EqualizedCheckpoint,
+    TreatedCheckpoint,
+    write_edited,
+)
 from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.export import export_gguf, fixed_bytes
+from edge_dtm.host.quantize.treat import treat
 
 CHANGED = ("blk.0.attn_q.weight", "blk.1.ffn_down.weight", "blk.2.ffn_norm.weight")
 
@@ -23,7 +30,8 @@ CHANGED = ("blk.0.attn_q.weight", "blk.1.ffn_down.weight", "blk.2.ffn_norm.weigh
 def test_only_what_is_in_the_file_is_another(made: Made, tmp_path: Path, kind: str) -> None:
     original = made.checkpoint
     if kind == "equalized":
-        original = EqualizedCheckpoint(original, find_scales(made.calibration, original))
+        names = ("blk.0.attn_q", "blk.1.ffn_down")
+        original = EqualizedCheckpoint(original, {n: find_site_scales(made.jobs, n) for n in names})
     elif kind == "gguf":
         plan = uniform(original.components(), "F32", fixed_bytes(original))
         export_gguf(original, plan, tmp_path / "source.gguf", {})
@@ -44,6 +52,20 @@ def test_only_what_is_in_the_file_is_another(made: Made, tmp_path: Path, kind: s
             expected = changes.get(name, original.hf_tensor(name))
             assert np.array_equal(checkpoint.hf_tensor(name), expected), name
             assert np.array_equal(checkpoint.tensor(name), original.gguf_rows(name, expected))
+
+
+def test_a_plans_values_in_the_order_of_rows(made: Made, tmp_path: Path) -> None:
+    plan = uniform(made.components, "Q8_0", 0)
+    store = EncodedStore(tmp_path / "encoded", made.checkpoint)
+    for component, treatment in zip(plan.components, plan.treatments, strict=True):
+        store.save(component, treatment, treat(made.weights(component.name), treatment, None))
+    treated = TreatedCheckpoint(made.checkpoint, (plan, store))
+    for checkpoint in (treated, pickle.loads(pickle.dumps(treated))):
+        for name in made.checkpoint.shapes():
+            original, values = made.checkpoint.hf_tensor(name), checkpoint.hf_tensor(name)
+            largest = np.abs(original).max()
+            assert np.allclose(values, original, rtol=0, atol=0.01 * largest), name
+            assert np.array_equal(values, original) == (original.ndim == 1), name
 
 
 def test_no_place_to_write(tmp_path: Path) -> None:

@@ -45,11 +45,22 @@ def _run(*arguments: str | Path) -> Result:
 def test_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not (default_model_dir() / "config.json").is_file():
         assert make_smollm2.main([]) == 0
-    for name in ("SAMPLED_PROMPTS", "EXTRA_PROMPTS", "PACKAGED_PROMPTS"):
+    for name in ("SAMPLED_PROMPTS", "PACKAGED_PROMPTS"):
         monkeypatch.setattr(reference, name, 4)
     prompts, bundle, packed = (tmp_path / n for n in ("p.txt", "bundle", "b.tar.zst"))
     prompts.write_text("\n".join(LINES) + "\n")
-    options = ["--prompts", prompts, "--tokens", "16", "--max-bytes", "110M", "--device", "cpu"]
+    options = [
+        "--prompts",
+        prompts,
+        "--tokens",
+        "16",
+        "--calibration-tokens",
+        "200",
+        "--max-bytes",
+        "110M",
+        "--device",
+        "cpu",
+    ]
     options += ["--types", "Q8_0,Q5_0,Q4_0"]  # of each type all matrices are rounded
     _run("compress", "-o", bundle, *options)
     size = (bundle / "model.gguf").stat().st_size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import uniform
 from edge_dtm.formats.record import RunSettings
 from edge_dtm.formats.reference import Reference
-from edge_dtm.host.blocks import scales as module
-from edge_dtm.host.blocks.costs import SAME_LOGITS
-from edge_dtm.host.blocks.scales import (
-    STRENGTHS,
-    find_scales,
-    load_scales,
-    logit_difference,
-    save_scales,
-)
+from edge_dtm.host.blocks import fit as module
+from edge_dtm.host.blocks.block_jobs import find_site_scales
+from edge_dtm.host.blocks.check import SAME_LOGITS, logit_difference, top_logits
+from edge_dtm.host.blocks.edges import head_scales
+from edge_dtm.host.blocks.fit import find_scales, part_of
+from edge_dtm.host.blocks.statistics import Statistics
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint, ModelConfig
 from edge_dtm.host.checkpoint.derived import DerivedCheckpoint, EqualizedCheckpoint
+from edge_dtm.host.checkpoint.llama import Llama
 from edge_dtm.host.checkpoint.model import load_model
 from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.export import export_gguf, fixed_bytes
@@ -38,8 +34,10 @@ from edge_dtm.host.quantize.activations import round_activations
 from edge_dtm.host.quantize.equalize import (
     LARGEST,
     SMALLEST,
+    STRENGTHS,
     Scales,
     channel_scales,
+    consumers,
     output_scale,
     sites,
 )
@@ -133,12 +131,18 @@ class _Exact(DerivedCheckpoint):
         return self.original._read(name).astype(np.float64)
 
 
+def _found(made: Made) -> dict[str, np.ndarray[Any, Any]]:
+    head = head_scales(made.edge_inputs, made.weights("output"), made.config)
+    blocks = {s: find_site_scales(made.jobs, s) for s in sites(made.config) if s != "output"}
+    return {**blocks, "output": head}
+
+
 @pytest.fixture
 def scales(made: Made, monkeypatch: pytest.MonkeyPatch) -> Scales:
     """Of the trained model, at full strength everywhere."""
     with monkeypatch.context() as patch:
         patch.setattr(module, "STRENGTHS", (0.5,))
-        return find_scales(made.calibration, made.checkpoint)
+        return _found(made)
 
 
 # --- the function ---------------------------------------------------------------------------
@@ -164,29 +168,6 @@ def test_any_scales_leave_the_function_alone(
     for site in scales:
         one, weight = EqualizedCheckpoint(exact, {site: scales[site]}), site + ".weight"
         assert not np.array_equal(one.hf_tensor(weight), exact.hf_tensor(weight)), site
-
-
-def test_activations_are_told_the_scales(made: Made, scales: Scales) -> None:
-    """Inputs times and gradients by the scales are those of the equalized model."""
-    from edge_dtm.host.blocks.activations import Activations
-
-    config = made.checkpoint.config
-    model = load_model(EqualizedCheckpoint(made.checkpoint, scales), CPU)
-    folder = made.activations.folder
-    theirs = Activations(folder.with_name("equalized"), made.reference, made.components)
-    theirs.capture(model, 3)
-    ours = Activations(folder, made.reference, made.components).equalized(scales, config)
-    for c in made.components:
-        x, expected = ours.inputs(c.name), theirs.inputs(c.name)
-        # An embedding that is no head too has no inputs.
-        assert (
-            c.name == "token_embd" or np.abs(x - expected).max() < 1e-3 * np.abs(expected).max()
-        ), c.name
-        if c.name != "output":
-            g, expected = ours.gradients(c.name), theirs.gradients(c.name)
-            # Each is kept in half precision, relative to the largest of its file.
-            assert np.abs(g - expected).max() < 3e-3 * np.abs(expected).max(), c.name
-    theirs.remove()
 
 
 # --- llama.cpp ------------------------------------------------------------------------------
@@ -227,27 +208,39 @@ def test_llama_cpp_says_the_same(
 # --- the check before it is used ------------------------------------------------------------
 
 
+class _Spoilt(DerivedCheckpoint):
+    def _read(self, name: str) -> Any:
+        data, (source, row, factor) = self.original.hf_tensor(name).copy(), self._change
+        if name == source + ".weight":
+            data[row] *= factor
+        return data
+
+
 @pytest.mark.parametrize(
     ("site", "source", "factor"),
     [
-        ("blk.0.attn_q", "model.layers.0.input_layernorm", 2),
-        ("blk.1.attn_output", "model.layers.1.self_attn.v_proj", 2),
-        ("blk.1.ffn_down", "model.layers.1.mlp.up_proj", 2),
-        ("output", "model.norm", 2),
-        ("output", "model.norm", np.nan),
+        ("blk.0.attn_q", "blk.0.attn_norm", 2),
+        ("blk.1.attn_output", "blk.1.attn_v", 2),
+        ("blk.1.ffn_down", "blk.1.ffn_up", 2),
+        ("output", "output_norm", 2),
+        ("output", "output_norm", np.nan),
     ],
 )
 def test_the_check_notices_one_wrong_row(
     made: Made, scales: Scales, site: str, source: str, factor: float
 ) -> None:
-    model = load_model(EqualizedCheckpoint(made.checkpoint, scales), CPU)
+    model, ref = Llama(EqualizedCheckpoint(made.checkpoint, scales), CPU), made.reference
     # The reference was made with a batch's padding, hence not to the last bit.
-    assert logit_difference(model, made.reference) < SAME_LOGITS / 10
-    squares = made.calibration.input_squares(site)
-    if site.endswith("attn_output"):
+    moved = logit_difference(top_logits(model, ref), ref, ref.top_logits)
+    assert moved < SAME_LOGITS / 10
+    layer, _, part = site.removeprefix("blk.").partition(".")
+    squares = made.edge_inputs.head_squares
+    if part:
+        squares = made.statistics[int(layer)][f"squares.{part}"].numpy()
+    if part == "attn_output":
         squares = squares.reshape(2, 2, 64).sum(1).reshape(-1)
-    model.get_submodule(source).weight.data[int(squares.argmax())] *= factor
-    assert not logit_difference(model, made.reference) <= 2 * SAME_LOGITS
+    spoilt = Llama(_Spoilt(model.checkpoint, (source, int(squares.argmax()), factor)), CPU)
+    assert not logit_difference(top_logits(spoilt, ref), ref, ref.top_logits) <= 2 * SAME_LOGITS
 
 
 # --- scales ---------------------------------------------------------------------------------
@@ -281,10 +274,10 @@ def test_dead_channels_are_left_alone(x: Any, b: Any, silent: Any, unheard: Any)
 
 
 def test_heads_of_a_group_share_their_scales(made: Made, scales: Scales) -> None:
-    config, calibration = made.checkpoint.config, made.calibration
+    config, statistics = made.config, made.statistics[1]
     assert list(scales) == sites(config) and (config.heads, config.kv_heads) == (4, 2)
     site, d = "blk.1.attn_output", config.head_dim
-    x, b = calibration.input_squares(site), calibration.gradient_squares(site)
+    x, b = (statistics[f"{k}.attn_output"].numpy() for k in ("squares", "gradient_squares"))
     both = [a[:d] + a[d : 2 * d] for a in (x, b)], [a[2 * d : 3 * d] + a[3 * d :] for a in (x, b)]
     expected = channel_scales(*(np.stack(pair) for pair in zip(*both, strict=True)))
     for head in range(4):
@@ -299,18 +292,23 @@ def test_the_strength_is_the_one_that_harms_least(
     made: Made, monkeypatch: pytest.MonkeyPatch, site: str
 ) -> None:
     """Against the harm written out, on all rows and tokens as on every fourth."""
+    layer, part = int(site.split(".")[1]), site.split(".")[2]
+    known = made.statistics[layer]
+    x = known[f"inputs.{part}"].numpy().astype(np.float64)  # of the same sequences
+    tensors = {**known.tensors, f"sample.{part}": known[f"inputs.{part}"]}
     monkeypatch.setattr(module, "ROW_STEP", 1)
-    monkeypatch.setattr(module, "TOKEN_STEP", 1)
-    monkeypatch.setattr(module, "sites", lambda config: [site])
+
+    def find() -> np.ndarray[Any, Any]:
+        weights = {c: made.weights(c) for c in consumers(site)}
+        return find_scales(Statistics(tensors), site, made.config, weights)
+
     tried = []
     for strength in STRENGTHS:
         with monkeypatch.context() as patch:
             patch.setattr(module, "STRENGTHS", (strength,))
-            tried.append(find_scales(made.calibration, made.checkpoint)[site])
+            tried.append(find())
     assert (tried[0] == 1).all() and len({s.tobytes() for s in tried}) == len(STRENGTHS)
-    consumers = [site, *({"blk.0.attn_q": ["blk.0.attn_k", "blk.0.attn_v"]}.get(site, []))]
-    x = made.calibration.inputs(site).astype(np.float64)
-    b2 = made.calibration.gradient_squares(site)
+    b2 = known[f"gradient_squares.{part}"].numpy()
     harms = []
     for s in tried:
         scaled = torch.from_numpy((x * s).astype(np.float32))
@@ -319,29 +317,14 @@ def test_the_strength_is_the_one_that_harms_least(
         total = 0.0
         for kind in ("Q4_0", "Q5_0", "Q8_0"):
             harm = inputs
-            for name in consumers:
+            for name in consumers(site):
                 w = made.weights(name).astype(np.float64)
                 importance = ((x * s) ** 2).mean(0).astype(np.float32)
                 columns = (w / s).astype(np.float32)
                 data = ggml.quantize(kind, columns, importance)
                 error = (ggml.dequantize(kind, data, w.shape[1]) - columns) * s  # as of W itself
                 each_row = (error**2) @ (x**2).mean(0)
-                harm += float(made.calibration.output_squares(name) @ each_row)
+                harm += float(known[f"output_squares.{part_of(name)}"].numpy() @ each_row)
             total += float(np.log(harm))
         harms.append(total)
-    done: list[int] = []
-    ours = find_scales(made.calibration, made.checkpoint, done.append)[site]
-    assert np.array_equal(ours, tried[int(np.argmin(harms))])
-    assert done == [1]
-
-
-def test_scales_on_disk(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
-    config, path = checkpoints["untied"].config, tmp_path / "scales.npz"
-    scales = _random_scales(config, 5)
-    save_scales(path, scales)
-    back = load_scales(path, config)
-    assert list(back) == list(scales)
-    assert all(np.array_equal(back[n], s) and back[n].dtype == s.dtype for n, s in scales.items())
-    for other, file in ((replace(config, layers=3), path), (config, tmp_path / "none.npz")):
-        with pytest.raises(EdgeDtmError, match=file.name):
-            load_scales(file, other)
+    assert np.array_equal(find(), tried[int(np.argmin(harms))])

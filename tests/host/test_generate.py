@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,13 @@ from edge_dtm.formats.reference import (
     TOP_K,
     Reference,
 )
-from edge_dtm.host.checkpoint.model import load_model
+from edge_dtm.host.checkpoint.derived import DerivedCheckpoint
+from edge_dtm.host.checkpoint.llama import Llama
+from edge_dtm.host.checkpoint.open import open_checkpoint
 from edge_dtm.host.checkpoint.tokenizer import Tokenizer
+from edge_dtm.host.trajectory import decode
 from edge_dtm.host.trajectory import generate as module
+from edge_dtm.host.trajectory.decode import Decoding, sequences_at_once
 from edge_dtm.host.trajectory.generate import check_lengths, generate_reference, signed_margins
 from edge_dtm.host.trajectory.prompts import Prompt, packaged_prompts, read_prompts, sample_prefixes
 from edge_dtm.host.trajectory.reference import split_prompts
@@ -45,8 +50,8 @@ TEXTS = [
 
 
 @pytest.fixture(scope="session")
-def model(made: Made) -> Any:
-    return made.model
+def model(made: Made) -> Llama:
+    return made.llama
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +65,7 @@ def prompts(tokenizer: Tokenizer) -> list[Prompt]:
 
 
 def _reference(
-    model: Any, prompts: list[Prompt], eos: tuple[int, ...], parts: Path, **options: Any
+    model: Llama, prompts: list[Prompt], eos: tuple[int, ...], parts: Path, **options: Any
 ) -> Reference:
     return generate_reference(
         model,
@@ -76,10 +81,10 @@ def _reference(
 
 @pytest.fixture(scope="session")
 def reference(
-    model: Any, prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory
+    model: Llama, prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory
 ) -> Reference:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BATCH_SEQUENCES", 4)
+        patch.setattr(decode, "BATCH_SEQUENCES", 4)
         return _reference(model, prompts, (), tmp_path_factory.mktemp("generate") / "parts")
 
 
@@ -104,12 +109,45 @@ def test_same_tokens_as_transformers_one_by_one(
     assert same >= len(prompts) - 1
 
 
-def test_logits_and_normalizers_are_the_models(reference: Reference, model: Any) -> None:
+@pytest.mark.parametrize("name", ["bias_rope", "bpe", "mistral"])
+def test_prompts_of_other_lengths_go_on_side_by_side(
+    tiny_llamas: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Logits of every step against transformers' on each sequence alone, whatever memory held."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_llamas(name)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [30], [12, 400, 13]]
+    model = Llama(open_checkpoint(folder), torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda shape, **named: torch.full(shape, torch.nan, **named))
+        decoding = Decoding(model, prompts, 6)
+    for _ in range(6):
+        with torch.no_grad():
+            logits = torch.stack(
+                [theirs(input_ids=torch.tensor([p])).logits[0, -1] for p in prompts]
+            )
+        assert torch.allclose(decoding.logits, logits, atol=1e-4)
+        chosen = decoding.logits.argmax(-1)
+        decoding.step(chosen)
+        prompts = [[*p, int(i)] for p, i in zip(prompts, chosen, strict=True)]
+
+
+def test_keys_and_values_bound_the_batch(made: Made) -> None:
+    c = made.config
+    each = c.layers * c.kv_heads * c.head_dim * 2 * 4
+    assert sequences_at_once(c, 1) == decode.BATCH_SEQUENCES
+    assert sequences_at_once(c, decode.CACHE_BYTES // each // 5) == 5
+    assert sequences_at_once(c, 10 * decode.CACHE_BYTES) == 1
+
+
+def test_logits_and_normalizers_are_the_models(reference: Reference, made: Made) -> None:
     assert len(set(reference.prompt_lengths.tolist())) > 3  # so that padding is at work
     for row in range(len(reference)):
         ids = torch.tensor([(reference.prompt(row) + reference.generated(row))[:-1]])
         with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits[0]
+            logits = made.model(input_ids=ids, use_cache=False).logits[0]
         logits = logits[reference.prompt_lengths[row] - 1 :]
         assert len(logits) == reference.generated_lengths[row] == TOKENS
         values, indices = logits.topk(TOP_K)
@@ -120,7 +158,7 @@ def test_logits_and_normalizers_are_the_models(reference: Reference, model: Any)
 
 
 def test_eos_ends_a_sequence_and_counts(
-    reference: Reference, model: Any, prompts: list[Prompt], tmp_path: Path
+    reference: Reference, model: Llama, prompts: list[Prompt], tmp_path: Path
 ) -> None:
     eos = (int(reference.generated_ids[0, 7]), int(reference.generated_ids[3, 2]))
     counted: list[int] = []
@@ -139,16 +177,16 @@ def test_eos_ends_a_sequence_and_counts(
 
 def test_goes_on_with_the_parts_that_are_there(
     reference: Reference,
-    model: Any,
+    model: Llama,
     prompts: list[Prompt],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "BATCH_SEQUENCES", 4)
+    monkeypatch.setattr(decode, "BATCH_SEQUENCES", 4)
     decoded: list[int] = []
-    decode = module._decode
+    real = module._decode
     monkeypatch.setattr(
-        module, "_decode", lambda *given: (decoded.append(len(given[1])), decode(*given))[1]
+        module, "_decode", lambda *given: (decoded.append(len(given[1])), real(*given))[1]
     )
     for expected in ([4, 4, 1], [4]):
         again = _reference(model, prompts, (), tmp_path)
@@ -180,7 +218,7 @@ def test_too_long_prompts_are_named(prompts: list[Prompt]) -> None:
 
 
 def test_sampled_prompts_encode_to_themselves(
-    model: Any, tokenizer: Tokenizer, prompts: list[Prompt]
+    model: Llama, tokenizer: Tokenizer, prompts: list[Prompt]
 ) -> None:
     prefixes = sample_prefixes(model, tokenizer, prompts, 6, seed=0)
     assert 3 <= len(prefixes) <= 6
@@ -260,17 +298,23 @@ def test_chats_need_a_template(
     assert not any("[INST]" in p.text for p in without)
 
 
+class _Other(DerivedCheckpoint):
+    """One that prefers other tokens here and there."""
+
+    def _read(self, name: str) -> Any:
+        data = self.original.hf_tensor(name)
+        if "ffn_up" not in name:
+            return data
+        noise = np.random.default_rng(len(name)).standard_normal(data.shape, np.float32)
+        return data + 0.5 * data.std() * noise
+
+
 def test_signed_margins_are_their_definition(made: Made) -> None:
-    """Of another model, which prefers other tokens here and there."""
-    model = load_model(made.checkpoint, torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    for name, data in model.named_parameters():
-        if name.endswith("up_proj.weight"):
-            data.data += 0.5 * data.std() * torch.randn(data.shape, generator=generator)
-    margins, ref = signed_margins(model, made.reference), made.reference
+    model, ref = Llama(_Other(made.checkpoint, None), torch.device("cpu")), made.reference
+    margins = signed_margins(model, ref)
     for row in range(len(ref)):
-        with torch.no_grad():
-            logits = model(input_ids=made.ids(row), use_cache=False).logits[0].numpy()
+        (hidden,) = model.final_hidden([made.ids(row)[0].tolist()])
+        logits = model.logits(hidden).numpy()
         at, n = logits[made.positions(row)], ref.generated_lengths[row]
         token = np.array(ref.generated(row))
         own = at[np.arange(n), token]

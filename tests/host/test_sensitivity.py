@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,37 +15,24 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import SEED, STARTS, Made
+from conftest import SEED, Made
 
-from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import Component, Treatment
-from edge_dtm.host.blocks import fit
-from edge_dtm.host.blocks import jobs as jobs_module
-from edge_dtm.host.blocks import sensitivity as module
-from edge_dtm.host.blocks.activations import SIGN_DRAWS, Activations
-from edge_dtm.host.blocks.capture import BATCH_SEQUENCES
+from edge_dtm.host.blocks import block_jobs, edges
+from edge_dtm.host.blocks.block_jobs import BlockJobs, QuantizeJobs, measure_matrix, quantize_matrix
+from edge_dtm.host.blocks.cost_records import corrected, read_costs
+from edge_dtm.host.blocks.edges import edge_bytes, edge_costs, edge_feedback, edge_importance
 from edge_dtm.host.blocks.encoded import EncodedStore
-from edge_dtm.host.blocks.fit import component_importance, edge_feedback, fit_component
-from edge_dtm.host.blocks.jobs import (
-    CostJobs,
-    MaskJobs,
-    encode_masks,
-    measure_components,
-    read_costs,
-)
-from edge_dtm.host.blocks.sensitivity import component_costs, edge_costs
+from edge_dtm.host.blocks.fit import fit_of, importance_of, part_of
+from edge_dtm.host.blocks.sensitivity import Cost, Measured, costs_of
+from edge_dtm.host.blocks.statistics import Statistics, sampled_rows
+from edge_dtm.host.blocks.text import MEASURED_DRAWS
 from edge_dtm.host.checkpoint.derived import EqualizedCheckpoint
 from edge_dtm.host.checkpoint.model import module_name
 from edge_dtm.host.quantize.activations import activation_kind, round_activations
 from edge_dtm.host.quantize.equalize import input_scale
-from edge_dtm.host.quantize.gptq import gptq_quantize
-from edge_dtm.host.quantize.masks import fit_masks
 from edge_dtm.host.quantize.treat import treat, treated_values
 from edge_dtm.llamacpp import ggml
-from edge_dtm.search.allocation import convex_hull
-
-CPU = torch.device("cpu")
-
 
 # --- rounding of inputs ---------------------------------------------------------------------
 
@@ -88,119 +78,44 @@ def test_half_is_half_and_kinds_are_the_kernels() -> None:
     assert list(kinds.values()) == ["half", "q8_0", "q8_0", "q8_0", "q8_K", "q8_K"]
 
 
-# --- what is captured -----------------------------------------------------------------------
-
-
-def test_captured_inputs_are_those_of_transformers(made: Made, trained_folder: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    theirs = AutoModelForCausalLM.from_pretrained(trained_folder, dtype=torch.float32).eval()
-    modules = dict(theirs.named_modules())
-    outputs: dict[str, torch.Tensor] = {}
-    for c in made.components:
-        if c.name != "token_embd":
-            modules[module_name(c.name)].register_forward_hook(
-                lambda _, args, out, name=c.name: outputs.__setitem__(name, out[0])
-            )
-    edges = made.activations.edges
-    for row in range(len(made.reference)):
-        with torch.no_grad():
-            theirs(input_ids=made.ids(row), use_cache=False)
-        for name, expected in outputs.items():
-            x = made.activations.inputs(name)[edges[row] : edges[row + 1]]
-            found = torch.from_numpy(x @ made.weights(name).T)
-            torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
-
-
-def test_importance_is_the_mean_square_of_inputs(made: Made) -> None:
-    x = made.activations.inputs("blk.1.ffn_down").astype(np.float64)
-    expected = (x * x).mean(axis=0)
-    assert np.allclose(made.activations.importance("blk.1.ffn_down"), expected, rtol=1e-5)
-    assert np.array_equal(
-        made.activations.importance("blk.0.attn_v"), made.activations.importance("blk.0.attn_q")
-    )
-    assert component_importance(made.activations, made.components[0], tied=False) is None
-    assert component_importance(made.activations, made.components[0], tied=True) is not None
-
-
-def test_gradients_are_those_of_the_signed_margins(made: Made) -> None:
-    """Against a full backward pass from the logits, one sequence alone, without padding."""
-    row, names = 2, ["blk.0.attn_k", "blk.1.ffn_up", "blk.2.attn_output"]
-    modules = dict(made.model.named_modules())
-    kept: dict[str, torch.Tensor] = {}
-    handles = [
-        modules[module_name(n)].register_forward_hook(
-            lambda _, args, out, name=n: kept.__setitem__(name, out)
-        )
-        for n in names
-    ]
-    ids = made.ids(row)
-    embedded = made.model.model.embed_tokens(ids).detach().requires_grad_(True)
-    logits = made.model(inputs_embeds=embedded, use_cache=False).logits[0]
-    for handle in handles:
-        handle.remove()
-    count = int(made.reference.generated_lengths[row])
-    top = torch.from_numpy(made.reference.top_ids[row, :count, :2].astype(np.int64))
-    at = logits[made.positions(row)]
-    margins = at.gather(1, top[:, :1])[:, 0] - at.gather(1, top[:, 1:])[:, 0]
-    edges = made.activations.edges
-    for draw in range(SIGN_DRAWS):
-        signs = np.random.default_rng([SEED, draw, row]).choice([-1.0, 1.0], count)
-        total = (margins * torch.from_numpy(signs.astype(np.float32))).sum()
-        wanted = torch.autograd.grad(
-            total, [*(kept[n] for n in names), embedded], retain_graph=True
-        )
-        for name, gradient in zip([*names, "token_embd"], wanted, strict=True):
-            found = made.activations.gradients(name)[draw, edges[row] : edges[row + 1]]
-            size = float(gradient.abs().max())
-            # They are kept in half precision.
-            assert np.abs(found - gradient[0].numpy()).max() < 2e-3 * size, name
-
-
-def test_capture_goes_on_where_it_stopped(made: Made, tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
-    def stop(done: int) -> None:
-        raise Stop
-
-    second = Activations(tmp_path / "a", made.reference, made.components)
-    with pytest.raises(Stop):
-        second.capture(made.model, SEED, stop)
-    done: list[int] = []
-    third = Activations(tmp_path / "a", made.reference, made.components)
-    third.capture(made.model, SEED, done.append)
-    assert done == [BATCH_SEQUENCES, len(STARTS) - BATCH_SEQUENCES]
-    for c in made.components:
-        assert np.array_equal(third.inputs(c.name), made.activations.inputs(c.name))
-        if c.name != "output":
-            assert np.array_equal(third.gradients(c.name), made.activations.gradients(c.name))
-    third.remove()
-    assert not (tmp_path / "a").exists()
-
-
 # --- costs ----------------------------------------------------------------------------------
 
 CHOICES = [Treatment(t) for t in ("F16", "Q8_0", "Q6_K", "Q4_K", "Q4_0", "IQ4_NL")]
 CHOICES += [Treatment("Q8_0", 0.3), Treatment("F16", 0.5)]
+NAMES = ("blk.0.attn_v", "blk.1.ffn_gate", "blk.2.ffn_down")
 
 
-@pytest.mark.parametrize("name", ["blk.0.attn_v", "blk.1.ffn_gate", "blk.2.ffn_down"])
+def _measured(made: Made, component: Component) -> Measured:
+    statistics = made.statistics[block_jobs.layer_of(component)]
+    return Measured.of(statistics, component, {}, made.config, made.jobs.edges, made.jobs.positions)
+
+
+def _costs(
+    made: Made, name: str, values: Sequence[Any], choices: Sequence[Treatment]
+) -> list[Cost]:
+    component, weights = made.component(name), torch.from_numpy(made.weights(name))
+    new = [torch.as_tensor(v) for v in values]
+    return costs_of(_measured(made, component), choices, weights, new, component.rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_costs_are_the_inner_products(made: Made, name: str) -> None:
-    """z = <G, E> with E = X^ W^' - X W' formed as it stands, in float64."""
-    weights, component = made.weights(name), made.component(name)
-    importance = made.activations.importance(name)
-    found = component_costs(made.activations, component, CHOICES, weights, CPU, importance)
-    x = made.activations.inputs(name)
-    g = made.activations.gradients(name).astype(np.float64)
-    edges = made.activations.edges
-    for treatment, cost in zip(CHOICES, found, strict=True):
-        rounded = round_activations(torch.from_numpy(np.array(x)), activation_kind(treatment.type))
-        new = treated_values(weights, treatment, importance).astype(np.float64)
-        e = rounded.numpy().astype(np.float64) @ new.T - x.astype(np.float64) @ weights.T
-        z = np.stack([(g[:, a:b] * e[a:b]).sum((1, 2)) for a, b in pairwise(edges)])
-        expected = (z**2).sum() / SIGN_DRAWS / made.reference.generated_lengths.sum()
-        assert cost == pytest.approx(expected, rel=0.02), treatment
+    """z = <G, X^ (W^ - W)'> and <G, (X^ - X) W'> formed as they stand, in float64."""
+    weights, measured = made.weights(name), _measured(made, made.component(name))
+    values = [treated_values(weights, t, None) for t in CHOICES]
+    x, g = measured.inputs, measured.gradients.double()
+    for treatment, new, cost in zip(
+        CHOICES, values, _costs(made, name, values, CHOICES), strict=True
+    ):
+        rounded = round_activations(x, activation_kind(treatment.type))
+        w, delta = (torch.from_numpy(a).double() for a in (weights, new - weights))
+        for found, e in (
+            (cost.by_weights, rounded.double() @ delta.T),
+            (cost.by_inputs, (rounded - x).double() @ w.T),
+        ):
+            z = [(g[:, a:b] * e[a:b]).sum((1, 2)) for a, b in pairwise(measured.edges)]
+            expected = float(torch.stack(z).square().sum()) / MEASURED_DRAWS / measured.positions
+            assert found == pytest.approx(expected, rel=0.02), treatment
 
 
 def _margin_change(made: Made, before: list[torch.Tensor]) -> float:
@@ -219,505 +134,248 @@ def _margins(made: Made, row: int) -> torch.Tensor:
     return at.gather(1, top[:, :1])[:, 0] - at.gather(1, top[:, 1:])[:, 0]
 
 
-@pytest.mark.parametrize("types", [("Q8_0", "Q6_K"), ("Q4_K", "Q4_0")])
-def test_costs_are_the_margins_real_change(made: Made, types: tuple[str, ...]) -> None:
-    before = [_margins(made, row) for row in range(len(made.reference))]
-    modules = dict(made.model.named_modules())
-    predicted, real = [], []
-    for component in made.components:
-        if not component.in_block or ".attn_k" in component.name:
-            continue
-        name = component.name
-        weights, importance = made.weights(name), made.activations.importance(name)
-        treatments = [Treatment(t) for t in types]
-        predicted += component_costs(
-            made.activations, component, treatments, weights, CPU, importance
-        )
-        target = modules[module_name(name)]
-        for treatment in treatments:
-            new = torch.from_numpy(treated_values(weights, treatment, importance))
-            kind = activation_kind(treatment.type)
-            handle = target.register_forward_pre_hook(
-                lambda _, args, kind=kind: (round_activations(args[0][0], kind)[None],)
-            )
-            target.weight.data = new
-            real.append(_margin_change(made, before))
-            target.weight.data = torch.from_numpy(weights)
-            handle.remove()
-    assert len(real) == 2 * 18
-    assert 0.5 < sum(predicted) / sum(real) < 2
-    assert _spearman(np.array(predicted), np.array(real)) > 0.8
+@contextmanager
+def _put_in(made: Made, name: str, type_name: str, values: Any) -> Iterator[None]:
+    """A matrix's values in transformers' model, which also rounds its inputs."""
+    target, kind = made.model.get_submodule(module_name(name)), activation_kind(type_name)
+    handle = target.register_forward_pre_hook(
+        lambda _, args: (round_activations(args[0][0], kind)[None],)
+    )
+    target.weight.data = torch.from_numpy(np.ascontiguousarray(values))
+    try:
+        yield
+    finally:
+        target.weight.data = torch.from_numpy(made.weights(name))
+        handle.remove()
 
 
 def _spearman(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
     return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
 
 
-@pytest.mark.parametrize("kind", ["made", "tied"])
-def test_costs_of_the_head_are_exact(kind: str, request: pytest.FixtureRequest) -> None:
-    m: Made = request.getfixturevalue(kind)
-    is_tied = kind == "tied"
-    name = "token_embd" if is_tied else "output"
-    weights = m.weights(name)
-    importance = m.activations.importance(name)
-    treatments = [Treatment("Q8_0"), Treatment("Q4_K")]
-    found, kept = edge_costs(
-        m.activations, m.component(name), treatments, weights, importance, is_tied
-    )
-    assert kept == [False, False]
-    gradients = m.activations.gradients("token_embd").astype(np.float64)
-    for treatment, cost in zip(treatments, found, strict=True):
-        new = treated_values(weights, treatment, importance)
-        expected = looked_up = 0.0
-        for row in range(len(m.reference)):
-            with torch.no_grad():
-                hidden = m.model.model(input_ids=m.ids(row), use_cache=False).last_hidden_state[0]
-            at = hidden[m.positions(row)]
-            rounded = round_activations(at, activation_kind(treatment.type)).numpy()
-            old_logits, new_logits = at.numpy() @ weights.T, rounded @ new.T
-            top = m.reference.top_ids[row, : len(at), :2]
-            change = np.take_along_axis(new_logits - old_logits, top, 1)
-            expected += float(np.square(change[:, 0] - change[:, 1], dtype=np.float64).sum())
-            a, b = m.activations.edges[row : row + 2]
-            error = (new - weights)[m.ids(row)[0].numpy()]
-            z = (gradients[:, a:b] * error).sum((1, 2))
-            looked_up += float((z**2).sum() / SIGN_DRAWS)
-        positions = int(m.reference.generated_lengths.sum())
-        wanted = (expected + is_tied * looked_up) / positions
-        assert cost == pytest.approx(wanted, rel=0.01)
+@pytest.fixture(scope="module")
+def shipped(made: Made, tmp_path_factory: pytest.TempPathFactory) -> EncodedStore:
+    return EncodedStore(tmp_path_factory.mktemp("shipped"), made.checkpoint)
 
 
-def test_cost_of_looked_up_rows_is_the_real_change(made: Made) -> None:
+@pytest.fixture(scope="module")
+def jobs(made: Made) -> BlockJobs:
+    return dataclasses.replace(made.jobs, equalize=False)
+
+
+def _every(made: Made) -> list[Component]:
+    return [c for c in made.components if c.in_block and ".attn_k" not in c.name]
+
+
+@pytest.fixture(scope="module")
+def records(made: Made, jobs: BlockJobs) -> dict[str, dict[str, Any]]:
+    """Of all matrices: costs on all rows, and by how much a sample's local error differs."""
+    out = {}
+    for c in _every(made):
+        out[c.name] = measure_matrix(jobs, (c, PLAIN, sampled_rows(c, 0.125, SEED)))
+    return out
+
+
+PLAIN = [Treatment(t) for t in ("Q8_0", "Q5_K", "Q4_0")]
+
+
+def test_costs_of_shipped_bytes_are_the_margins_real_change(
+    made: Made, jobs: BlockJobs, records: dict[str, dict[str, Any]], shipped: EncodedStore
+) -> None:
+    """The bytes that export would write, put into the model for real."""
     before = [_margins(made, row) for row in range(len(made.reference))]
-    weights = made.weights("token_embd")
-    treatment = Treatment("Q8_0")
-    (cost,), _ = edge_costs(
-        made.activations, made.component("token_embd"), [treatment], weights, None, False
-    )
-    embedding = made.model.model.embed_tokens
-    embedding.weight.data = torch.from_numpy(treated_values(weights, treatment, None))
-    real = _margin_change(made, before)
-    embedding.weight.data = torch.from_numpy(weights)
-    assert 1 / 3 < cost / real < 3  # one number from two draws of signs in eight sequences
+    predicted, real, plain = [], [], []
+    for c in _every(made):
+        record, weights = records[c.name], made.weights(c.name)
+        importance = importance_of(made.statistics[block_jobs.layer_of(c)], c, {})
+        rounded = [treated_values(weights, t, importance) for t in PLAIN]
+        for j, cost in enumerate(_costs(made, c.name, rounded, PLAIN)):
+            quantize_matrix(QuantizeJobs(jobs, shipped), (c, PLAIN[j], record["feedback"][j]))
+            data = made.checkpoint.hf_rows(c.name, shipped.encoded(c, PLAIN[j]))
+            with _put_in(
+                made, c.name, PLAIN[j].type, ggml.dequantize(PLAIN[j].type, data, c.row_length)
+            ):
+                real.append(_margin_change(made, before))
+            predicted.append(record["by_weights"][j] + record["by_inputs"][j])
+            plain.append(cost.by_weights + cost.by_inputs)
+    assert 0.5 < sum(predicted) / sum(real) < 2
+    assert _spearman(np.array(predicted), np.array(real)) > 0.8
+    fitted = [yes for r in records.values() for yes in r["feedback"]]
+    assert sum(fitted) > 0.7 * len(fitted)
+    # Error feedback is for something, both in what is said and in what is.
+    assert sum(real) < 0.8 * sum(plain)
 
 
-# --- resuming -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def reading(made: Made) -> tuple[list[str], Any]:
-    read: list[str] = []
-
-    def get(name: str) -> np.ndarray[Any, Any]:
-        read.append(name.removesuffix(".weight"))
-        return made.checkpoint.hf_tensor(name)
-
-    return read, get
-
-
-def test_a_cut_results_file_is_gone_on_with(
-    made: Made, tmp_path: Path, reading: tuple[list[str], Any]
+def test_costs_of_sampled_rows_are_those_of_all(
+    made: Made, jobs: BlockJobs, records: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    read, get = reading
-    # Largest first is the order in which they are measured.
-    components = sorted(made.components[:8], key=lambda c: -c.weights)
-    choices = [[Treatment("Q8_0"), Treatment("Q4_0")] for _ in components]
-    results = tmp_path / "costs.jsonl"
-    whole = measure_components(
-        CostJobs(made.activations, get, CPU, False), components, choices, results
-    )
-    assert read == [c.name for c in components]
-    assert all(len(costs) == 2 and min(costs) > 0 for costs in whole)
-    text = results.read_text()
-    assert [json.loads(line)["name"] for line in text.splitlines()] == read
-    lines = text.splitlines()
-    for kept in ("\n".join(lines[:3]), "\n".join(lines[:3]) + "\n" + lines[3][:20]):
-        results.write_text(kept)
-        read.clear()
-        done: list[int] = []
-        again = measure_components(
-            CostJobs(made.activations, get, CPU, False), components, choices, results, done.append
-        )
-        assert again == whole
-        assert read == [c.name for c in components[3:]]
-        assert done[0] == sum(c.weights for c in components[:3])
-        assert done[1:] == [c.weights for c in components[3:]]
-        read.clear()
-        assert (
-            measure_components(
-                CostJobs(made.activations, get, CPU, False), components, choices, results
-            )
-            == whole
-        )
-        assert read == []
+    """In size and in rank, once corrected by three blocks that are measured on all rows."""
+    sampled = dataclasses.replace(jobs, folder=tmp_path)
+    known: dict[str, dict[str, Any]] = {}
+    for c in _every(made):
+        layer, part = block_jobs.layer_of(c), part_of(c.name)
+        rows = torch.from_numpy(sampled_rows(c, 0.125, SEED))
+        tensors = dict(made.statistics[layer].tensors)
+        tensors |= {
+            f"rows.{part}": rows,
+            f"gradients.{part}": tensors[f"gradients.{part}"][..., rows],
+        }
+        fitted, measured = Statistics(tensors).parts()
+        fitted.save(sampled.fitted_file(layer))
+        measured.save(sampled.measured_file(layer))
+        known[c.name] = measure_matrix(sampled, (c, PLAIN, rows.numpy()))
+        assert "ratios" not in known[c.name] and len(records[c.name]["ratios"]) == len(PLAIN)
+        assert known[c.name]["by_inputs"] == pytest.approx(records[c.name]["by_inputs"], rel=1e-5)
+        if layer == 1:
+            known[c.name]["ratios"] = records[c.name]["ratios"]
+            known[c.name]["by_weights"] = records[c.name]["by_weights"]
+    found = corrected(known)
+    whole = corrected(records)
+    ours, theirs = (np.array([t[c.name] for c in _every(made)]) for t in (found, whole))
+    assert 0.7 < ours.sum() / theirs.sum() < 1.4
+    assert _spearman(ours.ravel(), theirs.ravel()) > 0.95
 
 
-def test_processes_measure_the_same(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    components = [made.component(n) for n in ("blk.0.attn_q", "blk.1.ffn_down", "token_embd")]
-    choices = [[Treatment("Q8_0"), Treatment("Q4_0")] for _ in components]
-    found, blocks = [], []
-    for least in (10**9, 0):
-        monkeypatch.setattr(jobs_module, "SMALL_WEIGHTS", least)
-        folder = tmp_path / str(least)
-        folder.mkdir()
-        shipped = EncodedStore(folder / "shipped", made.checkpoint)
-        found.append(
-            measure_components(
-                CostJobs(
-                    made.activations,
-                    made.checkpoint.hf_tensor,
-                    CPU,
-                    False,
-                    calibration=made.calibration,
-                    encoded=shipped,
-                ),
-                components,
-                choices,
-                folder / "costs.jsonl",
-            )
-        )
-        blocks.append(
-            {p.name: p.read_bytes() for p in (folder / "shipped").iterdir() if p.suffix == ".npy"}
-        )
-    assert found[0] == found[1]
-    assert blocks[0] and blocks[0] == blocks[1]
-
-
-def test_other_choices_are_measured_anew(
-    made: Made, tmp_path: Path, reading: tuple[list[str], Any]
-) -> None:
-    read, get = reading
-    components, results = made.components[2:4], tmp_path / "costs.jsonl"
-    one = [[Treatment("Q8_0")]] * 2
-    two = [[Treatment("Q8_0"), Treatment("Q4_0")]] * 2
-    first = measure_components(
-        CostJobs(made.activations, get, CPU, False), components, one, results
-    )
-    second = measure_components(
-        CostJobs(made.activations, get, CPU, False), components, two, results
-    )
-    # One treatment and two are multiplied in products of other shapes, which float32 rounds apart.
-    alike = pytest.approx([costs[0] for costs in first], rel=1e-5)
-    assert [costs[0] for costs in second] == alike
-    assert len(read) == 4
+def test_sampled_rows_are_whole_groups() -> None:
+    one = Component("blk.0.ffn_up", 1000, 64)
+    rows = sampled_rows(one, 0.125, 0)
+    assert np.array_equal(rows, sampled_rows(one, 0.125, 0))
+    assert not np.array_equal(rows, sampled_rows(one, 0.125, 1))
+    assert (np.diff(rows) > 0).all() and 100 < len(rows) < 200
+    assert set(rows[::32] % 32) == {0}
+    assert np.array_equal(sampled_rows(one, 1, 0), np.arange(1000))
 
 
 # --- error feedback -------------------------------------------------------------------------
 
-
-def _hf_rows(data: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """Rows of a GGUF's q or k, whose rotated neighbours lie next to each other, back in halves."""
-    d = len(data) // heads
-    order = [h * d + 2 * i + s for h in range(heads) for s in (0, 1) for i in range(d // 2)]
-    return data[order]
+MIXED = [Treatment(t) for t in ("F16", "Q8_0", "Q4_K", "Q4_0")]
+MIXED += [Treatment("Q8_0", 0.3), Treatment("F16", 0.5)]
 
 
-@pytest.fixture(scope="module")
-def blocks(made: Made) -> list[Component]:
-    return [c for c in made.components if c.in_block and ".attn_k" not in c.name]
-
-
-def test_costs_of_shipped_blocks_are_the_margins_real_change(
-    made: Made, blocks: list[Component], tmp_path: Path
-) -> None:
-    """The bytes that export would write, put into the model for real."""
-    shipped = EncodedStore(tmp_path / "shipped", made.checkpoint)
-    types = [Treatment(t) for t in ("Q8_0", "Q5_K", "Q4_0")]
-    results = tmp_path / "costs.jsonl"
-    read = made.checkpoint.hf_tensor
-    costs = measure_components(
-        CostJobs(made.activations, read, CPU, False, calibration=made.calibration, encoded=shipped),
-        blocks,
-        [types] * len(blocks),
-        results,
-    )
-    known = read_costs(results)
-    assert [known[c.name]["costs"] for c in blocks] == costs
-    kept = [yes for c in blocks for yes in known[c.name]["feedback"]]
-    assert sum(kept) > 0.7 * len(kept)
-    before = [_margins(made, row) for row in range(len(made.reference))]
-    modules = dict(made.model.named_modules())
-    predicted, real, plain = [], [], []
-    for component, own in zip(blocks, costs, strict=True):
-        name = component.name
-        weights, target = made.weights(name), modules[module_name(component.name)]
-        sizes = [component.size_bytes(t) for t in types]
-        hull = convex_hull(sizes, own)
-        importance = made.activations.importance(name)
-        rounded = component_costs(made.activations, component, types, weights, CPU, importance)
-        for j in hull:
-            data = shipped.encoded(component, types[j])
-            new = ggml.dequantize(types[j].type, data, component.row_length)
-            if "attn_q" in name:
-                new = _hf_rows(new, made.checkpoint.config.heads)
-            kind = activation_kind(types[j].type)
-            handle = target.register_forward_pre_hook(
-                lambda _, args, kind=kind: (round_activations(args[0][0], kind)[None],)
-            )
-            target.weight.data = torch.from_numpy(new)
-            predicted.append(own[j])
-            plain.append(rounded[j])
-            real.append(_margin_change(made, before))
-            target.weight.data = torch.from_numpy(weights)
-            handle.remove()
-    assert len(real) > len(blocks)  # most matrices have two or more types on their hull
-    assert 0.5 < sum(predicted) / sum(real) < 2
-    assert _spearman(np.array(predicted), np.array(real)) > 0.8
-    # DampedHessian is for something, both in what is said and in what is.
-    assert sum(real) < 0.8 * sum(plain)
-
-
-def test_a_sparse_plan_finds_its_dense_blocks(
-    made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The search gives zeros back where there are too many, down to a dense Q8_0 or F16, which
-    need not be the best choice of its size; its blocks have to be there all the same."""
-    component = made.component("blk.1.ffn_gate")
-    choices = [Treatment("Q8_0"), Treatment("Q6_K"), Treatment("F16"), Treatment("Q8_0", 0.1)]
-    monkeypatch.setattr(jobs_module, "component_costs", lambda *_: [0.3, 0.2, 0.1, 0.4])
-    shipped, results = EncodedStore(tmp_path / "shipped", made.checkpoint), tmp_path / "costs.jsonl"
-    measure_components(
-        CostJobs(
-            made.activations,
-            made.checkpoint.hf_tensor,
-            CPU,
-            False,
-            calibration=made.calibration,
-            encoded=shipped,
-        ),
-        [component],
-        [choices],
-        results,
-    )
-    assert json.loads(results.read_text())["feedback"] == [True, True, False, True]
-    for treatment in choices[:3]:
-        assert shipped.encoded(component, treatment).shape[0] == component.rows
-
-
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("given", [False, True])
-def test_zeros_are_made_again_as_they_were_measured(
-    made: Made, tmp_path: Path, scaled: bool, given: bool
-) -> None:
-    """Blocks of treatments with zeros are not kept, but fitted once more where a plan has them."""
-    components = [made.component(n) for n in ("blk.1.attn_q", "blk.2.ffn_up")]
-    choices = [Treatment("Q8_0", s) for s in (0.25, 0.5)] + [Treatment("F16", 0.4)]
-    random = np.random.default_rng(5)
-    # Of the sources and the inputs of both matrices.
-    scales = {
-        n: random.uniform(0.5, 2, 512 if n.endswith("down") else 256).astype(np.float32)
-        for n in ("blk.1.attn_q", "blk.2.ffn_gate", "blk.2.ffn_down")
-    }
-    activations = Activations(made.activations.folder, made.reference, made.components)
-    if scaled:
-        activations = activations.equalized(scales, made.checkpoint.config)
-    checkpoint = EqualizedCheckpoint(made.checkpoint, activations.scales)
-    vectors = {c.name: random.uniform(0.1, 3, c.row_length).astype(np.float32) for c in components}
-    shipped = EncodedStore(tmp_path / "shipped", checkpoint)
-    measure_components(
-        CostJobs(
-            activations,
-            checkpoint.hf_tensor,
-            CPU,
-            False,
-            calibration=made.calibration,
-            encoded=shipped,
-            imatrix=vectors if given else None,
-        ),
-        components,
-        [choices] * 2,
-        tmp_path / "costs.jsonl",
-    )
-    pairs = [(c, t) for c in components for t in choices]
-    assert all(shipped.is_fitted(c, t) and not shipped.has(c, t) for c, t in pairs)
-    with pytest.raises(EdgeDtmError, match="--no-resume"):
-        shipped.encoded(*pairs[0])
-    weighed: list[int] = []
-    jobs = MaskJobs(
-        made.calibration,
-        activations.scales,
-        activations.config,
-        checkpoint.hf_tensor,
-        CPU,
-        shipped,
-        vectors if given else None,
-    )
-    encode_masks(jobs, pairs, weighed.append)
-    assert sum(weighed) == len(choices) * sum(c.weights for c in components)
-    for c in components:
-        vector = None
-        if given:
-            scale = input_scale(activations.scales, c.name)
-            vector = vectors[c.name] * (1 if scale is None else np.square(scale))
-        weights = checkpoint.hf_tensor(c.name + ".weight")
-        _, kept = fit_component(made.calibration, activations, c, choices, weights, CPU, vector)
-        for t in choices:
-            found = shipped.encoded(c, t)
-            if "attn_q" in c.name:
-                found = _hf_rows(found, made.checkpoint.config.heads)
-            assert np.array_equal(found, kept[t][0]), (c.name, t)
-
-
-class _Foreign:
-    """The measured inputs and gradients with signs thrown over their columns: plain rounding does
-    not mind, while what feedback takes to cancel adds up for every other pair of columns."""
-
-    def __init__(self, made: Made, component: Component) -> None:
-        random, a = np.random.default_rng(0), made.activations
-        self.x = a.inputs(component.name) * random.choice([-1, 1], component.row_length)
-        self.g = a.gradients(component.name)[0] * random.choice([-1, 1], component.rows)
-        self.output_tokens = len(self.x)
-
-    def inputs(self, _: str) -> Any:
-        return self.x.astype(np.float32)
-
-    def token_weights(self, _: str) -> Any:
-        return np.ones(len(self.x), np.float32)
-
-    def gradients(self, _: str) -> Any:
-        return self.g.astype(np.float32)
-
-    def input_squares(self, _: str) -> Any:
-        return np.square(self.x, dtype=np.float64).mean(0)
-
-
-FOREIGN = [Treatment(t) for t in ("F16", "Q8_0", "Q4_K", "Q4_0")]
-FOREIGN += [Treatment("Q8_0", 0.3), Treatment("F16", 0.5)]
-
-
-def _local_errors(made: Made, name: str, values: list[np.ndarray[Any, Any]]) -> list[float]:
+def _local_errors(made: Made, name: str, values: Sequence[Any]) -> list[float]:
     """tr(G E H E') on the measured sequences by its definition, float64."""
-    x = made.activations.inputs(name).astype(np.float64)
-    g = made.activations.gradients(name).astype(np.float64)
-    v = np.sqrt((g**2).mean((0, 2)))
+    measured = _measured(made, made.component(name))
+    x, g = measured.inputs.double(), measured.gradients.double()
+    v = g.square().mean((0, 2)).sqrt()
     h, heard = (x.T * v) @ x / v.sum(), v > 0  # in the last block few tokens are heard of
     outer = (g[0][heard].T / v[heard]) @ g[0][heard]  # one draw of signs is judged by
-    errors = [new.astype(np.float64) - made.weights(name) for new in values]
-    return [float(np.trace(outer @ e @ h @ e.T)) for e in errors]
+    deltas = [torch.as_tensor(n).double() - torch.from_numpy(made.weights(name)) for n in values]
+    return [float(torch.trace(outer @ e @ h @ e.T)) for e in deltas]
 
 
-@pytest.mark.parametrize("foreign", [False, True])
-@pytest.mark.parametrize("name", ["blk.0.attn_v", "blk.1.ffn_gate", "blk.2.ffn_down"])
+@pytest.mark.parametrize("name", NAMES)
 def test_feedback_is_kept_where_the_local_error_is_smaller(
-    made: Made, monkeypatch: pytest.MonkeyPatch, name: str, foreign: bool
+    made: Made, jobs: BlockJobs, shipped: EncodedStore, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    monkeypatch.setattr(block_jobs, "JUDGED_STEP", 1)
     component, weights = made.component(name), made.weights(name)
-    tried: dict[Treatment, tuple[Any, torch.Tensor]] = {}
-
-    def recorded(w: Any, types: Any, *rest: Any, **named: Any) -> Any:
-        out = gptq_quantize(w, types, *rest, **named)
-        tried.update({Treatment(t): o for t, o in zip(types, out, strict=True)})
-        return out
-
-    def recorded_masks(w: Any, treatments: Any, *rest: Any, **named: Any) -> Any:
-        out = fit_masks(w, treatments, *rest, **named)
-        tried.update(zip(treatments, out, strict=True))
-        return out
-
-    monkeypatch.setattr(fit, "gptq_quantize", recorded)
-    monkeypatch.setattr(fit, "fit_masks", recorded_masks)
-    monkeypatch.setattr(fit, "JUDGED_STEP", 1)
-    calibration: Any = made.calibration
-    if foreign:
-        monkeypatch.setattr(fit, "damping_for", lambda *_: 0.01)  # trust them fully
-        calibration = _Foreign(made, component)
-    importance, kept = fit_component(
-        calibration, made.activations, component, FOREIGN, weights, CPU
-    )
-    assert set(tried) == set(FOREIGN[1:])  # not F16 without zeros
-    expected = set()
-    for treatment, (_, values) in tried.items():
+    record = measure_matrix(jobs, (component, MIXED, np.arange(component.rows)))
+    assert "ratios" not in record
+    importance = importance_of(made.statistics[block_jobs.layer_of(component)], component, {})
+    values = []
+    for treatment, better in zip(MIXED, record["feedback"], strict=True):
         plain = treated_values(weights, treatment, importance)
-        with_feedback, without = _local_errors(made, name, [values.numpy(), plain])
-        assert abs(with_feedback / without - 1) > 1e-4  # no close call
-        if with_feedback < without:
-            expected.add(treatment)
-    assert set(kept) == expected
-    assert (len(kept) < len(tried)) if foreign else any(t.zero_share for t in kept)
-    for treatment, (data, values) in kept.items():
-        found = ggml.dequantize(treatment.type, data, component.row_length)
-        assert np.array_equal(found, values.numpy())
-        zeros = round(treatment.zero_share * component.row_length)
-        assert ((found == 0).sum(1) >= zeros).all()
-    if foreign:
-        assert np.allclose(importance, np.square(calibration.x).mean(0), rtol=1e-4)
+        values.append(plain)
+        if treatment == Treatment("F16"):
+            assert not better
+            continue
+        quantize_matrix(QuantizeJobs(jobs, shipped), (component, treatment, True))
+        data = made.checkpoint.hf_rows(name, shipped.encoded(component, treatment))
+        fitted = ggml.dequantize(treatment.type, data, component.row_length)
+        ours, without = _local_errors(made, name, [fitted, plain])
+        assert better == (ours < without), treatment
+        if better:
+            values[-1] = fitted
+    assert any(record["feedback"])
+    expected = _costs(made, name, values, MIXED)
+    assert record["by_weights"] == pytest.approx([c.by_weights for c in expected], rel=1e-4)
+    assert record["by_inputs"] == pytest.approx([c.by_inputs for c in expected], rel=1e-4)
 
 
 def _worse(w: torch.Tensor, types: Any, *_: Any, **__: Any) -> Any:
-    """Valid blocks, but of weights a tenth too large."""
-    out = []
-    for kind in types:
-        data = ggml.quantize(kind, 1.1 * w.numpy())
-        out.append((data, torch.from_numpy(ggml.dequantize(kind, data, w.shape[1]))))
-    return out
+    """Valid bytes, but of weights a tenth too large."""
+    data = [ggml.quantize(kind, 1.1 * w.numpy()) for kind in types]
+    values = [ggml.dequantize(k, d, w.shape[1]) for k, d in zip(types, data, strict=True)]
+    return [(d, torch.from_numpy(v)) for d, v in zip(data, values, strict=True)]
 
 
 def _worse_masks(w: torch.Tensor, treatments: Any, *_: Any, **__: Any) -> Any:
-    """The same for treatments with zeros, where a little more can be better."""
-    out = []
-    for t in treatments:
-        data = treat(2 * w.numpy(), t, None)
-        out.append((data, torch.from_numpy(ggml.dequantize(t.type, data, w.shape[1]))))
-    return out
+    return [e for t in treatments for e in _worse(2 * w, [t.type])]
 
 
-def test_else_costs_and_blocks_are_plain_roundings(
-    made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("feedback", [True, False])
+def test_else_costs_and_bytes_are_plain_roundings(
+    made: Made,
+    jobs: BlockJobs,
+    shipped: EncodedStore,
+    monkeypatch: pytest.MonkeyPatch,
+    feedback: bool,
 ) -> None:
-    component, results = made.component("blk.1.ffn_gate"), tmp_path / "costs.jsonl"
-    weights = made.weights(component.name)
-    monkeypatch.setattr(fit, "gptq_quantize", _worse)
-    monkeypatch.setattr(fit, "fit_masks", _worse_masks)
-    shipped = EncodedStore(tmp_path / "shipped", made.checkpoint)
-    (costs,) = measure_components(
-        CostJobs(
-            made.activations,
-            made.checkpoint.hf_tensor,
-            CPU,
-            False,
-            calibration=made.calibration,
-            encoded=shipped,
-        ),
-        [component],
-        [FOREIGN],
-        results,
-    )
-    assert json.loads(results.read_text())["feedback"] == [False] * len(FOREIGN)
-    importance, kept = fit_component(
-        made.calibration, made.activations, component, FOREIGN, weights, CPU
-    )
-    assert kept == {}
-    expected = component_costs(made.activations, component, FOREIGN, weights, CPU, importance)
-    assert costs == expected
-    for treatment in FOREIGN:
-        found = shipped.encoded(component, treatment)
-        assert np.array_equal(found, treat(weights, treatment, importance))
+    component, weights = made.component("blk.1.ffn_gate"), made.weights("blk.1.ffn_gate")
+    monkeypatch.setattr(block_jobs, "gptq_quantize", _worse)
+    monkeypatch.setattr(block_jobs, "fit_masks", _worse_masks)
+    jobs = dataclasses.replace(jobs, feedback=feedback)
+    record = measure_matrix(jobs, (component, MIXED, np.arange(component.rows)))
+    assert record["feedback"] == [False] * len(MIXED)
+    importance = importance_of(made.statistics[1], component, {})
+    plain = [treated_values(weights, t, importance) for t in MIXED]
+    expected = [c.by_weights for c in _costs(made, component.name, plain, MIXED)]
+    assert record["by_weights"] == pytest.approx(expected, rel=1e-6)
+    for treatment in MIXED:
+        quantize_matrix(QuantizeJobs(jobs, shipped), (component, treatment, False))
+        data = treat(weights, treatment, importance)
+        assert np.array_equal(shipped.encoded(component, treatment), data)
 
 
-@pytest.mark.parametrize("kind", ["made", "tied"])
-def test_feedback_of_the_ends(kind: str, request: pytest.FixtureRequest) -> None:
-    """Kept where it lowers the cost, which is then that of its values put in for real."""
-    m: Made = request.getfixturevalue(kind)
-    is_tied = kind == "tied"
-    name = "token_embd" if is_tied else "output"
-    component, weights = m.component(name), m.weights(name)
-    importance = m.activations.importance(name)
-    choices = [Treatment(t) for t in ("F16", "Q8_0", "Q4_K", "Q4_0")]
-    given = m.activations, component, choices, weights, importance, is_tied
-    plain, none = edge_costs(*given)
-    feedback = edge_feedback(m.calibration, {}, component, is_tied)
-    costs, kept = edge_costs(*given, feedback)
-    assert none == [False] * 4 and kept[0] is False and any(kept)
-    for j, treatment in enumerate(choices):
-        assert (costs[j] < plain[j]) if kept[j] else (costs[j] == plain[j]), treatment
-        if not kept[j]:
-            continue
-        ((_, values),) = gptq_quantize(torch.from_numpy(weights), [treatment.type], feedback)
-        new = values.numpy()
-        total = 0.0
-        for row in range(len(m.reference)):
+@pytest.mark.parametrize("given", [False, True])
+def test_scales_and_importance_are_worked_in(
+    made: Made, jobs: BlockJobs, monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    """Inputs and gradients are gathered of the base: those of the equalized model are larger and
+    smaller by the scales, and so is a given imatrix, which is of the original."""
+    config, random = made.config, np.random.default_rng(3)
+    component = made.component("blk.1.ffn_up")
+    scales = {
+        f"blk.1.{part}": random.uniform(0.5, 2, n).astype(np.float32)
+        for part, n in (("ffn_gate", config.hidden), ("ffn_down", config.ffn))
+    }
+    vector = random.uniform(0.1, 3, config.hidden).astype(np.float32)
+    monkeypatch.setattr(BlockJobs, "scales", lambda *_: scales)
+    jobs = dataclasses.replace(jobs, imatrix={component.name: vector} if given else None)
+    equalized = EqualizedCheckpoint(made.checkpoint, scales)
+    weights = torch.from_numpy(equalized.hf_tensor(component.name + ".weight"))
+    scale = input_scale(scales, component.name)
+    assert scale is not None
+    expected = vector * scale * scale
+    fit = fit_of(
+        made.statistics[1], component, scales, config, jobs.importance(component.name, scales)
+    )
+    if not given:
+        x = made.statistics[1]["inputs.ffn_gate"].numpy() * scale
+        v = made.statistics[1]["token_weights.ffn_up"].numpy()[:, None]
+        expected = (v * x * x).sum(0) / v.sum()
+    assert np.allclose(fit.importance, expected, rtol=1e-3)
+    # Of whatever error E the cost is that of E in the base's units.
+    measured = Measured.of(
+        made.statistics[1], component, scales, config, jobs.edges, jobs.positions
+    )
+    base = _measured(made, component)
+    s, o = torch.from_numpy(scale), torch.from_numpy(scales["blk.1.ffn_down"])
+    assert torch.allclose(measured.inputs, base.inputs * s)
+    assert torch.allclose(measured.gradients, base.gradients / o)
+    assert torch.allclose(measured.back, base.back / s)
+    both = measured.gradients @ weights
+    assert torch.allclose(measured.back, both, atol=1e-4 * float(both.abs().max()))
+
+
+# --- the ends -------------------------------------------------------------------------------
+
+
+def _end_cost(m: Made, name: str, is_tied: bool, treatment: Treatment, new: Any) -> float:
+    """By the real change of the margins at the head, and the gradients at looked-up rows."""
+    weights, total = m.weights(name), 0.0
+    for row in range(len(m.reference)):
+        if name == "output" or is_tied:
             with torch.no_grad():
                 hidden = m.model.model(input_ids=m.ids(row), use_cache=False).last_hidden_state[0]
             at = hidden[m.positions(row)]
@@ -725,56 +383,71 @@ def test_feedback_of_the_ends(kind: str, request: pytest.FixtureRequest) -> None
             top = m.reference.top_ids[row, : len(at), :2]
             change = np.take_along_axis(rounded @ new.T - at.numpy() @ weights.T, top, 1)
             total += float(np.square(change[:, 0] - change[:, 1], dtype=np.float64).sum())
-            a, b = m.activations.edges[row : row + 2]
+        if name == "token_embd":
+            a, b = m.jobs.edges[row : row + 2]
             error = (new - weights)[m.ids(row)[0].numpy()]
-            z = (m.activations.gradients("token_embd")[:, a:b] * error).sum((1, 2))
-            total += is_tied * float(np.square(z, dtype=np.float64).sum() / SIGN_DRAWS)
-        expected = total / int(m.reference.generated_lengths.sum())
-        assert costs[j] == pytest.approx(expected, rel=0.01), treatment
+            z = (m.edge_inputs.embedded[:, a:b] * error).sum((1, 2), dtype=np.float64)
+            total += float(np.square(z).sum() / MEASURED_DRAWS)
+    return total / int(m.reference.generated_lengths.sum())
 
 
-@pytest.mark.parametrize("name", ["output", "token_embd"])
+ENDS = pytest.mark.parametrize(
+    ("kind", "name"), [("made", "output"), ("made", "token_embd"), ("tied", "token_embd")]
+)
+END_CHOICES = [Treatment(t) for t in ("F16", "Q8_0", "Q4_K", "Q4_0")]
+
+
+@ENDS
+def test_costs_of_the_ends_are_exact(kind: str, name: str, request: pytest.FixtureRequest) -> None:
+    """Of plain rounding and of feedback, which is kept where the cost is lower; all rows are then
+    made as those were that were measured."""
+    m: Made = request.getfixturevalue(kind)
+    is_tied, component, weights = kind == "tied", m.component(name), m.weights(name)
+    given = m.edge_inputs, component, END_CHOICES, weights, is_tied, {}
+    importance = edge_importance(m.edge_inputs, component, is_tied, {})
+    assert (importance is None) == (kind == "made" and name == "token_embd")
+    plain, none = edge_costs(*given, False)
+    found, kept = edge_costs(*given, True)
+    assert none == [False] * 4 and kept[0] is False and any(kept)
+    hessian = edge_feedback(m.edge_inputs, component, is_tied, {})
+    for j, t in enumerate(END_CHOICES):
+        new = treated_values(weights, t, importance)
+        assert plain[j] == pytest.approx(_end_cost(m, name, is_tied, t, new), rel=0.01), t
+        assert (found[j] < plain[j]) if kept[j] else (found[j] == plain[j]), t
+        data = edge_bytes(weights, t, hessian if kept[j] else None, importance)
+        new = ggml.dequantize(t.type, data, component.row_length)
+        assert found[j] == pytest.approx(_end_cost(m, name, is_tied, t, new), rel=0.01), t
+
+
+def test_cost_of_looked_up_rows_is_the_real_change(made: Made) -> None:
+    before = [_margins(made, row) for row in range(len(made.reference))]
+    weights, treatment = made.weights("token_embd"), Treatment("Q8_0")
+    component = made.component("token_embd")
+    (cost,), _ = edge_costs(made.edge_inputs, component, [treatment], weights, False, {}, False)
+    embedding = made.model.model.embed_tokens
+    embedding.weight.data = torch.from_numpy(treated_values(weights, treatment, None))
+    real = _margin_change(made, before)
+    embedding.weight.data = torch.from_numpy(weights)
+    assert 1 / 3 < cost / real < 3  # one number from two draws of signs in eight sequences
+
+
+@ENDS
 def test_feedback_of_the_ends_that_does_not_help_is_not_taken(
-    made: Made, monkeypatch: pytest.MonkeyPatch, name: str
+    monkeypatch: pytest.MonkeyPatch, kind: str, name: str, request: pytest.FixtureRequest
 ) -> None:
-    component, weights = made.component(name), made.weights(name)
-    choices = [Treatment("Q8_0"), Treatment("Q4_0")]
-    given = made.activations, component, choices, weights, None, False
-    plain = edge_costs(*given)[0]
-    monkeypatch.setattr(module, "gptq_quantize", _worse)
-    feedback = edge_feedback(made.calibration, {}, component, False)
-    assert edge_costs(*given, feedback) == (plain, [False, False])
+    m: Made = request.getfixturevalue(kind)
+    given = m.edge_inputs, m.component(name), END_CHOICES, m.weights(name), kind == "tied", {}
+    plain = edge_costs(*given, False)
+    monkeypatch.setattr(edges, "gptq_quantize", _worse)
+    assert edge_costs(*given, True) == plain
 
 
-def test_given_importance_takes_the_place_of_our_own(made: Made, tmp_path: Path) -> None:
-    """An imatrix is of the original model: the equalized one's inputs are larger by the scales."""
-    component = made.component("blk.1.ffn_gate")
-    vector = np.random.default_rng(2).uniform(0.1, 3, 256).astype(np.float32)
-    choices, weights = [Treatment("Q4_0"), Treatment("F16")], made.weights(component.name)
-    scale = np.random.default_rng(3).uniform(0.5, 2, 256).astype(np.float32)
-    for scales, effective in (({}, vector), ({"blk.1.ffn_gate": scale}, vector * scale * scale)):
-        activations = Activations(made.activations.folder, made.reference, made.components)
-        activations = activations.equalized(scales, made.checkpoint.config)
-        for calibration in (None, made.calibration):
-            results = tmp_path / f"{len(scales)}-{calibration is None}.jsonl"
-            shipped = EncodedStore(results.with_suffix(""), made.checkpoint)
-            (costs,) = measure_components(
-                CostJobs(
-                    activations,
-                    made.checkpoint.hf_tensor,
-                    CPU,
-                    False,
-                    calibration=calibration,
-                    encoded=shipped,
-                    imatrix={component.name: vector},
-                ),
-                [component],
-                [choices],
-                results,
-            )
-            with np.load(shipped.folder / f"{component.name}.npz") as head:
-                assert np.allclose(head["importance"], effective, rtol=1e-6)
-            if calibration is None:
-                expected = component_costs(activations, component, choices, weights, CPU, effective)
-                assert costs == pytest.approx(expected, rel=1e-6)
-                assert json.loads(results.read_text())["feedback"] == [False, False]
+# --- the file of costs ----------------------------------------------------------------------
+
+
+def test_a_cut_file_of_costs_is_read_up_to_the_cut(tmp_path: Path) -> None:
+    lines = [json.dumps({"name": f"blk.{i}.attn_q", "by_weights": [i]}) for i in range(3)]
+    path = tmp_path / "costs.jsonl"
+    assert read_costs(path) == {}
+    path.write_text("\n".join(lines)[:-5] + "\n" + lines[0])
+    assert list(read_costs(path)) == ["blk.0.attn_q", "blk.1.attn_q"]

@@ -1,8 +1,9 @@
-"""Zeros fitted in the order of the layers, against dense least squares on inputs of our own."""
+"""Zeros fitted in the order of the blocks, against dense least squares on inputs of our own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,69 +14,103 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import torch
-from conftest import Made
+from conftest import SEED, Made
 
 from edge_dtm.formats.plan import Treatment
 from edge_dtm.host.blocks import sequential_pruning as module
 from edge_dtm.host.blocks.sequential_pruning import Pruned, prune_sequentially
+from edge_dtm.host.blocks.text import Text
+from edge_dtm.host.checkpoint.derived import DerivedCheckpoint
+from edge_dtm.host.checkpoint.llama import Llama
 from edge_dtm.host.checkpoint.model import load_model, module_name
-from edge_dtm.host.distill.teacher import reference_sequences
+from edge_dtm.host.distill.evaluate import check, check_llama
 from edge_dtm.host.quantize.hessian import DampedHessian, damping_for, effective_tokens
 from edge_dtm.host.quantize.masks import fit_masks, kept_weights, refit
 from edge_dtm.llamacpp import ggml
 
-Values = Mapping[str, torch.Tensor]
+CPU = torch.device("cpu")
+Values = dict[str, torch.Tensor]
+
+
+class _Changed(DerivedCheckpoint):
+    """change: component -> other weights."""
+
+    def _read(self, name: str) -> Any:
+        stem = name.removesuffix(".weight")
+        return self._change[stem].numpy() if stem in self._change else self.original.hf_tensor(name)
 
 
 @pytest.fixture(scope="module")
-def sequences(made: Made) -> list[list[int]]:
-    """Of unlike lengths: 3 to some 40 tokens."""
-    texts = reference_sequences(made.reference)
-    return [s[: max(3, len(s) - 6 * i)] for i, s in enumerate(texts)]
+def text(made: Made) -> Text:
+    """Of unlike lengths: 3 to some 40 tokens; the first two sequences are not fitted to."""
+    lengths = np.maximum(1, made.reference.generated_lengths - 3 * np.arange(8, dtype=np.int32))
+    return Text(replace(made.reference, generated_lengths=lengths), 2, SEED)
 
 
-def _model(made: Made) -> Any:
-    return load_model(made.checkpoint, torch.device("cpu"))
+def _sequences(text: Text) -> Sequence[Sequence[int]]:
+    return text.sequences[text.measured :]
 
 
-def _weight(model: Any, name: str) -> torch.Tensor:
-    return model.get_submodule(module_name(name)).weight
+def _model(made: Made, change: Values | None = None) -> Any:
+    return load_model(_Changed(made.checkpoint, change or {}), CPU)
 
 
-def _kept(made: Made, name: str, share: float) -> torch.Tensor:
-    return kept_weights(torch.from_numpy(made.weights(name)).abs(), share)
+def _weights(made: Made, name: str) -> torch.Tensor:
+    return torch.from_numpy(np.array(made.weights(name)))
 
 
-def _pruned(
-    made: Made, names: Sequence[str], share: float = 0.6, type_name: str = "F16", **others: Any
-) -> dict[str, Pruned]:
+def _kept(made: Made, name: str, share: float = 0.6) -> torch.Tensor:
+    return kept_weights(_weights(made, name).abs(), share)
+
+
+def _zeros(made: Made, names: Sequence[str], share: float = 0.6) -> Values:
+    return {n: _weights(made, n) * _kept(made, n, share) for n in names}
+
+
+def _prune(
+    made: Made,
+    start: Values,
+    names: Sequence[str],
+    text: Text,
+    type_name: str = "F16",
+    cut: int = 0,
+    **others: Any,
+) -> dict[str, np.ndarray[Any, Any]]:
+    """The blocks of `names`, whose zeros are those of `start`, after so many where it is cut."""
+    outputs = others.get("outputs")
+    item = Pruned(type_name, others.get("token_weights"), lambda: outputs)
+    blocks: dict[str, np.ndarray[Any, Any]] = {}
+
+    def keep(name: str, data: np.ndarray[Any, Any]) -> None:
+        blocks[name] = data
+        if len(blocks) == cut:
+            raise KeyboardInterrupt
+
+    models = (Llama(_Changed(made.checkpoint, change), CPU) for change in ({}, start))
+    done: list[int] = []
+    try:
+        prune_sequentially(*models, text, lambda n: item if n in names else None, keep, done.append)
+    except KeyboardInterrupt:
+        return blocks
+    assert done == list(range(made.config.layers))
+    return blocks
+
+
+def _values(made: Made, blocks: Mapping[str, Any], type_name: str = "F16") -> Values:
     return {
-        n: Pruned(
-            Treatment(type_name, share),
-            torch.from_numpy(made.weights(n)),
-            _kept(made, n, share),
-            others.get("outputs"),
-            others.get("token_weights"),
-        )
-        for n in names
+        n: torch.from_numpy(ggml.dequantize(type_name, data, made.component(n).row_length))
+        for n, data in blocks.items()
     }
 
 
-def _with_zeros(made: Made, pruned: Mapping[str, Pruned]) -> Any:
-    """The model with nothing but the zeros set."""
-    student = _model(made)
-    for name, item in pruned.items():
-        _weight(student, name).mul_(item.kept)
-    return student
-
-
-def _blocks(made: Made) -> list[str]:
-    return [c.name for c in made.components if c.in_block]
+def _fitted(made: Made, start: Values, name: str, text: Text, **others: Any) -> torch.Tensor:
+    return _values(made, _prune(made, start, [name], text, **others))[name]
 
 
 @torch.no_grad()
 def _inputs(model: Any, sequences: Sequence[Sequence[int]], *modules: str) -> list[torch.Tensor]:
-    """Float64 inputs of modules over all tokens, each sequence run alone through the whole model."""
+    """Float64 inputs of modules over all tokens, each sequence run alone through the whole model of
+    transformers."""
     inputs: list[list[torch.Tensor]] = [[] for _ in modules]
     hooks = [
         model.get_submodule(m).register_forward_pre_hook(
@@ -98,84 +133,82 @@ def _streams(model: Any, sequences: Sequence[Sequence[int]]) -> list[torch.Tenso
 
 
 @pytest.mark.parametrize("type_name", ["F16", "Q8_0"])
-def test_zeros_blocks_and_what_is_left_alone(
-    made: Made, sequences: list[list[int]], type_name: str
-) -> None:
+def test_zeros_stay_and_nothing_else_is_fitted(made: Made, text: Text, type_name: str) -> None:
     names = ["blk.0.attn_k", "blk.0.ffn_down", "blk.1.attn_output", "blk.1.ffn_gate"]
-    pruned = _pruned(made, names, 0.7, type_name)
-    original, student = _model(made), _with_zeros(made, pruned)
-    progress: list[int] = []
-    fitted = prune_sequentially(original, student, pruned, sequences, progress.append)
-    assert progress == [1] * made.checkpoint.config.layers
-    assert set(fitted) == set(names)
-    for name, (blocks, values) in fitted.items():
-        kept = pruned[name].kept
+    start = _zeros(made, names, 0.7)
+    blocks = _prune(made, start, names, text, type_name)
+    assert list(blocks) == names
+    for name, values in _values(made, blocks, type_name).items():
+        kept = start[name] != 0
         assert not values[~kept].any()
         nearly_none = 1e-3 if type_name == "F16" else 0.03  # Q8_0 rounds small ones to zero
         assert float((values[kept] == 0).float().mean()) < nearly_none
-        assert np.array_equal(ggml.dequantize(type_name, blocks, kept.shape[1]), values.numpy())
-        assert torch.equal(_weight(student, name), values)
-    untouched = _model(made).state_dict()
-    changed = {module_name(n) + ".weight" for n in names}
-    for model, different in ((original, set()), (student, changed)):
-        state = model.state_dict()
-        assert {k for k in state if not torch.equal(state[k], untouched[k])} == different
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_a_cut_run_goes_on_to_the_same_bytes(made: Made, text: Text, cut: int) -> None:
+    names = ["blk.0.attn_k", "blk.0.ffn_down", "blk.1.attn_q", "blk.1.attn_output"]
+    start = _zeros(made, names)
+    whole = _prune(made, start, names, text, "Q8_0")
+    first = _prune(made, start, names, text, "Q8_0", cut)
+    assert list(first) == names[:cut]
+    there = {**start, **_values(made, first, "Q8_0")}
+    both = {**first, **_prune(made, there, names[cut:], text, "Q8_0")}
+    assert all(np.array_equal(both[n], whole[n]) for n in names)
 
 
 def test_residual_streams_are_nearer_than_with_each_matrix_fitted_alone(
-    made: Made, sequences: list[list[int]]
+    made: Made, text: Text
 ) -> None:
-    names = _blocks(made)
-    pruned = _pruned(made, names, 0.7)
-    original, plain, alone = _model(made), _with_zeros(made, pruned), _model(made)
-    for name, item in pruned.items():
+    names = [c.name for c in made.components if c.in_block]
+    original, sequences, start = _model(made), _sequences(text), _zeros(made, names, 0.7)
+    alone = {}
+    for name in names:
         (x,) = _inputs(original, sequences, module_name(name))
         feedback = DampedHessian((x.T @ x / len(x)).float(), damping_for(len(x), x.shape[1]))
-        importance = torch.ones(x.shape[1])
+        weights, importance = _weights(made, name), torch.ones(x.shape[1])
         # The same masks, those of the magnitudes.
         made_alone = fit_masks(
-            item.weights, [item.treatment], feedback, None, importance, "magnitude"
+            weights, [Treatment("F16", 0.7)], feedback, None, importance, "magnitude"
         )
-        assert torch.equal(made_alone[0][1] != 0, item.kept)
-        _weight(alone, name).copy_(made_alone[0][1])
-    student = _with_zeros(made, pruned)
-    prune_sequentially(original, student, pruned, sequences)
+        alone[name] = made_alone[0][1]
+        assert torch.equal(alone[name] != 0, _kept(made, name, 0.7))
+    fitted = _values(made, _prune(made, start, names, text))
     wanted = _streams(original, sequences)
 
-    def distances(model: Any) -> list[float]:
-        streams = _streams(model, sequences)
+    def distances(change: Values) -> list[float]:
+        streams = _streams(_model(made, change), sequences)
         return [float((a - b).norm() / b.norm()) for a, b in zip(streams, wanted, strict=True)]
 
-    ordered, each, zeros = distances(student), distances(alone), distances(plain)
-    assert len(ordered) == made.checkpoint.config.layers
+    ordered, each, zeros = distances(fitted), distances(alone), distances(start)
+    assert len(ordered) == made.config.layers
     for layer, (a, b, c) in enumerate(zip(ordered, each, zeros, strict=True)):
         assert a < 0.95 * b < 0.95 * c, (layer, ordered, each, zeros)
 
 
-def _damaged(made: Made) -> Any:
-    """A student whose first layer is wrong, so that what the second is fed differs."""
-    student = _model(made)
-    for name in ("blk.0.attn_v", "blk.0.ffn_down"):
-        _weight(student, name).mul_(_kept(made, name, 0.5))
-    return student
+DAMAGED = ("blk.0.attn_v", "blk.0.ffn_down")  # so that what the second block is fed differs
 
 
 def _least_squares(
-    item: Pruned, was: torch.Tensor, now: torch.Tensor, missing: torch.Tensor | None
+    weights: torch.Tensor,
+    kept: torch.Tensor,
+    v: torch.Tensor,
+    was: torch.Tensor,
+    now: torch.Tensor,
+    missing: torch.Tensor | None,
 ) -> torch.Tensor:
     """Row by row the kept weights q that make sum_t v_t (y_t - q x_t)^2 + d |w - q|^2 least."""
-    tokens, width = now.shape
-    v = torch.ones(tokens) if item.token_weights is None else item.token_weights
+    width = now.shape[1]
     damping = damping_for(effective_tokens(v), width)
     v = (v / v.sum()).double()
     damping *= float((v[:, None] * now.square()).sum(0).mean())
-    weights = item.weights.double()
+    weights = weights.double()
     outputs = was @ weights.T + (0 if missing is None else missing)
     system = torch.cat([v.sqrt()[:, None] * now, damping**0.5 * torch.eye(width).double()])
     sides = torch.cat([v.sqrt()[:, None] * outputs, damping**0.5 * weights.T])
     values = torch.zeros_like(weights)
     for row in range(len(weights)):
-        at = item.kept[row]
+        at = kept[row]
         values[row, at] = torch.linalg.lstsq(system[:, at], sides[:, row, None]).solution[:, 0]
     return values
 
@@ -192,46 +225,46 @@ def _least_squares(
 )
 def test_one_matrix_against_least_squares(
     made: Made,
-    sequences: list[list[int]],
+    text: Text,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     norm: str | None,
     weighted: bool,
 ) -> None:
     monkeypatch.setattr(module, "refit", partial(refit, steps=300))  # to the end
-    random = torch.Generator().manual_seed(1)
-    weights = torch.rand(sum(map(len, sequences)), generator=random).square()
-    (item,) = _pruned(made, [name], token_weights=weights if weighted else None).values()
-    original, student = _model(made), _damaged(made)
+    random, sequences = torch.Generator().manual_seed(1), _sequences(text)
+    v = torch.rand(sum(map(len, sequences)), generator=random).square()
+    damage, kept, weights = _zeros(made, DAMAGED, 0.5), _kept(made, name), _weights(made, name)
     site = module_name(name)
     sites = [site] if norm is None else [site, f"model.layers.1.{norm}"]
-    was, now = _inputs(original, sequences, *sites), _inputs(student, sequences, *sites)
+    was, now = (_inputs(_model(made, c), sequences, *sites) for c in ({}, damage))
     assert float((was[0] - now[0]).norm() / was[0].norm()) > 0.02
-    _weight(student, name).mul_(item.kept)  # comes after its inputs
-    wanted = _least_squares(item, was[0], now[0], None if norm is None else was[1] - now[1])
-    fitted = prune_sequentially(original, student, {name: item}, sequences)[name][1]
-    moved = float((wanted - item.weights * item.kept).norm())
+    missing = None if norm is None else was[1] - now[1]
+    wanted = _least_squares(
+        weights, kept, v if weighted else torch.ones_like(v), was[0], now[0], missing
+    )
+    start = {**damage, name: weights * kept}
+    fitted = _fitted(made, start, name, text, token_weights=v if weighted else None)
+    moved = float((wanted - weights * kept).norm())
     assert moved > 0.05 * float(wanted.norm())
     assert float((fitted - wanted).norm()) < 0.01 * moved + 1e-3 * float(wanted.norm())
 
 
 def test_rows_make_up_for_each_other(
-    made: Made, sequences: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    made: Made, text: Text, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With moments of the outputs, against one dense system of all weights that are kept."""
     monkeypatch.setattr(module, "refit", partial(refit, steps=2000))
-    name = "blk.1.attn_k"
-    rows, width = made.weights(name).shape
+    name, damage = "blk.1.attn_k", _zeros(made, DAMAGED, 0.5)
+    weights = _weights(made, name)
+    rows, width = weights.shape
     random = torch.Generator().manual_seed(2)
     root = torch.randn(rows + 20, rows, generator=random)
     outputs = DampedHessian(root.T @ root, 0.1)
     kept = kept_weights(torch.rand(rows, width, generator=random), 1 - 6 / width)
     assert int(kept.sum()) == 6 * rows
-    weights = torch.from_numpy(made.weights(name))
-    item = Pruned(Treatment("F16", 0.9), weights, kept, outputs)
-    original, student = _model(made), _damaged(made)
-    (was,), (now,) = (_inputs(m, sequences, module_name(name)) for m in (original, student))
-    _weight(student, name).mul_(kept)
+    models = _model(made), _model(made, damage)
+    (was,), (now,) = (_inputs(m, _sequences(text), module_name(name)) for m in models)
     h = now.T @ now / len(now)
     damping = damping_for(len(now), width) * float(h.diagonal().mean())
     right = weights.double() @ (was.T @ now / len(now)) + damping * weights.double()
@@ -240,26 +273,36 @@ def test_rows_make_up_for_each_other(
     r, c = kept.nonzero(as_tuple=True)
     system = g[r][:, r] * h[c][:, c]
     solved = torch.linalg.solve(system, (g @ right)[r, c])
-    fitted = prune_sequentially(original, student, {name: item}, sequences)[name][1]
+    start = {**damage, name: weights * kept}
+    fitted = _fitted(made, start, name, text, outputs=outputs)
     assert float((fitted[r, c] - solved).norm() / solved.norm()) < 5e-3
-    alone = _least_squares(item, was, now, None)[r, c]
+    alone = _least_squares(weights, kept, torch.ones(len(now)), was, now, None)[r, c]
     assert float((alone - solved).norm() / solved.norm()) > 0.1
 
 
-def test_padding_and_batches_do_not_matter(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_and_batches_do_not_matter(made: Made) -> None:
     """A long and a short sequence, the short one not the first in length's order, and tokens that
     count unlike, so that mixing them up would show."""
-    texts = sorted(reference_sequences(made.reference), key=len)
-    sequences = [texts[-1], texts[0][:5], texts[-2][:12]]
-    random = torch.Generator().manual_seed(3)
-    weights = torch.rand(sum(map(len, sequences)), generator=random)
+    rows = sorted(range(8), key=lambda i: len(made.text.sequences[i]))
+    some = made.reference.rows(np.array([rows[-1], rows[0], rows[-2]]))
+    some.generated_lengths[1:] = 1, 6
     names = ["blk.0.attn_q", "blk.0.ffn_down", "blk.1.attn_output"]
-    pruned = _pruned(made, names, token_weights=weights)
-    results = []
+    start, results = _zeros(made, names), []
     for tokens in (1, 2048):
-        monkeypatch.setattr(module, "BATCH_TOKENS", tokens)
-        fitted = prune_sequentially(_model(made), _with_zeros(made, pruned), pruned, sequences)
-        results.append({name: values for name, (_, values) in fitted.items()})
+        text = Text(some, 0, SEED, tokens)
+        assert len(text.batches) == (3 if tokens == 1 else 1)
+        random = torch.Generator().manual_seed(3)
+        weights = torch.rand(text.tokens, generator=random)
+        results.append(_values(made, _prune(made, start, names, text, token_weights=weights)))
     for name in names:
         one, two = results[0][name], results[1][name]
         assert float((one - two).norm() / one.norm()) < 1e-4, name
+
+
+def test_the_check_is_that_of_the_whole_model(made: Made) -> None:
+    damaged = _zeros(made, DAMAGED, 0.9)
+    whole = check(_model(made, damaged), made.reference)
+    blocks = check_llama(Llama(_Changed(made.checkpoint, damaged), CPU), made.reference)
+    assert whole.sdt > 0
+    assert (blocks.sdt, blocks.fdt) == (whole.sdt, whole.fdt)
+    assert blocks.perplexity == pytest.approx(whole.perplexity, rel=1e-4)

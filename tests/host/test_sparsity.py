@@ -60,7 +60,7 @@ class Runs:
 
     def arguments(self, out: Path, *options: str) -> list[str]:
         given = ["compress", str(self.model), "-o", str(out), "--prompts", str(self.prompts)]
-        given += ["--tokens", str(TOKENS), "--device", "cpu"]
+        given += ["--tokens", str(TOKENS), "--calibration-tokens", "200", "--device", "cpu"]
         if "--types" not in options and "--preset" not in options:
             given += ["--types", "F16,Q8_0"]
         if "--max-bytes" not in options and "--preset" not in options:
@@ -205,10 +205,14 @@ def test_what_was_trained_is_what_is_exported(runs: Runs, sparse: Path) -> None:
 
 
 def test_zeros_were_fitted_in_order(sparse: Path) -> None:
-    """In both steps it was decided whether that is better; all that has zeros was fitted."""
-    stored = [SEQUENTIAL.load(p) for p in (sparse / "work").glob("sequential-pruning-*.pt")]
-    assert len(stored) == 2
-    assert all(not blocks or set(blocks) >= set(_masked(_plan(sparse))) for blocks in stored)
+    """In both steps it was decided whether that is better; what is taken are the file's zeros."""
+    folders = list((sparse / "work").glob("sequential-pruning-*"))
+    assert len(folders) == 2
+    for folder in folders:
+        assert SEQUENTIAL.is_complete(folder)
+        fitted = {path.name.rsplit(".", 2)[0] for path in folder.glob("*.npy")}
+        assert SEQUENTIAL.load(folder) == bool(fitted)
+        assert not fitted or fitted >= set(_masked(_plan(sparse)))
 
 
 # --- the paper's int8 -----------------------------------------------------------------------
@@ -218,13 +222,14 @@ def test_a_share_of_the_components_in_int8(runs: Runs) -> None:
     out = runs.new()
     _run(*runs.arguments(out, "--preset", "paper-int8", "--int8-share", "0.5"))
     plan = _plan(out)
+    treatments = plan.by_name()
     data = json.loads((out / "plan.json").read_text())
     costs = {c["name"]: c["costs"]["Q8_0"] for c in data["costs"]}
     blocks = [c.name for c in plan.components if c.in_block]
-    eight = {n for n in blocks if plan[n].type == "Q8_0"}
+    eight = {n for n in blocks if treatments[n].type == "Q8_0"}
     assert len(eight) == round(len(blocks) / 2)
     assert max(costs[n] for n in eight) <= min(costs[n] for n in set(blocks) - eight)
-    others = {plan[c.name].type for c in plan.components if c.name not in eight}
+    others = {treatments[c.name].type for c in plan.components if c.name not in eight}
     assert others == {"F16"}
     provenance = _manifest(out)["provenance"]
     assert provenance["error_feedback"] is False and provenance["equalization"] is False
@@ -266,11 +271,12 @@ def test_a_changed_model_has_no_recipe(runs: Runs, sparse: Path, tmp_path: Path)
 
 # What is left by then, and when.
 _MOMENTS = {
-    "encoded-*/*.npz": Moment("edge_dtm.host.blocks.sequential_pruning._fit", 5),
+    "encoded-*/*.npy": Moment("edge_dtm.host.blocks.sequential_pruning._fit", 1),
+    "sequential-pruning-*/*.npy": Moment("edge_dtm.host.blocks.sequential_pruning._fit", 5),
     "text-*.parts/000000.json": Moment("edge_dtm.host.distill.teacher._sample", 2),
     "text-*.pt": Moment("edge_dtm.host.distill.trainer.Trainer._save", 1),
     "distilled-*/state.pt": Moment("edge_dtm.host.distill.trainer.Trainer._save", 3, after=True),
-    "base-*.safetensors": Moment("edge_dtm.host.blocks.prune.save_tensors", 1),
+    "base-*.safetensors": Moment("edge_dtm.host.blocks.prune.check_llama", 2),
 }
 
 

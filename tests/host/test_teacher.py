@@ -11,15 +11,9 @@ import torch
 from conftest import Made
 
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.host.checkpoint.sequences import batches_by_length, padded, reference_sequences
 from edge_dtm.host.distill import teacher as module
-from edge_dtm.host.distill.teacher import (
-    TEXT,
-    batches_by_length,
-    capture,
-    padded,
-    reference_sequences,
-    sample_texts,
-)
+from edge_dtm.host.distill.teacher import TEXT, capture, sample_texts
 
 Sample = Callable[..., list[list[int]]]
 

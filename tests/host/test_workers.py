@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.core.machine import Room
-from edge_dtm.host.blocks import workers
-from edge_dtm.host.blocks.workers import in_workers, worker_count
+from edge_dtm.host.blocks import workers as module
+from edge_dtm.host.blocks.workers import OWN_BYTES, SMALL_WEIGHTS, Crew, crew, workers
 
 
 def _product(context: int, task: int) -> tuple[float, int, int]:
@@ -37,65 +36,74 @@ def _die(_: Any, task: int) -> int:
     return task
 
 
+def _sleep(_: Any, seconds: int) -> int:
+    time.sleep(seconds)
+    return seconds
+
+
 def test_processes_give_the_same_results_as_none() -> None:
-    here = {task: r[:2] for task, r in in_workers(_product, 3, range(6), 1)}
-    apart = dict(in_workers(_product, 3, range(6), 2))
+    before = torch.get_num_threads()
+    with workers(3, Crew(1, 1)) as none, workers(3, Crew(2, 1)) as two:
+        here = {task: r[:2] for task, r in none.run(_product, range(6))}
+        apart = dict(two.run(_product, range(6)))
+        assert two.context == 3 and two.crew.processes == 2
+        assert dict(two.run(_refuse, [1, 2])) == {1: 1, 2: 2}  # of the same processes
     assert {task: r[:2] for task, r in apart.items()} == here
     assert {r[1] for r in apart.values()} == {1}
     assert os.getpid() not in {r[2] for r in apart.values()}
-
-
-def test_threads_of_the_caller_are_as_before() -> None:
-    before = torch.get_num_threads()
-    list(in_workers(_product, 1, range(2), 1))
     assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_an_error_of_a_task_is_raised_here(count: int) -> None:
     done = []
-    with pytest.raises(EdgeDtmError, match="three is not finite"):
-        for task, _ in in_workers(_refuse, None, range(4), count):
-            done.append(task)
+    with (
+        pytest.raises(EdgeDtmError, match="three is not finite"),
+        workers(None, Crew(count, 1)) as pool,
+    ):
+        done += [task for task, _ in pool.run(_refuse, range(4))]
     assert 3 not in done
 
 
 def test_a_killed_process_is_an_error_in_words() -> None:
-    with pytest.raises(EdgeDtmError, match="2 worker processes was killed.*memory"):
-        list(in_workers(_die, None, range(6), 2))
-
-
-def _sleep(_: Any, seconds: int) -> int:
-    time.sleep(seconds)
-    return seconds
+    with (
+        pytest.raises(EdgeDtmError, match="2 worker processes was killed.*memory"),
+        workers(None, Crew(2, 1)) as pool,
+    ):
+        list(pool.run(_die, range(6)))
 
 
 def test_work_nobody_waits_for_is_ended() -> None:
     """As after Ctrl-C: it would otherwise be waited for."""
-    found = in_workers(_sleep, None, [0, 3600, 3600], 2)
-    assert next(found)[0] == 0
-    found.close()  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt), workers(None, Crew(2, 1)) as pool:
+        assert next(pool.run(_sleep, [0, 3600, 3600]))[0] == 0
+        raise KeyboardInterrupt
 
 
-def test_no_more_workers_than_memory_cores_and_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(workers, "room", lambda: Room(10 * 2**30, "a test"))
-    assert worker_count(100, 2**30) == 8
-    assert worker_count(3, 2**30) == 3
-    assert worker_count(100, 4 * 2**30) == 2
-    assert worker_count(100, 2**40) == 1
-    monkeypatch.setattr(workers, "room", lambda: Room(2**62, "nothing"))
-    assert worker_count(100, 2**40) == 8
+def test_no_more_workers_than_memory_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, large, gib = torch.device("cpu"), SMALL_WEIGHTS + 1, 2**30
+    monkeypatch.setattr(module, "default_threads", lambda: 8)
+    monkeypatch.setattr(module, "total_bytes", lambda: OWN_BYTES + 10 * gib)
+    assert crew(large, gib, None, cpu) == Crew(8, 1)
+    assert crew(large, 4 * gib, None, cpu) == Crew(2, 4)
+    assert crew(large, 2**40, None, cpu) == Crew(1, 8)
+    assert crew(large, gib, 3, cpu) == Crew(3, 2)
+    assert crew(SMALL_WEIGHTS, gib, None, cpu) == Crew(1, 1)
+    assert crew(large, gib, None, torch.device("cuda")) == Crew(1, 8)
+    for wanted, size in ((9, gib), (3, 4 * gib)):
+        with pytest.raises(EdgeDtmError, match=f"--workers {wanted}"):
+            crew(large, size, wanted, cpu)
 
 
 SCRIPT = """
 import os, sys, time
-from edge_dtm.host.blocks.workers import in_workers
+from edge_dtm.host.blocks.workers import Crew, workers
 sys.path.insert(0, {folder!r})
 from sleeper import sleep
 if __name__ == "__main__":
-    for task, pid in in_workers(sleep, None, [0, 0, 600, 600], 2):
-        print(pid, flush=True)
+    with workers(None, Crew(2, 1)) as pool:
+        for task, pid in pool.run(sleep, [0, 0, 600, 600]):
+            print(pid, flush=True)
 """
 
 

@@ -2,153 +2,130 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from edge_dtm.core.files import write_whole
 from edge_dtm.core.work import Kind
 from edge_dtm.formats.plan import Component, Plan, Treatment
 from edge_dtm.formats.reference import Reference
-from edge_dtm.host.blocks.calibration import Calibration
-from edge_dtm.host.blocks.costs import capture, captures
+from edge_dtm.host.blocks.block_jobs import layer_of
+from edge_dtm.host.blocks.costs import Costs
 from edge_dtm.host.blocks.encoded import EncodedStore
-from edge_dtm.host.blocks.fit import component_output_hessian
-from edge_dtm.host.blocks.jobs import MaskJobs, encode_masks
+from edge_dtm.host.blocks.fit import output_hessian, part_of
+from edge_dtm.host.blocks.quantize import quantize
 from edge_dtm.host.blocks.sequential_pruning import Pruned, prune_sequentially
-from edge_dtm.host.checkpoint.checkpoint import Checkpoint
-from edge_dtm.host.checkpoint.model import load_model, module_name
-from edge_dtm.host.distill.evaluate import check
-from edge_dtm.host.distill.result import Tensors, load_tensors, save_tensors
-from edge_dtm.host.distill.teacher import reference_sequences
-from edge_dtm.host.distill.trained import set_weights, start_values
+from edge_dtm.host.checkpoint.derived import TreatedCheckpoint
+from edge_dtm.host.checkpoint.llama import Llama
+from edge_dtm.host.distill.evaluate import check_llama
 from edge_dtm.host.trajectory.reference import calibration_rows
-from edge_dtm.host.values import Base, Costs, Encoded, Run
+from edge_dtm.host.values import Encoded, Run
 
 FloatArray = npt.NDArray[np.float32]
-Treated = Sequence[tuple[Component, Treatment]]
 
-# The blocks of matrices with zeros; none where sequential pruning was not better.
-SEQUENTIAL: Kind[Tensors] = Kind(
-    "sequential-pruning", ".pt", load_tensors, lambda blocks, path: save_tensors(path, blocks)
+
+def _finish(better: bool, folder: Path) -> None:
+    """What is not better goes."""
+    for file in () if better else folder.glob("*.npy"):
+        file.unlink()
+    write_whole(folder / DONE, b"")
+
+
+DONE = "done"
+# A folder as EncodedStore has it, of the matrices with zeros; whether it is taken.
+SEQUENTIAL: Kind[bool] = Kind(
+    "sequential-pruning", "", lambda folder: any(folder.glob("*.npy")), _finish, marker=DONE
 )
 
 
 @dataclass(frozen=True)
-class Replaced:
-    """Some matrices treated again, the others as they were.
+class Refitted:
+    """The bytes of `store` where it has them, else those before."""
 
-    key: names what they were treated with. checkpoint: has the order of rows. blocks: by component
-    uint8 (rows, row_bytes), rows as Hugging Face orders them.
-    """
+    store: EncodedStore
+    before: EncodedStore
 
-    key: str
-    checkpoint: Checkpoint
-    blocks: Mapping[str, torch.Tensor]
-    before: Encoded
+    @property
+    def key(self) -> str:
+        return self.store.key
 
     def importance(self, name: str) -> FloatArray | None:
         return self.before.importance(name)
 
     def encoded(self, component: Component, treatment: Treatment) -> npt.NDArray[np.uint8]:
         """uint8 (rows, row_bytes), rows as GGUF orders them."""
-        if component.name not in self.blocks:
-            return self.before.encoded(component, treatment)
-        return self.checkpoint.gguf_rows(component.name, self.blocks[component.name].numpy())
+        has = self.store.has(component, treatment)
+        return (self.store if has else self.before).encoded(component, treatment)
 
 
-def prune_plan(run: Run, base: Base, costs: Costs, plan: Plan, reference: Reference) -> Encoded:
-    """What to export: the bytes as they were measured, or with zeros fitted layer by layer,
+def prune_plan(run: Run, costs: Costs, plan: Plan, reference: Reference) -> Encoded:
+    """What to export: the bytes as they were measured, or with zeros fitted block by block,
     whichever diverges less on sequences that neither was fitted to."""
+    chosen = plan.pairs
+    quantize(run, costs, chosen)
     store = costs.encoded
-    assert isinstance(store, EncodedStore)
-    pruned = [
-        (c, t)
-        for c, t in zip(plan.components, plan.treatments, strict=True)
-        if t.zero_share and store.is_fitted(c, t)
-    ]
-    if not pruned:
+    pruned = {c.name: (c, t) for c, t in chosen if t.zero_share and costs.uses_feedback(c, t)}
+    if not pruned or not run.settings.method.sequential_pruning:
         return store
-    calibration = captures(run, base, reference)[1]
-    if missing := [(c, t) for c, t in pruned if not store.has(c, t)]:
-        capture(run, base, calibration)
-        _encode(run, base, costs, missing, calibration)
-    if not run.settings.method.sequential_pruning:
-        return store
-
-    def make(_: Path) -> Tensors:
-        capture(run, base, calibration)
-        return _prune_sequentially(run, costs, plan, pruned, calibration, reference)
-
     inputs = [store.key, plan.hash]
-    blocks = run.work.load_or_make(SEQUENTIAL, inputs, make)
-    key = run.work.path_of(SEQUENTIAL, inputs).stem
-    return Replaced(key, store.checkpoint, blocks, store) if blocks else store
+    folder = run.work.path_of(SEQUENTIAL, inputs)
+    refitted = Refitted(EncodedStore(folder, store.checkpoint), store)
 
+    def make(_: Path) -> bool:
+        return _prune_sequentially(run, costs, plan, pruned, refitted, reference)
 
-def _encode(run: Run, base: Base, costs: Costs, missing: Treated, calibration: Calibration) -> None:
-    store = costs.encoded
-    assert isinstance(store, EncodedStore)
-    method = run.settings.method
-    jobs = MaskJobs(
-        calibration,
-        costs.scales,
-        base.checkpoint.config if method.equalize else None,
-        costs.equalized.hf_tensor,
-        run.device,
-        store,
-        run.imatrix,
-        method.mask_score,
-    )
-    with run.stages("Fitting what the masks leave", sum(c.weights for c, _ in missing)) as advance:
-        encode_masks(jobs, missing, advance)
+    return refitted if run.work.load_or_make(SEQUENTIAL, inputs, make) else store
 
 
 def _prune_sequentially(
     run: Run,
     costs: Costs,
     plan: Plan,
-    pruned: Treated,
-    calibration: Calibration,
+    pruned: Mapping[str, tuple[Component, Treatment]],
+    refitted: Refitted,
     reference: Reference,
-) -> Tensors:
-    """The masked matrices' blocks fitted layer by layer, none if that is not better."""
-    measured, fitted = calibration_rows(reference)
+) -> bool:
+    """Fit the masked matrices that `refitted` lacks, block by block; whether that is better."""
+    data, original = costs.data, costs.equalized
+    measured, _ = calibration_rows(reference)
     validation = reference.rows(measured)
-    original = load_model(costs.equalized, run.device)
-    student = copy.deepcopy(original)
-    starts = start_values(costs.equalized, plan, costs.encoded)
-    set_weights(student, starts)
-    before = check(student, validation)
-    config = costs.equalized.config
-    matrices = {
-        c.name: Pruned(
-            t,
-            original.get_submodule(module_name(c.name)).weight,
-            torch.from_numpy(starts[c.name].values != 0).to(run.device),
-            component_output_hessian(
-                calibration,
-                costs.scales,
-                config if run.settings.method.equalize else None,
-                c,
-                run.device,
-            ),
-            torch.from_numpy(calibration.token_weights(c.name)).to(run.device),
-        )
-        for c, t in pruned
-    }
-    sequences = reference_sequences(reference.rows(fitted))
-    with run.stages("Sequential pruning", config.layers) as advance:
-        encoded = prune_sequentially(original, student, matrices, sequences, advance)
-    after = check(student, validation)
+
+    def llama(encoded: Encoded) -> Llama:
+        return Llama(TreatedCheckpoint(original, (plan, encoded)), run.device)
+
+    def wanted(name: str) -> Pruned | None:
+        if name not in pruned or refitted.store.has(*pruned[name]):
+            return None
+        component, treatment = pruned[name]
+        layer, part = layer_of(component), part_of(name)
+        data.ensure_fitted(layer)
+        statistics = data.jobs.statistics(layer, part, False)
+        outputs = partial(output_hessian, statistics, component, costs.scales, original.config)
+        return Pruned(treatment.type, statistics[f"token_weights.{part}"], outputs)
+
+    def keep(name: str, blocks: npt.NDArray[np.uint8]) -> None:
+        refitted.store.save(*pruned[name], blocks)
+
+    before = check_llama(llama(refitted.before), validation)
+    with run.stages("Sequential pruning", original.config.layers) as advance:
+
+        def done(layer: int) -> None:
+            if not data.keeps:
+                data.jobs.fitted_file(layer).unlink(missing_ok=True)
+            advance(1)
+
+        models = Llama(original, run.device), llama(refitted)
+        prune_sequentially(*models, data.text, wanted, keep, done)
+    after = check_llama(llama(refitted), validation)
     better = (after.sdt, after.perplexity) < (before.sdt, before.perplexity)
     run.stages.note(
         f"Sequential pruning, on {len(measured)} sequences that nothing was fitted to: SDT "
         f"{before.sdt:.2%} became {after.sdt:.2%}, perplexity {before.perplexity:.4f} became "
         f"{after.perplexity:.4f}: {'taken' if better else 'not taken'}"
     )
-    return {name: torch.from_numpy(data) for name, (data, _) in encoded.items()} if better else {}
+    return better

@@ -9,11 +9,15 @@ signs e_t gives G; z = <G, E> over a sequence has E[z^2] = sum_t (change of m_t)
 
 the mean-square margin change in logits squared. With D = G' X^ this is
 z = <D, W^ - W> + <G W, X^ - X>, so one product a rounding kind serves every treatment.
+
+Both terms are taken as independent. So are the errors of different rows of W^ - W, so that the first
+term is taken on some rows and scaled up; the second is taken on all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,134 +25,92 @@ import numpy.typing as npt
 import torch
 
 from edge_dtm.formats.plan import Component, Treatment
-from edge_dtm.host.blocks.activations import SIGN_DRAWS, Activations
-from edge_dtm.host.blocks.capture import EMBEDDED
-from edge_dtm.host.blocks.encoded import takes_feedback
+from edge_dtm.host.blocks.statistics import SITE_OF, Statistics
+from edge_dtm.host.checkpoint.checkpoint import ModelConfig
 from edge_dtm.host.quantize.activations import activation_kind, round_activations
-from edge_dtm.host.quantize.gptq import gptq_quantize
-from edge_dtm.host.quantize.hessian import DampedHessian
-from edge_dtm.host.quantize.treat import prune_order, treated_values
+from edge_dtm.host.quantize.equalize import Scales, input_scale, output_scale
 
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.integer[Any]]
+
+@dataclass(frozen=True)
+class Measured:
+    """One matrix on the measured sequences, as the equalized model has it, on one device.
+
+    inputs: float32 (tokens, row_length). gradients: at the sampled outputs, (draws, tokens, sampled
+    rows). back: at the inputs through all of the matrix, (draws, tokens, row_length). sizes:
+    (tokens,), root mean squares of the gradients at all outputs. edges, (sequences + 1,): where
+    each sequence begins. positions: margins among the tokens.
+    """
+
+    inputs: torch.Tensor
+    gradients: torch.Tensor
+    back: torch.Tensor
+    sizes: torch.Tensor
+    edges: npt.NDArray[np.integer[Any]]
+    positions: int
+
+    @classmethod
+    def of(
+        cls,
+        statistics: Statistics,
+        component: Component,
+        scales: Scales,
+        config: ModelConfig,
+        edges: npt.NDArray[np.integer[Any]],
+        positions: int,
+        rows: torch.Tensor | None = None,
+    ) -> Measured:
+        """rows: int64, of the sampled rows those that are wanted; None: all of them."""
+        name, part = component.name, component.name.rpartition(".")[2]
+        inputs = statistics[f"inputs.{SITE_OF[part]}"]
+        gradients, back = statistics[f"gradients.{part}"], statistics[f"back.{part}"]
+        sizes, device = statistics[f"sizes.{part}"], inputs.device
+        scale, out = input_scale(scales, name), output_scale(scales, name, config)
+        if scale is not None:
+            s = torch.from_numpy(scale).to(device)
+            inputs, back = inputs * s, back / s
+        sampled = statistics[f"rows.{part}"].to(device)
+        if out is not None:
+            gradients = gradients / torch.from_numpy(out).to(device)[sampled]
+        if rows is not None:
+            gradients = gradients[..., torch.isin(sampled, rows.to(device))]
+        return cls(inputs, gradients, back, sizes, edges, positions)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one treatment, logits squared: of what it does to the weights and to the inputs."""
+
+    by_weights: float
+    by_inputs: float
 
 
 @torch.no_grad()
-def component_costs(
-    activations: Activations,
-    component: Component,
+def costs_of(
+    measured: Measured,
     treatments: Sequence[Treatment],
-    weights: FloatArray,
-    device: torch.device,
-    importance: FloatArray | None,
-    known: Mapping[Treatment, torch.Tensor] | None = None,
-) -> list[float]:
-    """Cost of each treatment of one block matrix. weights: float32 (rows, row_length), HF layout
-    (rows are quantized alone, so their order is no matter). known: the values, float32 (rows,
-    row_length) on the device, of treatments that are not plain rounding."""
-    w = torch.from_numpy(np.ascontiguousarray(weights)).to(device)
-    x = torch.from_numpy(np.array(activations.inputs(component.name))).to(device)
-    g = torch.from_numpy(activations.gradients(component.name)).to(device)
-    order = prune_order(weights, importance) if any(t.zero_share for t in treatments) else None
-    costs = [0.0] * len(treatments)
-    positions = int(activations.reference.generated_lengths.sum())
-    back = g @ w  # (draws, tokens, row_length)
+    weights: torch.Tensor,
+    values: Sequence[torch.Tensor],
+    rows: int,
+) -> list[Cost]:
+    """Of each treatment of one block matrix.
+
+    weights: float32 (sampled rows, row_length), Hugging Face's order, equalized. values: of each
+    treatment, the same shape. rows: of the whole matrix.
+    """
+    x, g, draws = measured.inputs, measured.gradients, len(measured.gradients)
+    costs: dict[int, Cost] = {}
     for kind in sorted({activation_kind(t.type) for t in treatments}):
         which = [j for j, t in enumerate(treatments) if activation_kind(t.type) == kind]
         rounded = round_activations(x, kind)
-        deltas = torch.stack(
-            [
-                (
-                    known[treatments[j]]
-                    if known and treatments[j] in known
-                    else torch.from_numpy(
-                        treated_values(weights, treatments[j], importance, order)
-                    ).to(device)
-                )
-                .sub(w)
-                .reshape(-1)
-                for j in which
-            ]
-        )
-        shift = (back * (rounded - x)).sum(-1)  # (draws, tokens)
-        total = torch.zeros(len(which), dtype=torch.float64)
-        for a, b in zip(activations.edges, activations.edges[1:], strict=False):
-            d = g[:, a:b].transpose(1, 2) @ rounded[a:b]  # (draws, rows, row_length)
-            z = d.reshape(SIGN_DRAWS, -1) @ deltas.T + shift[:, a:b].sum(1, keepdim=True)
-            total += z.double().square().sum(0).cpu() / SIGN_DRAWS
-        for j, value in zip(which, (total / positions).tolist(), strict=True):
-            costs[j] = value
-    return costs
-
-
-@torch.no_grad()
-def edge_costs(
-    activations: Activations,
-    component: Component,
-    treatments: Sequence[Treatment],
-    weights: FloatArray,
-    importance: FloatArray | None,
-    tied: bool,
-    feedback: DampedHessian | None = None,
-) -> tuple[list[float], list[bool]]:
-    """Costs of `token_embd` (its rows are looked up) and `output` (or a tied embedding), and for
-    which treatments error feedback helped.
-
-    The head's error changes the margins at once, by h (W^[top1] - W^[top2]) - h (W[top1] -
-    W[top2]): no gradient is needed. Only rows that occur are quantized.
-    """
-    looked_up = component.name == EMBEDDED
-    is_head = component.name == "output" or tied
-    ids, at, top = _edge_tokens(activations)
-    used = np.unique(np.concatenate([ids, top.ravel()]))
-    rows = weights[used]
-    index_ids, index_top = np.searchsorted(used, ids), np.searchsorted(used, top)
-    hidden = torch.from_numpy(np.array(activations.inputs(component.name)[at])) if is_head else None
-    gradients = activations.gradients(EMBEDDED) if looked_up else None
-    w = torch.from_numpy(rows)
-
-    def cost_of(t: Treatment, new: FloatArray) -> float:
-        cost = 0.0
-        if gradients is not None:
-            error = (new - rows)[index_ids]
-            z = np.add.reduceat(
-                (gradients * error).sum(-1, dtype=np.float64), activations.edges[:-1], axis=1
-            )
-            cost += float(np.square(z).sum() / SIGN_DRAWS / len(at))
-        if hidden is not None:
-            seen = round_activations(hidden, activation_kind(t.type)).numpy()
-            after = np.einsum("ti,ti->t", seen, new[index_top[:, 0]] - new[index_top[:, 1]])
-            before = np.einsum(
-                "ti,ti->t", hidden.numpy(), rows[index_top[:, 0]] - rows[index_top[:, 1]]
-            )
-            cost += float(np.square(after - before, dtype=np.float64).mean())
-        return cost
-
-    costs = [cost_of(t, treated_values(rows, t, importance)) for t in treatments]
-    with_feedback = [False] * len(treatments)
-    if feedback is not None:
-        which = [j for j, t in enumerate(treatments) if takes_feedback(t)]
-        encoded = gptq_quantize(w, [treatments[j].type for j in which], feedback, threads=1)
-        for j, (_, values) in zip(which, encoded, strict=True):
-            better = cost_of(treatments[j], values.numpy())
-            if better < costs[j]:
-                costs[j], with_feedback[j] = better, True
-    return costs, with_feedback
-
-
-def _edge_tokens(activations: Activations) -> tuple[IntArray, IntArray, IntArray]:
-    """Over all sequences: the ids that are looked up, (tokens,); where margins are taken among the
-    tokens, (positions,); and the two likeliest ids there, (positions, 2)."""
-    ref = activations.reference
-    lengths = [int(b - a) for a, b in zip(activations.edges, activations.edges[1:], strict=False)]
-    ids = np.concatenate(
-        [(ref.prompt(r) + ref.generated(r))[:n] for r, n in enumerate(lengths)]
-    ).astype(np.int64)
-    at = np.concatenate(
-        [
-            activations.edges[r] + ref.prompt_lengths[r] - 1 + np.arange(ref.generated_lengths[r])
-            for r in range(len(ref))
-        ]
-    )
-    top = np.concatenate([ref.top_ids[r, : ref.generated_lengths[r], :2] for r in range(len(ref))])
-    return ids, at, top
+        deltas = torch.stack([(values[j] - weights).reshape(-1) for j in which])
+        shift = (measured.back * (rounded - x)).sum(-1)  # (draws, tokens)
+        by_weights, by_inputs = torch.zeros(len(which), dtype=torch.float64), 0.0
+        for a, b in zip(measured.edges, measured.edges[1:], strict=False):
+            d = g[:, a:b].transpose(1, 2) @ rounded[a:b]  # (draws, sampled rows, row_length)
+            z = (d.reshape(draws, -1) @ deltas.T).double()  # (draws, treatments)
+            by_weights += z.square().sum(0).cpu() / draws
+            by_inputs += float(shift[:, a:b].sum(1).double().square().sum()) / draws
+        by_weights *= rows / len(weights) / measured.positions
+        for j, value in zip(which, by_weights.tolist(), strict=True):
+            costs[j] = Cost(value, by_inputs / measured.positions)
+    return [costs[j] for j in range(len(treatments))]

@@ -6,18 +6,16 @@ against half, GGUF's llama rotates neighbours; `hf_tensor` gives the one, `tenso
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.plan import Component
 from edge_dtm.host.checkpoint.tokenizer import Tokenizer
 
@@ -58,18 +56,53 @@ class ModelConfig:
         return self.layers * self.kv_heads * 2 * self.head_dim * 2
 
 
+def components_of(c: ModelConfig) -> tuple[Component, ...]:
+    """All weight matrices of such a model, in the order they stand in the GGUF."""
+    out = [Component("token_embd", c.vocab, c.hidden)]
+    if not c.tied:
+        out.append(Component("output", c.vocab, c.hidden))
+    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    shapes = {
+        "attn_q": (q, c.hidden),
+        "attn_k": (kv, c.hidden),
+        "attn_v": (kv, c.hidden),
+        "attn_output": (c.hidden, q),
+        "ffn_gate": (c.ffn, c.hidden),
+        "ffn_up": (c.ffn, c.hidden),
+        "ffn_down": (c.hidden, c.ffn),
+    }
+    for layer in range(c.layers):
+        out += [Component(f"blk.{layer}.{n}", *shape) for n, shape in shapes.items()]
+    return tuple(out)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: size_bytes from offset on in file, under the name key.
+
+    type: as GGML and safetensors spell it, `F16`. shape: (rows, row_length) or (length,).
+    """
+
+    file: Path
+    key: str
+    type: str
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+
 class Checkpoint(ABC):
     """What every source offers; `open_checkpoint` makes one.
 
-    names: full GGUF names of the tensors that the source holds. on_grid: the grid that a quantized
-    source lies on, for the warning.
+    stored: full GGUF name -> tensor of the source. types: those that it may have. on_grid: the grid
+    that a quantized source lies on, for the warning.
     """
 
+    types: frozenset[str] = frozenset()
     on_grid: str | None = None
 
-    def __init__(self, path: Path, config: ModelConfig, names: Iterable[str]) -> None:
-        self.path, self.config, self.names = path, config, frozenset(names)
-        self._hash: str | None = None
+    def __init__(self, path: Path, config: ModelConfig, stored: Mapping[str, Stored]) -> None:
+        self.path, self.config, self.stored = path, config, stored
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the files itself."""
@@ -85,23 +118,7 @@ class Checkpoint(ABC):
 
     def components(self) -> tuple[Component, ...]:
         """All weight matrices, in the order they stand in the GGUF."""
-        c = self.config
-        out = [Component("token_embd", c.vocab, c.hidden)]
-        if not c.tied:
-            out.append(Component("output", c.vocab, c.hidden))
-        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        shapes = {
-            "attn_q": (q, c.hidden),
-            "attn_k": (kv, c.hidden),
-            "attn_v": (kv, c.hidden),
-            "attn_output": (c.hidden, q),
-            "ffn_gate": (c.ffn, c.hidden),
-            "ffn_up": (c.ffn, c.hidden),
-            "ffn_down": (c.hidden, c.ffn),
-        }
-        for layer in range(c.layers):
-            out += [Component(f"blk.{layer}.{n}", *shape) for n, shape in shapes.items()]
-        return tuple(out)
+        return components_of(self.config)
 
     def vectors(self) -> tuple[tuple[str, int], ...]:
         """(full GGUF name, length) of everything that stays F32: norms, biases, rope factors."""
@@ -117,7 +134,7 @@ class Checkpoint(ABC):
             out += [(f"{block}{norm}.weight", c.hidden) for norm in ("attn_norm", "ffn_norm")]
             for name in biased:
                 # GGUFs may have biases of q, k and v only.
-                if name != "attn_output" or f"{block}{name}.bias" in self.names:
+                if name != "attn_output" or f"{block}{name}.bias" in self.stored:
                     out.append((f"{block}{name}.bias", rows[block + name]))
         return tuple(out)
 
@@ -131,6 +148,10 @@ class Checkpoint(ABC):
         if name == ROPE_FACTORS:
             return np.array(self.config.rope_factors, dtype=np.float32)
         return self._read(name)
+
+    def torch_tensor(self, name: str) -> torch.Tensor:
+        """The same as `hf_tensor`, float32 or the source's own 16 bits."""
+        return torch.from_numpy(np.ascontiguousarray(self.hf_tensor(name)))
 
     def tensor(self, name: str) -> FloatArray:
         """float32, rows as GGUF orders them."""
@@ -156,35 +177,3 @@ class Checkpoint(ABC):
             return data
         pairs = data.reshape(heads, *halves, *data.shape[1:]).swapaxes(1, 2)
         return np.ascontiguousarray(pairs.reshape(data.shape))
-
-    def check(self, progress: Callable[[int], None] | None = None) -> str:
-        """Read every tensor once: shapes, finite values, and the SHA-256 of all of them.
-
-        EdgeDtmError naming offenders. progress is called with weights read.
-        """
-        if self._hash is not None:
-            return self._hash
-        shapes = self.shapes()
-        missing = [name for name in shapes if name not in {*self.names, ROPE_FACTORS}]
-        if missing:
-            raise EdgeDtmError(
-                f"{self.path} lacks {len(missing)} tensors ({', '.join(missing[:4])}): "
-                "get the whole checkpoint again"
-            )
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
-        bad = []
-        for name, shape in shapes.items():
-            data = self.hf_tensor(name)
-            if data.shape != shape:
-                bad.append(f"{name} has shape {data.shape}, not {shape}")
-            elif infinite := data.size - np.count_nonzero(np.isfinite(data)):
-                bad.append(f"{name} has {infinite} NaN or infinite weights")
-            digest.update(np.ascontiguousarray(data).data)
-            if progress:
-                progress(data.size)
-        if bad:
-            raise EdgeDtmError(
-                f"{self.path} has {len(bad)} bad tensors: {'; '.join(bad[:4])}: get it again"
-            )
-        self._hash = digest.hexdigest()
-        return self._hash

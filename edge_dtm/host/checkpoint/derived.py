@@ -1,4 +1,5 @@
-"""Checkpoints made of another one: with scales worked in, or with some tensors replaced."""
+"""Checkpoints made of another one: with scales worked in, with a plan's values, or with some tensors
+replaced."""
 
 from __future__ import annotations
 
@@ -11,16 +12,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from edge_dtm.core.errors import EdgeDtmError
+from edge_dtm.formats.plan import Plan
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint, FloatArray
 from edge_dtm.host.checkpoint.tokenizer import Tokenizer
 from edge_dtm.host.quantize.equalize import Scales, input_scale, output_scale
+from edge_dtm.host.values import Encoded
+from edge_dtm.llamacpp import ggml
 
 
 class DerivedCheckpoint(Checkpoint):
     """Another checkpoint with other values in some tensors. change: what makes them so."""
 
     def __init__(self, original: Checkpoint, change: Any) -> None:
-        super().__init__(original.path, original.config, original.names)
+        super().__init__(original.path, original.config, original.stored)
         self.original, self._change = original, change
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -48,6 +52,24 @@ class EqualizedCheckpoint(DerivedCheckpoint):
         if columns is not None:
             data = data / columns
         return data if rows is None else data * rows
+
+
+class TreatedCheckpoint(DerivedCheckpoint):
+    """A checkpoint with the values that a plan ships. change: the plan, and where its bytes are."""
+
+    def __init__(self, original: Checkpoint, change: tuple[Plan, Encoded]) -> None:
+        super().__init__(original, change)
+        plan, self._encoded = change
+        pairs = plan.pairs
+        self._treated = {c.name + ".weight": (c, t) for c, t in pairs}
+
+    def _read(self, name: str) -> FloatArray:
+        if name not in self._treated:
+            return self.original.hf_tensor(name)
+        component, treatment = self._treated[name]
+        data = np.asarray(self._encoded.encoded(component, treatment))
+        values = ggml.dequantize(treatment.type, data, component.row_length)
+        return self.hf_rows(component.name, values)
 
 
 def write_edited(path: Path, tensors: Mapping[str, FloatArray]) -> None:

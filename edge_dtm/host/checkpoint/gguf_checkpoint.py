@@ -9,10 +9,12 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from gguf import GGUFValueType
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.host.checkpoint.checkpoint import Checkpoint, FloatArray, ModelConfig
+from edge_dtm.formats.ggml_types import WEIGHT_TYPES
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint, FloatArray, ModelConfig, Stored
 from edge_dtm.host.checkpoint.tokenizer import SPECIAL, Tokenizer
 from edge_dtm.llamacpp import ggml
 from edge_dtm.llamacpp.vocabulary import LlamaVocab
@@ -21,14 +23,27 @@ from edge_dtm.llamacpp.vocabulary import LlamaVocab
 class GgufCheckpoint(Checkpoint):
     """One GGUF file of architecture llama; quantized tensors are dequantized by ggml."""
 
+    types = WEIGHT_TYPES
+
     def __init__(self, path: Path) -> None:
         try:
             self._reader = gguf.GGUFReader(path)
         except Exception as error:  # the reader raises whatever its parsing stumbles over
             raise EdgeDtmError(f"{path} is no readable GGUF ({error}): get it again") from None
         self._tensors = {t.name: t for t in self._reader.tensors}
-        super().__init__(path, self._config(path), self._tensors)
-        kinds = {t.tensor_type.name for t in self._reader.tensors} - {"F32", "F16", "BF16"}
+        stored = {
+            name: Stored(
+                file=path,
+                key=name,
+                type=t.tensor_type.name,
+                shape=tuple(int(n) for n in reversed(t.shape)),
+                offset=int(t.data_offset),
+                size_bytes=int(t.n_bytes),
+            )
+            for name, t in self._tensors.items()
+        }
+        super().__init__(path, self._config(path), stored)
+        kinds = {t.type for t in stored.values()} - {"F32", "F16", "BF16"}
         self.on_grid = ", ".join(sorted(kinds)) or None
 
     def _value(self, key: str, default: Any = None) -> Any:
@@ -86,11 +101,19 @@ class GgufCheckpoint(Checkpoint):
         return GgufTokenizer(self.path, self._reader)
 
     def _read(self, name: str) -> FloatArray:
-        t = self._tensors[name]
-        rows = np.ascontiguousarray(t.data).reshape(-1, t.data.shape[-1]).view(np.uint8)
-        shape = tuple(int(n) for n in reversed(t.shape))
-        data = ggml.dequantize(t.tensor_type.name, rows, shape[-1])
-        return self.hf_rows(name, data.reshape(shape))
+        data, stored = self._tensors[name].data, self.stored[name]
+        rows = np.ascontiguousarray(data).reshape(-1, data.shape[-1]).view(np.uint8)
+        values = ggml.dequantize(stored.type, rows, stored.shape[-1])
+        return self.hf_rows(name, values.reshape(stored.shape))
+
+    def torch_tensor(self, name: str) -> torch.Tensor:
+        halves = {"F16": torch.float16, "BF16": torch.bfloat16}
+        stored = self.stored.get(name)
+        if stored is None or stored.type not in halves:
+            return super().torch_tensor(name)
+        bits = np.ascontiguousarray(self._tensors[name].data).view(np.int16).reshape(stored.shape)
+        # A copy: torch takes no read-only memory.
+        return torch.from_numpy(np.array(self.hf_rows(name, bits))).view(halves[stored.type])
 
 
 _KEYS = {"unk": "unknown", "pad": "padding"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 
 from edge_dtm.core.errors import EdgeDtmError
-from edge_dtm.host.checkpoint.checkpoint import Checkpoint, FloatArray, ModelConfig
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint, FloatArray, ModelConfig, Stored
 from edge_dtm.host.checkpoint.hf_tokenizer import HfTokenizer
 from edge_dtm.host.checkpoint.json_file import read_json
 
@@ -20,24 +22,28 @@ from edge_dtm.host.checkpoint.json_file import read_json
 class HfCheckpoint(Checkpoint):
     """A folder with config.json, one or several safetensors files, and a tokenizer."""
 
+    types = frozenset({"F16", "BF16", "F32", "F64"})
+
     def __init__(self, path: Path) -> None:
-        config = _config(path)
-        self._places = _places(path, config.layers)
-        super().__init__(path, config, self._places)
+        config = read_config(path)
+        super().__init__(path, config, _stored(path, config.layers))
 
     @cached_property
     def tokenizer(self) -> HfTokenizer:
         return HfTokenizer(self.path, self.config.vocab)
 
     def _read(self, name: str) -> FloatArray:
-        file, key = self._places[name]
-        # torch, since numpy knows no bfloat16.
-        with safe_open(file, framework="pt") as tensors:
-            return np.asarray(tensors.get_tensor(key).float().numpy())
+        return np.asarray(self.torch_tensor(name).float().numpy())
+
+    def torch_tensor(self, name: str) -> torch.Tensor:
+        stored = self.stored[name]
+        with safe_open(stored.file, framework="pt") as tensors:
+            tensor: torch.Tensor = tensors.get_tensor(stored.key)
+        return tensor
 
 
-def _places(path: Path, layers: int) -> dict[str, tuple[Path, str]]:
-    """Full GGUF name -> the file that holds the tensor, and its name there."""
+def _stored(path: Path, layers: int) -> dict[str, Stored]:
+    """Full GGUF name -> tensor, by the headers of all files."""
     shards = read_json(path / "model.safetensors.index.json").get("weight_map", {}).values()
     files = sorted({path / name for name in shards} or path.glob("*.safetensors"))
     missing = [file.name for file in files if not file.is_file()]
@@ -49,20 +55,34 @@ def _places(path: Path, layers: int) -> dict[str, tuple[Path, str]]:
     if not files:
         raise EdgeDtmError(f"{path} holds no .safetensors file: give a whole HF checkpoint folder")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
-    places = {}
+    out = {}
     for file in files:
         try:
-            with safe_open(file, framework="np") as tensors:
-                keys = tensors.keys()
+            with safe_open(file, framework="np"):  # refuses headers that do not fit the file
+                head = _header(file)
         except (SafetensorError, OSError) as error:
             raise EdgeDtmError(f"{file} cannot be read ({error}): get it again") from None
-        for key in keys:
+        for key, stored in head.items():
             if name := names.get_name(key, try_suffixes=(".weight", ".bias")):
-                places[name] = (file, key)
-    return places
+                out[name] = stored
+    return out
 
 
-def _config(path: Path) -> ModelConfig:
+def _header(file: Path) -> dict[str, Stored]:
+    """Name in the file -> tensor: https://github.com/huggingface/safetensors#format."""
+    with file.open("rb") as data:
+        size = int.from_bytes(data.read(8), "little")
+        head = json.loads(data.read(size))
+    out = {}
+    for key in head.keys() - {"__metadata__"}:
+        start, end = head[key]["data_offsets"]
+        shape = tuple(head[key]["shape"])
+        out[key] = Stored(file, key, head[key]["dtype"], shape, 8 + size + start, end - start)
+    return out
+
+
+def read_config(path: Path) -> ModelConfig:
+    """From config.json. EdgeDtmError when it is not supported."""
     from transformers import AutoConfig
 
     try:

@@ -32,12 +32,17 @@ def module_name(gguf_name: str) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda`. EdgeDtmError when cuda is asked for and absent."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise EdgeDtmError("--device cuda: torch sees no GPU here; use --device cpu or auto")
+    """`auto`, `cpu`, `cuda` or `cuda:N`. EdgeDtmError when that GPU is absent."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+        name = "cuda" if gpus else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise EdgeDtmError(
+            f"--device {name}: torch sees {gpus or 'no'} GPU{'s' * (gpus > 1)} here; use --device "
+            "cpu or auto"
+        )
+    return device
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ from edge_dtm.core.metrics import (
     share_of_divergent_tokens,
 )
 from edge_dtm.formats.reference import Reference
-from edge_dtm.host.distill.teacher import batches_by_length, padded
+from edge_dtm.host.checkpoint.llama import Llama
+from edge_dtm.host.checkpoint.sequences import batches_by_length, padded, reference_sequences
 
 CHUNK_LOGITS = 2**23  # logits at a time, 32 MiB each for teacher, student and difference
 
@@ -55,24 +57,50 @@ class Check:
 
 @torch.no_grad()
 def check(model: Any, validation: Reference, batch_tokens: int = 2048) -> Check:
-    """Teacher-forced, in float32: what the model would say where the original said its tokens."""
-    device = next(model.parameters()).device
-    head = model.lm_head.weight
+    """Teacher-forced, in float32: what the model would say where the original said its tokens.
+    model: load_model's."""
+    device, head = next(model.parameters()).device, model.lm_head.weight
+    sequences = reference_sequences(validation)
+    lengths = [len(s) for s in sequences]
+
+    def parts() -> Iterator[tuple[list[int], torch.Tensor]]:
+        order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+        for rows in batches_by_length(lengths, order, batch_tokens):
+            ids = padded([sequences[r] for r in rows]).to(device)
+            states = model.model(input_ids=ids, use_cache=False).last_hidden_state
+            starts = [int(validation.prompt_lengths[r]) - 1 for r in rows]
+            at = [states[i, starts[i] : lengths[r]] for i, r in enumerate(rows)]
+            yield rows, torch.cat(at).float()
+
+    return _checked(parts(), lambda states: states @ head.T, len(head), validation)
+
+
+@torch.no_grad()
+def check_llama(model: Llama, validation: Reference) -> Check:
+    """The same of a model that has one block at a time."""
+
+    def parts() -> Iterator[tuple[list[int], torch.Tensor]]:
+        for row, hidden in enumerate(model.final_hidden(reference_sequences(validation))):
+            yield [row], hidden[int(validation.prompt_lengths[row]) - 1 :]
+
+    return _checked(parts(), model.logits, model.config.vocab, validation)
+
+
+def _checked(
+    parts: Iterable[tuple[list[int], torch.Tensor]],
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    vocab: int,
+    validation: Reference,
+) -> Check:
+    """parts: rows, and what the head reads where their tokens were said, (tokens, hidden)."""
     s, n = validation.generated_ids.shape
     argmaxes, log_probability = np.full((s, n), -1, dtype=np.int64), np.zeros((s, n))
-    lengths = (validation.prompt_lengths + validation.generated_lengths - 1).tolist()
-    order = sorted(range(s), key=lambda row: (lengths[row], row))
-    for rows in batches_by_length(lengths, order, batch_tokens):
-        texts = [(validation.prompt(r) + validation.generated(r))[:-1] for r in rows]
-        hidden = model.model(input_ids=padded(texts).to(device), use_cache=False).last_hidden_state
-        at = torch.cat(
-            [hidden[i, validation.prompt_lengths[r] - 1 : lengths[r]] for i, r in enumerate(rows)]
-        ).float()
-        targets = torch.tensor([t for r in rows for t in validation.generated(r)], device=device)
+    chunk = max(1, CHUNK_LOGITS // vocab)
+    for rows, at in parts:
+        targets = torch.tensor([t for r in rows for t in validation.generated(r)], device=at.device)
         best, logs = [], []
-        chunk = max(1, CHUNK_LOGITS // len(head))
         for states, target in zip(torch.split(at, chunk), torch.split(targets, chunk), strict=True):
-            logits = states @ head.T
+            logits = logits_of(states)
             best.append(logits.argmax(-1).cpu())
             logs.append((logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1)).cpu())
         counts = [int(validation.generated_lengths[row]) for row in rows]

@@ -12,10 +12,11 @@ import numpy.typing as npt
 import torch
 
 from edge_dtm.core.work import Kind
-from edge_dtm.formats.plan import Plan
+from edge_dtm.formats.plan import Component, Plan, Treatment
 from edge_dtm.formats.reference import Reference
-from edge_dtm.host.blocks.costs import captures, measure_costs
-from edge_dtm.host.blocks.prune import Replaced, prune_plan
+from edge_dtm.host.blocks.costs import Costs, measure_costs
+from edge_dtm.host.blocks.prune import prune_plan
+from edge_dtm.host.checkpoint.checkpoint import Checkpoint
 from edge_dtm.host.checkpoint.derived import EditedCheckpoint, write_edited
 from edge_dtm.host.checkpoint.model import load_model
 from edge_dtm.host.distill.result import Distilled, load_tensors, save_tensors
@@ -25,7 +26,7 @@ from edge_dtm.host.distill.trained import start_values
 from edge_dtm.host.distill.trainer import Trainer
 from edge_dtm.host.measure import export_and_measure
 from edge_dtm.host.trajectory.reference import calibration_rows
-from edge_dtm.host.values import Base, Candidate, Costs, Encoded, NoiseFloor, Run
+from edge_dtm.host.values import Base, Candidate, Encoded, NoiseFloor, Run
 from edge_dtm.search.allocation import search
 
 RESULT = "distilled.pt"
@@ -37,6 +38,29 @@ DISTILLED: Kind[Distilled] = Kind(
     marker=RESULT,
     version=4,
 )
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """Some matrices treated again, the others as they were.
+
+    key: names what they were treated with. checkpoint: has the order of rows. blocks: by component
+    uint8 (rows, row_bytes), rows as Hugging Face orders them.
+    """
+
+    key: str
+    checkpoint: Checkpoint
+    blocks: Mapping[str, torch.Tensor]
+    before: Encoded
+
+    def importance(self, name: str) -> npt.NDArray[np.float32] | None:
+        return self.before.importance(name)
+
+    def encoded(self, component: Component, treatment: Treatment) -> npt.NDArray[np.uint8]:
+        """uint8 (rows, row_bytes), rows as GGUF orders them."""
+        if component.name not in self.blocks:
+            return self.before.encoded(component, treatment)
+        return self.checkpoint.gguf_rows(component.name, self.blocks[component.name].numpy())
 
 
 @dataclass(frozen=True)
@@ -71,10 +95,10 @@ def prune_gradually(
         masks_only = replace(goal, types=("F16",), sparsity=share)
         costs = measure_costs(run, base, reference, masks_only)
         plan = search(costs.table, base.fixed_bytes + 2 * run.f16_bytes, share)
-        encoded = prune_plan(run, base, costs, plan, reference)
+        encoded = prune_plan(run, costs, plan, reference)
         distillation = _distill(run, costs, plan, encoded, reference, f"at {share:.1%} zeros")
         distillations.append(distillation)
-        captures(run, base, reference)[1].remove()
+        costs.data.remove()
         base = _next_base(run, base, costs, plan, distillation)
     return base, tuple(distillations)
 
@@ -84,11 +108,7 @@ def _next_base(run: Run, base: Base, costs: Costs, plan: Plan, distillation: Dis
     starts = start_values(costs.equalized, plan, distillation.encoded)
     matrices = {n + ".weight": s.values for n, s in starts.items() if n.startswith("blk.")}
     checkpoint = _edited(run, costs, distillation, "base", matrices)
-    zeros = {
-        c.name: t.zero_share
-        for c, t in zip(plan.components, plan.treatments, strict=True)
-        if t.zero_share
-    }
+    zeros = {c.name: t.zero_share for c, t in plan.pairs if t.zero_share}
     key = run.work.path("base", distillation.inputs).name.removeprefix("base-")
     return Base(checkpoint, key, base.fixed_bytes, {**base.zeros, **zeros})
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from edge_dtm.core.files import write_whole
 from edge_dtm.core.work import Kind
 from edge_dtm.formats.reference import HELD_OUT, PACKAGED, Reference
 from edge_dtm.host.checkpoint.model import load_model
+from edge_dtm.host.checkpoint.sequences import batches_by_length, padded, reference_sequences
 from edge_dtm.host.distill.result import load_tensors, save_tensors
 from edge_dtm.host.trajectory.reference import calibration_rows
 from edge_dtm.host.values import Run
@@ -60,33 +61,6 @@ TEXT: Kind[TeacherText] = Kind(
     lambda path: TeacherText(**load_tensors(path)),
     lambda text, path: save_tensors(path, vars(text)),
 )
-
-
-def reference_sequences(reference: Reference) -> list[list[int]]:
-    """Prompt and answer of every row as training sequences, without the last id: nothing was
-    generated behind it."""
-    return [
-        (reference.prompt(row) + reference.generated(row))[:-1] for row in range(len(reference))
-    ]
-
-
-def batches_by_length(lengths: Sequence[int], order: Iterable[int], tokens: int) -> list[list[int]]:
-    """Cut sequences, taken in `order` (of rising length), into batches of at most `tokens`,
-    padding included; a longer sequence is a batch of its own."""
-    batches: list[list[int]] = []
-    for index in order:
-        if batches and (len(batches[-1]) + 1) * lengths[index] <= tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
-def padded(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-    """int64 (sequences, longest). Padding stands to the right, where causal attention never looks
-    back from; its id is 0."""
-    rows = [torch.tensor(ids) for ids in sequences]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def teacher_text(run: Run, reference: Reference, steps: int, batch_tokens: int) -> TeacherText:

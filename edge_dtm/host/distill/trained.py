@@ -37,7 +37,7 @@ class Start:
 def start_values(checkpoint: Checkpoint, plan: Plan, encoded: Encoded) -> dict[str, Start]:
     """Every component as the plan ships it."""
     out = {}
-    for c, t in zip(plan.components, plan.treatments, strict=True):
+    for c, t in plan.pairs:
         values = ggml.dequantize(t.type, np.asarray(encoded.encoded(c, t)), c.row_length)
         importance = encoded.importance(c.name) if facts(t.type).importance != "ignored" else None
         out[c.name] = Start(t, importance, checkpoint.hf_rows(c.name, values))

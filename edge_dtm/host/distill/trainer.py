@@ -22,10 +22,11 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.core.machine import peak_rss_bytes
 from edge_dtm.formats.reference import Reference
 from edge_dtm.host.checkpoint.model import module_name
+from edge_dtm.host.checkpoint.sequences import batches_by_length, padded
 from edge_dtm.host.distill.evaluate import check, divergence_and_gradient
 from edge_dtm.host.distill.result import Distilled, Tensors, load_tensors, save_tensors
 from edge_dtm.host.distill.settings import DistillSettings, fast_bfloat16
-from edge_dtm.host.distill.teacher import TeacherText, batches_by_length, padded
+from edge_dtm.host.distill.teacher import TeacherText
 from edge_dtm.host.distill.trained import Start, TrainedGain, TrainedMatrix, set_weights
 
 STATE = "state.pt"

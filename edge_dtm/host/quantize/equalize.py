@@ -27,6 +27,7 @@ from edge_dtm.llamacpp import ggml
 FloatArray = npt.NDArray[np.float32]
 Scales = Mapping[str, FloatArray]  # input site, such as `blk.3.ffn_down` -> (row_length,)
 
+STRENGTHS = (0.0, 0.2, 0.35, 0.5)
 JUDGED_TYPES = ("Q4_0", "Q5_0", "Q8_0")
 # A channel that is silent on the calibration prompts must not be blown up for ever.
 LARGEST, SMALLEST = 64.0, 1 / 64

@@ -12,7 +12,6 @@ same way. The result is ordinary blocks of the GGML type.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, product
@@ -21,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from edge_dtm.core.machine import default_threads
 from edge_dtm.formats import ggml_types
 from edge_dtm.host.quantize.hessian import DampedHessian
-from edge_dtm.host.threads import one_torch_thread
+from edge_dtm.host.threads import torch_threads
 from edge_dtm.llamacpp import ggml
 
 FloatArray = npt.NDArray[np.float32]
@@ -34,6 +34,7 @@ DESCENT_SWEEPS = 1
 ROW_GROUPS = 24
 ROWS_AT_ONCE = 192  # a few groups even in narrow matrices, wide enough for the products
 ROWS_A_TASK = 64  # for a thread: a millisecond of ggml's work at most
+SIDE_BY_SIDE_WEIGHTS = 2**26  # of all types together; bounds the memory
 
 
 def gptq_quantize(
@@ -44,15 +45,18 @@ def gptq_quantize(
     sweeps: int = DESCENT_SWEEPS,
     threads: int | None = None,
     kept: torch.Tensor | None = None,
+    group: int | None = None,
 ) -> list[tuple[ByteArray, torch.Tensor]]:
     """For each GGML type its blocks, uint8 (rows, row_bytes), and the float32 values they stand
     for, (rows, row_length).
 
     weights: float32 (rows, row_length) on hessian's device, or (types, rows, row_length), others
     for each type. outputs: the same of the component's outputs, (rows, rows): then rows make up
-    for each other too. kept: bool (types, rows, row_length), False where a mask holds a zero. The
-    work is divided the same way whatever `threads`, so the result does not depend on it.
+    for each other too. kept: bool (types, rows, row_length), False where a mask holds a zero.
+    group: how many rows are rounded side by side, None: as fits their number. The work is divided
+    the same way whatever `threads`, so the result does not depend on it.
     """
+    group = group or group_rows(weights.shape[-2])
     rows, each = weights.shape[-2], weights.expand(len(types), -1, -1)
     sizes = [ggml_types.block_size(t) for t in types]
     for size in sizes:
@@ -63,13 +67,19 @@ def gptq_quantize(
         batches = [[j] for j in range(len(types))]
     else:
         parts = [slice(0, rows)]
-        # Types of one block size go through the many small steps side by side.
-        batches = [[j for j, n in enumerate(sizes) if n == size] for size in sorted(set(sizes))]
+        # Types of one block size go through the many small steps side by side, where they fit.
+        at_once = max(1, SIDE_BY_SIDE_WEIGHTS // (rows * weights.shape[-1]))
+        batches = [
+            same[i : i + at_once]
+            for size in sorted(set(sizes))
+            for same in [[j for j, n in enumerate(sizes) if n == size]]
+            for i in range(0, len(same), at_once)
+        ]
     tasks = [(part, batch) for batch in batches for part in parts]
-    count = threads or os.cpu_count() or 1
-    # torch and threads of our own would fight over the cores.
+    count = threads or default_threads()
+    # torch and threads of our own would fight over the cores where both are at work at a time.
     with (
-        one_torch_thread(),
+        torch_threads(1 if outputs is None else count),
         ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
         inside = pool if outputs is not None and count > 1 else None
@@ -79,7 +89,7 @@ def gptq_quantize(
             some = each[:, part][batch]
             mask = None if kept is None else kept[:, part][batch]
             names = [types[j] for j in batch]
-            return _quantize_rows(some, names, hessian, outputs, sweeps, inside, mask)
+            return _quantize_rows(some, names, (hessian, outputs), sweeps, inside, mask, group)
 
         done = list((pool.map if outputs is None else map)(work, tasks))
     encoded: list[list[tuple[ByteArray, torch.Tensor]]] = [[] for _ in types]
@@ -89,9 +99,9 @@ def gptq_quantize(
     return [(np.concatenate([d for d, _ in f]), torch.cat([v for _, v in f])) for f in encoded]
 
 
-def _group_rows(rows: int) -> int:
-    """Rows that are rounded side by side; few groups keep the many small products of a large
-    matrix affordable."""
+def group_rows(rows: int) -> int:
+    """How many of a matrix's rows are rounded side by side; few groups keep the many small products
+    of a large matrix affordable."""
     return 32 * max(1, round(rows / 32 / ROW_GROUPS))
 
 
@@ -99,11 +109,11 @@ def _group_rows(rows: int) -> int:
 def _quantize_rows(
     weights: torch.Tensor,
     types: Sequence[str],
-    hessian: DampedHessian,
-    outputs: DampedHessian | None,
+    hessians: tuple[DampedHessian, DampedHessian | None],
     sweeps: int,
     pool: ThreadPoolExecutor | None,
     kept: torch.Tensor | None,
+    size: int,
 ) -> tuple[list[ByteArray], torch.Tensor]:
     """`gptq_quantize` for types of one block size; weights and values are (types, rows, row_length).
 
@@ -113,7 +123,7 @@ def _quantize_rows(
     pass: with the rows still to come free to follow), and H decides how to round to these. This
     is two-sided rounding as in YAQA (arXiv 2505.22988), by groups of rows.
     """
-    rows = weights.shape[1]
+    (hessian, outputs), rows = hessians, weights.shape[1]
     rounder = _Rounder(types, hessian, rows, weights.device, pool, kept)
     if outputs is None:
         here, target = slice(0, rows), weights
@@ -121,7 +131,7 @@ def _quantize_rows(
         for _ in range(sweeps):
             rounder.descent_sweep(target, here)
         return rounder.data, rounder.values
-    size, moments = _group_rows(rows), outputs.damped
+    moments = outputs.damped
     groups = outputs.blocks(size)
     shifted = torch.empty_like(rounder.values)
     for i, (passing, _) in enumerate(groups):

@@ -8,6 +8,8 @@ import torch
 from edge_dtm.core.errors import EdgeDtmError
 
 MIN_DAMPING, MAX_DAMPING = 0.03, 5.0
+FACTOR_ROUNDING = 1000 * torch.finfo(torch.float32).eps  # of a Hessian's norm, see DampedHessian
+INVERTED_AT_ONCE = 256
 
 
 def input_hessian(inputs: torch.Tensor, token_weights: torch.Tensor | None) -> torch.Tensor:
@@ -58,7 +60,8 @@ class DampedHessian:
     """One component's damped Hessian and its factors, shared by all types.
 
     moments: the Hessian, float32 (row_length, row_length), on the device that is to do the work;
-    damping: see damping_for, None when it is damped already. The factors are made in float64.
+    damping: see damping_for, None when it is damped already. The factors are made in float32 where
+    rounding stays far below the damping, else in float64.
     EdgeDtmError when the Hessian is not finite.
     """
 
@@ -73,7 +76,9 @@ class DampedHessian:
         self.damped = moments if damping is None else (moments.double() / mean).float()
         if damping is not None:
             self.damped.diagonal().add_(damping)
-        self._upper = _inverse_upper_factor(self.damped.double())
+        limit = FACTOR_ROUNDING * float(torch.linalg.matrix_norm(self.damped))
+        exact = damping is None or damping < limit
+        self._upper = _inverse_upper_factor(self.damped, torch.float64 if exact else torch.float32)
         self.importance = np.ascontiguousarray(self.damped.diagonal().cpu().numpy())
         self.inverse_diagonal = self._upper.square().sum(0).float()
         self.row_length = n
@@ -86,30 +91,43 @@ class DampedHessian:
         if block in self._blocks:
             return self._blocks[block]
         upper, n = self._upper, self.row_length
-        passing = torch.zeros_like(upper)
-        damped = self.damped.double()
+        passing = torch.zeros((n, n), device=upper.device)
         inverses = []
         for a in range(0, n, block):
             b = a + block
-            inverses.append(torch.cholesky_inverse(torch.linalg.cholesky(damped[a:b, a:b])))
+            own = self.damped[a:b, a:b].double()
+            inverses.append(torch.cholesky_inverse(torch.linalg.cholesky(own)))
             if b < n:
                 passing[a:b, b:] = torch.linalg.solve_triangular(
                     upper[a:b, a:b], upper[a:b, b:], upper=True
                 )
         self._blocks[block] = [
-            (passing[: i * block, i * block : (i + 1) * block].float().contiguous(), m.float())
+            (passing[: i * block, i * block : (i + 1) * block].contiguous(), m.float())
             for i, m in enumerate(inverses)
         ]
         return self._blocks[block]
 
 
-def _inverse_upper_factor(matrix: torch.Tensor) -> torch.Tensor:
+def _inverse_upper_factor(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Upper triangular U with inverse(matrix) = U' U, without forming the inverse."""
+    lower: torch.Tensor = torch.linalg.cholesky(matrix.to(dtype).flip(0, 1))
+    _invert_lower(lower)
+    return lower.flip(0, 1)
+
+
+def _invert_lower(matrix: torch.Tensor) -> None:
+    """In place, by halves: a third of the work of solving for all columns, nearly all of it in
+    products of matrices."""
     n = len(matrix)
-    lower = torch.linalg.cholesky(matrix.flip(0, 1))
-    identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
-    inverse: torch.Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return inverse.flip(0, 1)
+    if n <= INVERTED_AT_ONCE:
+        identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=False))
+        return
+    half = n // 2
+    first, last, below = matrix[:half, :half], matrix[half:, half:], matrix[half:, :half]
+    _invert_lower(first)
+    _invert_lower(last)
+    below.copy_(-(last @ (below @ first)))
 
 
 def local_error(
@@ -121,5 +139,8 @@ def local_error(
     error: float32 (rows, row_length), treated minus original weights; gradients: float32 (tokens,
     rows), each token's scaled as for `output_hessian`.
     """
+    if gradients is not None and len(gradients) > len(error):  # the cheaper order of products
+        both = (gradients.T @ gradients @ error) * (error @ moments)
+        return float(both.sum(dtype=torch.float64))
     seen = error if gradients is None else gradients @ error
     return float(((seen @ moments) * seen).sum(dtype=torch.float64))

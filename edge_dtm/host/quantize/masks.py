@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from edge_dtm.core.machine import default_threads
 from edge_dtm.formats.plan import Treatment, zeros_per_row
 from edge_dtm.host.quantize.gptq import gptq_quantize
 from edge_dtm.host.quantize.hessian import DampedHessian
-from edge_dtm.host.threads import one_torch_thread
+from edge_dtm.host.threads import torch_threads
 from edge_dtm.llamacpp import ggml
 
 SCORES = ("activation", "saliency", "magnitude")  # the first measured best
@@ -96,16 +97,17 @@ def fit_masks(
     importance: torch.Tensor,
     score: str = SCORES[0],
     threads: int | None = 1,
+    group: int | None = None,
 ) -> list[tuple[npt.NDArray[np.uint8], torch.Tensor]]:
     """For each treatment with zeros, in F16 or Q8_0, its blocks, uint8 (rows, row_bytes), and the
     float32 values they stand for, (rows, row_length).
 
     weights: float32 (rows, row_length). importance: float32 (row_length,), mean squares of the
-    inputs. Each level is fitted on its own, so that a level that is made again alone, when it is
+    inputs. group: see `gptq_quantize`. Each level is fitted on its own, so that a level that is made again alone, when it is
     exported, comes out the same.
     """
     encoded: dict[Treatment, tuple[npt.NDArray[np.uint8], torch.Tensor]] = {}
-    with one_torch_thread():
+    with torch_threads(threads or default_threads()):
         scores = prune_scores(weights, score, hessian, importance)
         kept = {s: kept_weights(scores, s) for s in {t.zero_share for t in treatments}}
         values = {s: refit(weights, k, hessian, outputs) for s, k in sorted(kept.items())}
@@ -122,6 +124,7 @@ def fit_masks(
             outputs,
             threads=threads,
             kept=torch.stack([kept[t.zero_share] for t in others]),
+            group=group,
         )
         encoded |= dict(zip(others, rounded, strict=True))
     return [encoded[t] for t in treatments]

@@ -11,9 +11,10 @@ import torch
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.reference import PADDING, TOP_K, Reference
+from edge_dtm.host.checkpoint.llama import Llama
+from edge_dtm.host.checkpoint.sequences import reference_sequences
+from edge_dtm.host.trajectory.decode import Decoding, sequences_at_once
 from edge_dtm.host.trajectory.prompts import Prompt
-
-BATCH_SEQUENCES = 64
 
 
 def check_lengths(prompts: Sequence[Prompt], tokens: int, context_length: int) -> None:
@@ -28,7 +29,7 @@ def check_lengths(prompts: Sequence[Prompt], tokens: int, context_length: int) -
 
 
 def generate_reference(
-    model: Any,
+    model: Llama,
     prompts: Sequence[Prompt],
     *,
     tokens: int,
@@ -51,8 +52,9 @@ def generate_reference(
     arrays = _empty(len(prompts), tokens)
     # Equal lengths side by side need the least padding, which is the least disturbance.
     order = np.argsort(lengths, kind="stable")
-    for start in range(0, len(prompts), BATCH_SEQUENCES):
-        rows = order[start : start + BATCH_SEQUENCES]
+    at_once = sequences_at_once(model.config, int(lengths.max()) + tokens)
+    for start in range(0, len(prompts), at_once):
+        rows = order[start : start + at_once]
         file = parts / f"{start:06d}.npz"
         if not file.is_file():
             batch = _decode(model, [prompts[i].ids for i in rows], tokens, eos_ids, progress)
@@ -85,41 +87,23 @@ def _empty(count: int, tokens: int) -> dict[str, np.ndarray[Any, Any]]:
 
 @torch.no_grad()
 def _decode(
-    model: Any,
+    model: Llama,
     prompts: Sequence[Sequence[int]],
     tokens: int,
     eos_ids: Sequence[int],
     progress: Callable[[int], None] | None,
 ) -> dict[str, np.ndarray[Any, Any]]:
-    device = next(model.parameters()).device
-    count, width = len(prompts), max(map(len, prompts))
-    step = torch.zeros((count, width), dtype=torch.long, device=device)
-    mask = torch.zeros_like(step)
-    for row, p in enumerate(prompts):
-        step[row, width - len(p) :] = torch.tensor(p)
-        mask[row, width - len(p) :] = 1
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    arrays = _empty(count, tokens)
-    alive = np.ones(count, dtype=bool)
-    past = None
+    arrays = _empty(len(prompts), tokens)
+    alive = np.ones(len(prompts), dtype=bool)
+    decoding = Decoding(model, prompts, tokens)
     for t in range(tokens):
-        out = model(
-            input_ids=step,
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=past,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        past = out.past_key_values
-        logits = out.logits[:, -1].float()
-        top = logits.topk(TOP_K)
-        step = top.indices[:, :1]
+        top = decoding.logits.topk(TOP_K)
+        chosen = top.indices[:, 0]
         for key, value in (
-            ("generated_ids", step[:, 0]),
+            ("generated_ids", chosen),
             ("top_ids", top.indices),
             ("top_logits", top.values),
-            ("log_normalizers", logits.logsumexp(-1)),
+            ("log_normalizers", decoding.logits.logsumexp(-1)),
         ):
             arrays[key][alive, t] = value.cpu().numpy()[alive]
         if progress:
@@ -127,25 +111,21 @@ def _decode(
         ended = alive & np.isin(arrays["generated_ids"][:, t], eos_ids)
         arrays["generated_lengths"][ended] = t + 1
         alive &= ~ended
-        if not alive.any():
+        if not alive.any() or t + 1 == tokens:
             break
-        mask = torch.cat([mask, mask.new_ones((count, 1))], dim=1)
-        position = position[:, -1:] + 1
+        decoding.step(chosen)
     return arrays
 
 
 @torch.no_grad()
-def signed_margins(model: Any, reference: Reference) -> np.ndarray[Any, np.dtype[np.float32]]:
+def signed_margins(model: Llama, reference: Reference) -> np.ndarray[Any, np.dtype[np.float32]]:
     """By how much the model prefers the reference's token to the best other, in logits, float32
     (sequences, tokens), 0 beyond a row's length. Negative where it diverges already."""
-    device = next(model.parameters()).device
     out = np.zeros(reference.generated_ids.shape, dtype=np.float32)
-    for row in range(len(reference)):
+    for row, hidden in enumerate(model.final_hidden(reference_sequences(reference))):
         first, count = int(reference.prompt_lengths[row]) - 1, int(reference.generated_lengths[row])
-        ids = torch.tensor([(reference.prompt(row) + reference.generated(row))[:-1]], device=device)
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        logits = model.lm_head(hidden[first : first + count]).float()
-        chosen = torch.tensor(reference.generated(row), device=device)[:, None]
+        logits = model.logits(hidden[first : first + count])
+        chosen = torch.tensor(reference.generated(row), device=model.device)[:, None]
         own = logits.gather(1, chosen)[:, 0]
         best_other = logits.scatter(1, chosen, -torch.inf).max(-1).values
         out[row, :count] = (own - best_other).cpu().numpy()

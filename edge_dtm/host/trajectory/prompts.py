@@ -13,9 +13,11 @@ import torch
 
 from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.data import packaged_records
+from edge_dtm.host.checkpoint.llama import Llama
 from edge_dtm.host.checkpoint.tokenizer import Tokenizer
+from edge_dtm.host.trajectory.decode import BATCH_SEQUENCES, Decoding
 
-SAMPLED_TOKENS = 24
+START_TOKENS, SAMPLED_TOKENS = 4, 24  # of a prompt that is sampled: taken, then drawn
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def _prompt(record: Any, tokenizer: Tokenizer) -> Prompt:
 
 @torch.no_grad()
 def sample_prefixes(
-    model: Any, tokenizer: Tokenizer, starts: Sequence[Prompt], count: int, seed: int
+    model: Llama, tokenizer: Tokenizer, starts: Sequence[Prompt], count: int, seed: int
 ) -> list[Prompt]:
     """Prompts in the model's own words: a few tokens of a start, then sampled at temperature 1.
 
@@ -99,22 +101,21 @@ def sample_prefixes(
     """
     if not starts:
         return []
-    device = next(model.parameters()).device
     rng = np.random.default_rng(seed)
-    chosen = rng.choice(len(starts), size=min(count, len(starts)), replace=False)
-    heads = [starts[i].ids[:4] for i in chosen]
-    width = min(map(len, heads))
+    chosen = rng.choice(len(starts), size=count, replace=count > len(starts))
+    texts_ids = [list(starts[i].ids[:START_TOKENS]) for i in chosen]
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    ids = torch.tensor([h[:width] for h in heads], device=device)
-    step, past = ids, None
-    for _ in range(SAMPLED_TOKENS):
-        out = model(input_ids=step, past_key_values=past, use_cache=True)
-        past = out.past_key_values
-        logits = out.logits[:, -1].float().cpu()
-        logits[:, list(tokenizer.eos_ids)] = -torch.inf
-        step = torch.multinomial(logits.softmax(-1), 1, generator=generator).to(device)
-        ids = torch.cat([ids, step], dim=1)
+    for start in range(0, count, BATCH_SEQUENCES):
+        batch = texts_ids[start : start + BATCH_SEQUENCES]
+        decoding = Decoding(model, batch, SAMPLED_TOKENS)
+        for _ in range(SAMPLED_TOKENS):
+            logits = decoding.logits.cpu()
+            logits[:, list(tokenizer.eos_ids)] = -torch.inf
+            step = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+            for ids, token in zip(batch, step.tolist(), strict=True):
+                ids.append(token)
+            decoding.step(step.to(model.device))
     # A cut inside a multi-byte character decodes to a replacement sign; leave those out.
-    texts = [t for t in map(tokenizer.decode, ids.tolist()) if not {"�", "\0"} & set(t)]
+    texts = [t for t in map(tokenizer.decode, texts_ids) if not {"�", "\0"} & set(t)]
     prompts = dict.fromkeys(Prompt(tuple(tokenizer.encode(text)), text) for text in texts)
     return [prompt for prompt in prompts if prompt.ids]
