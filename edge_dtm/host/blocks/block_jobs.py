@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from edge_dtm.formats.plan import Component, Treatment
-from edge_dtm.formats.reference import load_npz, save_npz
+from edge_dtm.formats.reference import load_npz
 from edge_dtm.host.blocks.encoded import EncodedStore, takes_feedback
 from edge_dtm.host.blocks.fit import Fit, find_scales, fit_of, importance_of, part_of
 from edge_dtm.host.blocks.sensitivity import Cost, Measured, costs_of
@@ -96,10 +96,6 @@ def find_site_scales(jobs: BlockJobs, site: str) -> FloatArray:
         tensors |= Statistics.load(jobs.fitted_file(layer), matrix).tensors
     weights = {c: jobs.checkpoint.hf_tensor(c + ".weight") for c in consumers(site)}
     return find_scales(Statistics(tensors), site, jobs.checkpoint.config, weights)
-
-
-def save_fit(jobs: BlockJobs, layer: int, scales: Mapping[str, FloatArray]) -> None:
-    save_npz(jobs.fit_file(layer), dict(scales), {"kind": "fit"})
 
 
 @torch.no_grad()

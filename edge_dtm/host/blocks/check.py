@@ -10,6 +10,7 @@ from edge_dtm.core.errors import EdgeDtmError
 from edge_dtm.formats.reference import Reference
 from edge_dtm.host.checkpoint.checkpoint import Checkpoint
 from edge_dtm.host.checkpoint.llama import Llama
+from edge_dtm.host.checkpoint.sequences import reference_sequences
 from edge_dtm.host.trajectory.reference import calibration_rows
 from edge_dtm.host.values import Base, Run
 
@@ -36,10 +37,8 @@ def check_equalized(run: Run, base: Base, equalized: Checkpoint, reference: Refe
 @torch.no_grad()
 def top_logits(model: Llama, reference: Reference) -> FloatArray:
     """The model's logits of the reference's top ids, float32 (sequences, tokens, TOP_K)."""
-    rows = range(len(reference))
-    sequences = [(reference.prompt(r) + reference.generated(r))[:-1] for r in rows]
     out = np.zeros(reference.top_logits.shape, dtype=np.float32)
-    for row, hidden in enumerate(model.final_hidden(sequences)):
+    for row, hidden in enumerate(model.final_hidden(reference_sequences(reference))):
         first, count = int(reference.prompt_lengths[row]) - 1, int(reference.generated_lengths[row])
         logits = model.logits(hidden[first : first + count])
         top = torch.from_numpy(reference.top_ids[row, :count].astype(np.int64)).to(model.device)

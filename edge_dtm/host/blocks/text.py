@@ -13,7 +13,7 @@ import torch
 
 from edge_dtm.formats.reference import Reference
 from edge_dtm.host.checkpoint.llama import BATCH_TOKENS, Llama
-from edge_dtm.host.checkpoint.sequences import batches_by_length, padded
+from edge_dtm.host.checkpoint.sequences import batches_by_length, padded, reference_sequences
 
 IntArray = npt.NDArray[np.integer[Any]]
 MEASURED_DRAWS, FITTED_DRAWS = 2, 1  # the weights of tokens need less certainty than a cost does
@@ -37,8 +37,7 @@ class Text:
     @cached_property
     def sequences(self) -> tuple[tuple[int, ...], ...]:
         """Prompt and answer without the last id, behind which nothing was generated."""
-        r = self.reference
-        return tuple(tuple((r.prompt(i) + r.generated(i))[:-1]) for i in range(len(r)))
+        return tuple(map(tuple, reference_sequences(self.reference)))
 
     @cached_property
     def edges(self) -> IntArray:

@@ -16,7 +16,7 @@ def input_hessian(inputs: torch.Tensor, token_weights: torch.Tensor | None) -> t
     """H = sum_t v_t x_t x_t' / sum_t v_t, float32 (row_length, row_length).
 
     inputs: float32 (tokens, row_length). token_weights: float32 (tokens,), not negative: how much
-    an error at that token matters, see Calibration.token_weights. None: all alike.
+    an error at that token matters, see Statistics. None: all alike.
     """
     if token_weights is None or not float(token_weights.sum()):  # no margin hears of it
         return inputs.T @ inputs / len(inputs)
@@ -25,18 +25,12 @@ def input_hessian(inputs: torch.Tensor, token_weights: torch.Tensor | None) -> t
     return scaled.T @ scaled
 
 
-def output_hessian(gradients: torch.Tensor, token_weights: torch.Tensor) -> torch.Tensor:
-    """G = sum_t g_t g_t' / v_t, float32 (rows, rows), v_t being the size of g_t, so that each
-    token counts by its size as it does in `input_hessian`.
+def scaled_gradients(gradients: torch.Tensor, token_weights: torch.Tensor) -> torch.Tensor:
+    """g_t / sqrt(v_t), float32 (tokens, rows), v_t being the size of g_t. Their second moments are
+    G = sum_t g_t g_t' / v_t, in which each token counts by its size as it does in `input_hessian`.
 
     gradients: float32 (tokens, rows); token_weights: float32 (tokens,), not negative.
     """
-    scaled = scaled_gradients(gradients, token_weights)
-    return scaled.T @ scaled
-
-
-def scaled_gradients(gradients: torch.Tensor, token_weights: torch.Tensor) -> torch.Tensor:
-    """g_t / sqrt(v_t), float32 (tokens, rows)."""
     smallest = float(token_weights.max()) * 1e-6 + torch.finfo(torch.float32).tiny
     return gradients / token_weights.clamp(min=smallest).sqrt()[:, None]
 
@@ -137,7 +131,7 @@ def local_error(
     the moments of the margins' gradients g there (None: every output alike).
 
     error: float32 (rows, row_length), treated minus original weights; gradients: float32 (tokens,
-    rows), each token's scaled as for `output_hessian`.
+    rows), each token's as `scaled_gradients` has them.
     """
     if gradients is not None and len(gradients) > len(error):  # the cheaper order of products
         both = (gradients.T @ gradients @ error) * (error @ moments)
